@@ -1,0 +1,920 @@
+"""gpt_spec.py: a Llama-family model with a static KV cache, and speculative decoding around it.
+
+This file knows tensors. It knows nothing of text, of command lines, or of how a checkpoint was quantized; `generate.py`
+does (start there to run something: `python generate.py`).
+
+The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens, one forward of
+the target picks its own token after every one of them, and the longest path on which both agree is kept. What the target
+picks never depends on what was proposed (see `pick`), so a drafter can change the speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+
+class BadInput(ValueError):
+    """What the user gave cannot work. The message is one line: the file or flag, what is wrong, what would be right."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the trained context. `kind` is `default`, `linear` or `llama3`."""
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`,
+    high_freq_factor: float = 4.0  # those below original_context / high_freq_factor are left alone
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder. `from_dict` reads it from a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int  # max_position_embeddings: positions the model was trained for
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tied_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2; Llama with attention_bias
+    o_bias: bool = False  # Llama with attention_bias
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: RMSNorm over head_dim of every query and key head
+    sliding_window: int | None = None  # not implemented: a longer sequence is refused
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face configuration: Llama, Mistral, Qwen2 or Qwen3, in the spelling of transformers 4 or 5.
+
+        Raises BadInput, naming `where`, for other architectures, missing or impossible values.
+        """
+        kind = raw.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise BadInput(f"{where}: model_type {kind!r} is not supported; use llama, mistral, qwen2 or qwen3")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise BadInput(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; SwiGLU models have 'silu'")
+        try:
+            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            theta, scaling = read_rope(raw, where)
+            bias = bool(raw.get("attention_bias", False))
+            config = ModelConfig(
+                vocab_size=int(raw["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(raw["intermediate_size"]),
+                num_layers=int(raw["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+                head_dim=int(raw.get("head_dim") or hidden // heads),
+                max_context=int(raw.get("max_position_embeddings", 2048)),
+                norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                qkv_bias=kind == "qwen2" or bias,
+                o_bias=kind != "qwen2" and bias,
+                mlp_bias=bool(raw.get("mlp_bias", False)),
+                qk_norm=kind == "qwen3",
+                sliding_window=read_sliding_window(raw, kind),
+            )
+        except KeyError as error:
+            raise BadInput(f"{where}: the key {error} is missing") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise error if isinstance(error, BadInput) else BadInput(f"{where}: {error}") from None
+        config.check(where)
+        return config
+
+    def check(self, where: str) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_context")
+        for name in (*sizes, "head_dim"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{where}: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise BadInput(
+                f"{where}: {self.num_heads} attention heads do not divide by {self.num_kv_heads} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise BadInput(f"{where}: head_dim is {self.head_dim}; RoPE needs an even one")
+
+
+def read_rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
+    """RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise BadInput(f"{where}: RoPE scaling {kind!r} is not supported; use default, linear or llama3")
+    if kind == "default":
+        return theta, RopeScaling()
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor)
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    return theta, RopeScaling("llama3", factor, low, high, int(rope["original_max_position_embeddings"]))
+
+
+def read_sliding_window(raw: dict[str, Any], kind: str) -> int | None:
+    """Mistral uses a window whenever one is given; Qwen only with `use_sliding_window`; Llama never."""
+    used = kind == "mistral" or (kind in ("qwen2", "qwen3") and raw.get("use_sliding_window", False))
+    return int(raw["sliding_window"]) if used and raw.get("sliding_window") else None
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of every rotated pair, float32 [head_dim / 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        # How many turns a pair makes in the original context says how much of `factor` it gets: all below
+        # low_freq_factor turns, none above high_freq_factor, a linear blend between.
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = blend.clamp(0.0, 1.0)
+        return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+    return frequencies
+
+
+# --------------------------------------------------------------------------------------------------
+# The transformer. B rows of the batch, n tokens each; H query heads and G key-value heads of size D.
+# --------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split order of Hugging Face. x: [B, n, heads, D]; cos, sin: [B, n, 1, D / 2]."""
+    a, b = x.float().chunk(2, dim=-1)  # [B, n, heads, D / 2] each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, hidden] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        """x: [B, n, hidden]. `attend(q, k, v)` returns [B, n, H, D]; where keys come from is its business."""
+        attended = attend(*self.self_attn.project(self.input_layernorm(x), cos, sin))
+        x = x + self.self_attn.o_proj(attended.flatten(2))  # [B, n, H D] -> [B, n, hidden]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A Llama-family decoder. Weights come from `generate.load_model`, or are random after construction."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [B, n] -> cos and sin, float32 [B, n, 1, D / 2]."""
+        angles = positions[..., None, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Every weight under its Hugging Face name, as a view: loading copies into them, saving copies out of them.
+
+        q, k, v and gate, up are rows of one fused matrix each; a tied lm_head has no name of its own.
+        """
+        c, tensors = self.config, dict(self.named_parameters())
+        fused = {
+            "qkv_proj": {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim,
+                         "v_proj": c.num_kv_heads * c.head_dim},
+            "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
+        }  # fmt: skip
+        named = {}
+        for name, tensor in tensors.items():
+            module, kind = name.rsplit(".", 1)  # ("layers.0.mlp.gate_up_proj", "weight")
+            parent, _, leaf = module.rpartition(".")
+            prefix = "" if module == "lm_head" else "model."
+            parts = fused.get(leaf, {leaf: tensor.shape[0]})
+            for part, view in zip(parts, tensor.detach().split(tuple(parts.values()))):
+                named[prefix + ".".join(filter(None, (parent, part, kind)))] = view
+        return named
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
+        """Features of `tokens`: the hidden state after the final norm, [B, n, hidden]. `lm_head` turns them into logits.
+
+        tokens, positions: int64 [B, n]. `attend(layer, q, k, v)` decides what a token sees: `KVCache.attend` (with its
+        first arguments bound) continues a cached text, `causal_attention` needs no cache.
+        """
+        cos, sin = self.rope(positions)
+        x = self.embed_tokens(tokens)  # [B, n, hidden]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, partial(attend, i))
+        return self.norm(x)
+
+    def recompute(self, tokens: Tensor, attend=None) -> Tensor:
+        """The slow twin of cached decoding: whole texts int64 [B, n] -> features [B, n, hidden]."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.forward(tokens, positions, attend or causal_attention)
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token sees itself and what came before. q: [B, n, H, D]; k, v: [B, n, G, D] -> [B, n, H, D]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of B texts, allocated once, zeroed: per layer [B, slots, G, D].
+
+    How many slots of a row are valid is not stored here: it is the `length` that callers pass. Slots beyond it hold
+    garbage that the next write covers, so rejecting a draft costs nothing.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]):
+        self.keys, self.values = keys, values
+
+    @staticmethod
+    def allocate(config: ModelConfig, batch_size: int, slots: int, like: Tensor) -> KVCache:
+        def zeros() -> Tensor:
+            return like.new_zeros(batch_size, slots, config.num_kv_heads, config.head_dim)
+
+        return KVCache([zeros() for _ in range(config.num_layers)], [zeros() for _ in range(config.num_layers)])
+
+    def row(self, b: int) -> KVCache:
+        """A view of one text: what is written there is written here."""
+        return KVCache([k[b : b + 1] for k in self.keys], [v[b : b + 1] for v in self.values])
+
+    def attend(
+        self, slots: Tensor, ancestors: Tensor, length: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] (see `kernels.attention`)."""
+        keys, values = self.keys[layer], self.values[layer]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
+        keys[rows, slots] = k
+        values[rows, slots] = v
+        return kernels.attention(q, keys, values, ancestors, length)
+
+    def keep(self, path: Tensor, length: Tensor) -> None:
+        """Move an accepted path to where it belongs: slot length + path[d] -> length + d, for all d at once.
+
+        path: int64 [B, D + 1], increasing where it is valid, anything beyond. The keys need no new rotation: a node of
+        depth d already stands at position length + d.
+        """
+        rows = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
+        source = length[:, None] + path
+        goal = length[:, None] + torch.arange(path.shape[1], device=path.device)
+        for tensor in (*self.keys, *self.values):
+            tensor[rows, goal] = tensor[rows, source]  # the right side is gathered before the left is written
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling: greedy decoding of perturbed logits
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise BadInput(f"top_k is {self.top_k}; it must be 0 (keep all) or the number of tokens to keep")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -(2**62) < self.seed < 2**62:
+            raise BadInput(f"seed is {self.seed}; it must be between -2**62 and 2**62")
+
+
+LOW_32 = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (in int64) whose output bits look random: the hash lowbias32 of Chris Wellons.
+
+    The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
+    """
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & LOW_32
+    return x ^ (x >> 16)
+
+
+def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise as a function: the same (seed, position, token) has the same noise, whoever asks.
+
+    seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator, so target
+    and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
+    """
+    first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
+    second = mix(first ^ 0x5BF03635)  # two keys: streams of two seeds that meet in one do not meet in the other
+    a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
+    b = mix(a ^ second[..., None])
+    token = torch.arange(vocab_size, device=positions.device)
+    bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, vocabulary]
+    # Uniform in (0, 1) with all its precision near 0, where the large noise comes from: -log(1 - u) is exponential.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """-inf outside the `top_k` largest and the smallest set that holds `top_p` of the tempered softmax. [..., V]"""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]  # [..., 1]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if sampling.top_p < 1:
+        ordered = logits.sort(dim=-1, descending=True).values
+        share = (ordered / sampling.temperature).softmax(dim=-1)
+        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
+        kept = (before < sampling.top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # [..., 1]
+        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -math.inf)
+    return logits
+
+
+def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
+    """filter(logits) + temperature * noise, float32 [B, n, V]; its argmax is an exact sample of the filtered softmax."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return logits
+    noise = gumbel(seed, positions, logits.shape[-1])
+    return filter_logits(logits, sampling) + sampling.temperature * noise
+
+
+def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
+    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B, n].
+
+    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a drafter did,
+    and a drafter that asks with its own logits gets the same noise, so it agrees as often as its distribution allows
+    (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
+    """
+    return perturb(logits, positions, seed, sampling).argmax(dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drafts: trees of tokens whose node 0 is the root
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Draft:
+    """What a drafter proposes, for B rows: n nodes each, node 0 the root, parents before children.
+
+    A sequence is a tree with parent = node - 1. Nodes that only fill the shape have parent -1.
+    """
+
+    tokens: Tensor  # int64 [B, n]
+    parent: Tensor  # int64 [B, n]; -1 for the root and for padding
+    max_depth: int  # of any node: how far the longest path can reach
+
+    @staticmethod
+    def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
+        """Root and n - 1 tokens in a row; of these only the first `count` int64 [B] are meant, the rest is padding."""
+        n = tokens.shape[1]
+        node = torch.arange(n, device=tokens.device)
+        parent = (node - 1).expand_as(tokens)
+        if count is not None:
+            parent = torch.where(node <= count[:, None], parent, -1)
+        return Draft(tokens, parent, n - 1)
+
+
+def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
+    """parent int64 [B, n] -> ancestors bool [B, n, n] (j is i or above i) and depth int64 [B, n]."""
+    node = torch.arange(parent.shape[1], device=parent.device)
+    current = node.expand_as(parent)
+    ancestors = (node[:, None] == node).expand(len(parent), -1, -1)  # [B, n, n]
+    depth = torch.zeros_like(parent)
+    for _ in range(max_depth):  # everybody climbs one step; who has arrived at the top stays there
+        above = parent.gather(1, current)
+        depth = depth + (above >= 0)
+        current = torch.where(above >= 0, above, current)
+        ancestors = ancestors | (current[..., None] == node)
+    return ancestors, depth
+
+
+def accept(
+    tokens: Tensor, parent: Tensor, choice: Tensor, ancestors: Tensor, depth: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    """Follow from the root the child that carries the target's choice; stop where none does.
+
+    tokens, parent, choice, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B]. Path starts
+    at the root, holds `accepted` more nodes, and is filled up with the last of them.
+    """
+    follows = (parent >= 0) & (tokens == choice.gather(1, parent.clamp(min=0)))
+    follows[:, 0] = True  # the root is committed already
+    reached = ~(ancestors & ~follows[:, None, :]).any(dim=-1)  # [B, n]: the whole way from the root agrees
+    accepted, last = torch.where(reached, depth, -1).max(dim=-1)  # [B] each
+    on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
+    level = torch.arange(max_depth + 1, device=tokens.device)
+    node = torch.arange(tokens.shape[1], device=tokens.device)
+    at_level = on_path[:, None, :] & (depth[:, None, :] == level[:, None])  # [B, max_depth + 1, n], one node a level
+    path = torch.where(at_level, node, -1).amax(dim=-1)
+    return torch.where(level <= accepted[:, None], path, last[:, None]), accepted
+
+
+# --------------------------------------------------------------------------------------------------
+# Drafters
+# --------------------------------------------------------------------------------------------------
+
+PREFILL_CHUNK = 512  # tokens of a prompt per forward: bounds memory; boundaries depend on the prompt alone
+
+
+def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -> Tensor:
+    """Continue B texts of `length` int64 [B] by the chain `tokens` int64 [B, n] -> features [B, n, hidden]."""
+    n = tokens.shape[1]
+    positions = length[:, None] + torch.arange(n, device=tokens.device)  # in a chain, slot and position are one number
+    ancestors = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().expand(len(tokens), -1, -1)
+    return model(tokens, positions, partial(cache.attend, positions, ancestors, length))
+
+
+def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start: int) -> Tensor:
+    """Fill slots start .. P - 1 of one row of the cache with a prompt int64 [P] -> feature [1, 1, hidden] of its end."""
+    view = cache.row(row)
+    for begin in range(start, len(tokens), PREFILL_CHUNK):
+        chunk = tokens[None, begin : begin + PREFILL_CHUNK]  # [1, n]
+        features = extend(model, view, chunk, torch.tensor([begin], device=tokens.device))
+    return features[:, -1:]
+
+
+@dataclass
+class State:
+    """B texts being decoded. In every row, tokens[length] is the root: committed, but not yet in the target's cache."""
+
+    tokens: Tensor  # int64 [B, slots]; valid up to and including the root
+    length: Tensor  # int64 [B]; tokens whose K/V is in the target's cache
+    seed: Tensor  # int64 [B]; seed + prompt index, the key of the row's noise
+    active: Tensor  # bool [B]; a row that is not active is frozen: it rides along and nothing of it changes
+
+    @staticmethod
+    def allocate(batch_size: int, slots: int, device: torch.device) -> State:
+        rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
+        return State(tokens, rows.clone(), rows.clone(), rows.bool())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every part of a decoder has to agree on."""
+
+    sampling: Sampling
+    batch_size: int
+    slots: int  # of every cache: the longest text plus the widest draft
+    compile: bool
+
+    def compiled(self, function):
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
+
+
+class Drafter:
+    """Proposes what the target will verify. This one proposes nothing, which makes the loop autoregressive decoding."""
+
+    max_nodes = 1  # of any draft, root included
+    models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
+
+    def start(self, setup: Setup) -> None:
+        """Allocate and compile; called once, by the decoder."""
+
+    def prefill(self, row: int, tokens: Tensor, start: int) -> None:
+        """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
+
+    def propose(self, state: State) -> Draft:
+        root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
+        return Draft.chain(root)
+
+    def draft_sizes(self) -> list[int]:
+        """Every number of nodes that `propose` may return: one compiled verification each."""
+        return [self.max_nodes]
+
+
+class LookupDrafter(Drafter):
+    """Prompt lookup: where the last few tokens occurred before, what followed then is proposed now (arXiv 2304.04487)."""
+
+    def __init__(self, speculate_k: int = 4, ngram: int = 3):
+        self.max_nodes, self.ngram = speculate_k + 1, ngram
+
+    def start(self, setup: Setup) -> None:
+        self.search = setup.compiled(partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1))
+
+    def propose(self, state: State) -> Draft:
+        tokens, found = self.search(state.tokens, state.length)
+        if not (found & state.active).any():  # nothing repeats: verifying guesses would only cost time
+            return super().propose(state)
+        return Draft.chain(tokens, found * (self.max_nodes - 1))
+
+    def draft_sizes(self) -> list[int]:
+        return [1, self.max_nodes]
+
+
+def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
+    """The latest place where the longest suffix of up to `ngram` tokens occurred before, and what followed it there.
+
+    text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1], found bool
+    [B]. What follows a place close to the end is read around in circles: a text that repeats goes on repeating.
+    """
+    place = torch.arange(text.shape[1], device=text.device)
+    matched, score = place < length[:, None], torch.zeros_like(text)  # [B, slots] each
+    for i in range(ngram):  # matched: the i + 1 tokens that end here are the last i + 1 tokens of the text
+        last = text.gather(1, (length[:, None] - i).clamp(min=0))  # [B, 1]
+        matched = matched & (text.roll(i, dims=1) == last) & (place >= i) & (length[:, None] >= i)
+        score = score + matched
+    best, place = torch.where(score > 0, score * text.shape[1] + place, -1).max(dim=1)  # [B] each
+    period = (length - place).clamp(min=1)[:, None]  # [B, 1]
+    index = place[:, None] + 1 + torch.arange(count, device=text.device) % period  # [B, count]
+    root = text.gather(1, length[:, None])
+    return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
+
+
+class SequentialDrafter(Drafter):
+    """A smaller model of the same vocabulary writes K tokens, one after another (Leviathan et al., arXiv 2211.17192).
+
+    It picks with the target's noise, so at any temperature it says what the target says wherever their distributions let
+    it. The last draft of a run that is accepted whole was never fed to it; so every run starts with the last *two* tokens
+    of the text, which costs no extra forward and writes what is there already in every other case.
+    """
+
+    def __init__(self, model: Transformer, speculate_k: int = 4, draft_confidence: float = 0.0):
+        """`draft_confidence`: a row stops before a token of which the model is less sure than this probability."""
+        self.model, self.models, self.max_nodes = model, (model,), speculate_k + 1
+        self.draft_confidence = draft_confidence
+
+    def start(self, setup: Setup) -> None:
+        like = self.model.norm.weight
+        self.cache = KVCache.allocate(self.model.config, setup.batch_size, setup.slots, like)
+        self.sampling = setup.sampling
+        self.next_token = setup.compiled(self.write_one)
+
+    def prefill(self, row: int, tokens: Tensor, start: int) -> None:
+        prefill(self.model, self.cache, row, tokens, start)
+
+    def write_one(self, tokens: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed tokens int64 [B, n] at `length`; the next token int64 [B, 1] and whether we are sure of it, bool [B, 1]."""
+        features = extend(self.model, self.cache, tokens, length)
+        logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
+        token = pick(logits, (length + tokens.shape[1])[:, None], seed, self.sampling)
+        if self.draft_confidence == 0:
+            return token, torch.ones_like(token, dtype=torch.bool)
+        probability = logits[:, 0].float().softmax(-1).gather(1, token)  # [B, 1]
+        return token, probability >= self.draft_confidence
+
+    def propose(self, state: State) -> Draft:
+        length = state.length
+        last_two = length[:, None] + torch.arange(-1, 1, device=length.device)  # [B, 2]
+        fed, start = state.tokens.gather(1, last_two), length - 1
+        drafted, sure = [fed[:, 1:]], state.active[:, None]  # [B, 1] each
+        count = torch.zeros_like(length)
+        for k in range(1, self.max_nodes):
+            token, confident = self.next_token(fed, start, state.seed)
+            if self.draft_confidence > 0:
+                sure = sure & confident
+                if not sure.any():  # one read of the host a token, the price of stopping early
+                    break
+            drafted.append(token)
+            count = count + sure[:, 0]
+            fed, start = token, length + k
+        n = next(size for size in self.draft_sizes() if size >= len(drafted))
+        tokens = torch.cat(drafted + drafted[:1] * (n - len(drafted)), dim=1)  # [B, n], filled up with anything
+        return Draft.chain(tokens, count)
+
+    def draft_sizes(self) -> list[int]:
+        if self.draft_confidence == 0:
+            return [self.max_nodes]
+        return [n for n in (1, 2, 3, 5, 9, 17, 33) if n < self.max_nodes] + [self.max_nodes]
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stats:
+    """Counters of one run; a cut at a stop token or at the budget is counted as cut."""
+
+    outputs: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0  # target and drafter
+    time_to_first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    target_forwards: int = 0  # without prefill; a batched forward counts once per active row
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Without the first token of each output, which prefill yields."""
+        return (self.new_tokens - self.outputs) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return (self.new_tokens - self.outputs) / self.target_forwards if self.target_forwards else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Entry i: the share of steps that accepted more than i draft tokens."""
+        steps = self.accepted_histogram
+        return [sum(steps[i + 1 :]) / self.target_forwards for i in range(len(steps) - 1)]
+
+    def count_step(self, drafted: int, accepted: int, max_depth: int) -> None:
+        self.target_forwards += 1
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        self.accepted_histogram += [0] * (max_depth + 1 - len(self.accepted_histogram))
+        self.accepted_histogram[accepted] += 1
+
+
+@dataclass
+class Emission:
+    """New tokens of one prompt. The first `accepted` of them were drafted, the others are the target's own."""
+
+    prompt: int  # index in the list of prompts
+    tokens: list[int]
+    accepted: int = 0
+    finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
+
+
+@dataclass
+class Row:
+    """The host's view of a text in a row of the batch."""
+
+    prompt: int
+    budget: int  # new tokens it may still emit
+
+
+class Decoder:
+    """A target and a drafter, with their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        drafter: Drafter | None = None,
+        sampling: Sampling = Sampling(),
+        max_length: int = 1024,
+        batch_size: int = 1,
+        compile: bool = True,
+    ):
+        self.model, self.drafter, self.max_length = model, drafter or Drafter(), max_length
+        like = model.norm.weight
+        self.setup = Setup(sampling, batch_size, max_length + self.drafter.max_nodes, compile)
+        self.cache = KVCache.allocate(model.config, batch_size, self.setup.slots, like)
+        self.state = State.allocate(batch_size, self.setup.slots, like.device)
+        self.drafter.start(self.setup)
+        self.verify_step = self.setup.compiled(self.verify)
+
+    @torch.inference_mode()
+    def warm_up(self) -> float:
+        """Compile every size that decoding will meet -> seconds it took. Rows are frozen, so nothing changes."""
+        started = time.perf_counter()
+        self.state.length.fill_(1)
+        extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
+        for n in self.drafter.draft_sizes() if self.setup.compile else []:
+            self.drafter.propose(self.state)
+            tokens = self.state.tokens[:, :n].clone()
+            self.run_verify(Draft.chain(tokens, self.state.length * 0))
+        self.state.length.fill_(0)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
+        """Start a new text in `row` -> its first new token. `reuse` keeps what the caches share with the last text."""
+        state, device = self.state, self.state.tokens.device
+        start = self.shared_prefix(row, tokens) if reuse else 0
+        prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
+        feature = prefill(self.model, self.cache, row, prompt, start)
+        self.drafter.prefill(row, prompt, start)
+        state.seed[row], state.length[row], state.active[row] = seed, length, True
+        position = state.length[row : row + 1, None]  # [1, 1]
+        first = pick(self.model.lm_head(feature), position, state.seed[row : row + 1], self.setup.sampling)
+        state.tokens[row, :length] = prompt
+        state.tokens[row, length] = first[0, 0]
+        return int(first)
+
+    def shared_prefix(self, row: int, tokens: list[int]) -> int:
+        """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
+        valid = int(self.state.length[row]) - 1  # a drafter may lack the last one
+        old = self.state.tokens[row, : max(valid, 0)].tolist()
+        pairs = zip(old, tokens[:-1])
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
+
+    def verify(
+        self, tokens: Tensor, parent: Tensor, max_depth: int, text: Tensor, length: Tensor, seed: Tensor, active: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward of the target over a draft int64 [B, n]; its choices are written into `text` behind the root.
+
+        Returns the new length [B], the path [B, max_depth + 1], and what the host reads, in one tensor: accepted length,
+        drafted tokens, whether the path has to move, and the emitted tokens, [B, 3 + max_depth + 1].
+        """
+        nodes = torch.arange(tokens.shape[1], device=tokens.device)
+        ancestors, depth = tree_geometry(parent, max_depth)
+        slots, positions = length[:, None] + nodes, length[:, None] + depth  # [B, n] each
+        features = self.model(tokens, positions, partial(self.cache.attend, slots, ancestors, length))
+        choice = pick(self.model.lm_head(features), positions + 1, seed, self.setup.sampling)  # [B, n]
+        path, accepted = accept(tokens, parent, choice, ancestors, depth, max_depth)
+        emitted = choice.gather(1, path)  # [B, max_depth + 1]: accepted drafts, then the bonus, then repetitions
+        level = nodes[: max_depth + 1]
+        text.scatter_(1, length[:, None] + 1 + level, emitted)
+        moves = ((path != level) & (level <= accepted[:, None])).any(dim=1)
+        drafted = (parent >= 0).sum(dim=1)
+        report = torch.cat((torch.stack((accepted, drafted, moves), dim=1), emitted), dim=1)
+        return torch.where(active, length + accepted + 1, length), path, report
+
+    def run_verify(self, draft: Draft) -> list[list[int]]:
+        """Verify a draft and commit what was accepted -> per row: accepted, drafted, moved, emitted tokens."""
+        s, old_length = self.state, self.state.length
+        s.length, path, report = self.verify_step(
+            draft.tokens, draft.parent, draft.max_depth, s.tokens, old_length, s.seed, s.active
+        )
+        rows = report.tolist()  # the one host read of a step
+        if any(row[2] for row in rows):  # never for a chain: its path is in place
+            self.cache.keep(path, old_length)
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[list[int]], int]:
+        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, and the depth of the draft."""
+        draft = self.drafter.propose(self.state)
+        return self.run_verify(draft), draft.max_depth
+
+    def run(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int = 200,
+        stop_ids: Iterable[int] = (),
+        should_stop: Callable[[int, int], bool] | None = None,
+        stats: Stats | None = None,
+        reuse: bool = False,
+    ) -> Iterator[list[Emission]]:
+        """Decode all prompts, yielding what every step emits; a row whose text is finished takes the next prompt at once.
+
+        `should_stop(prompt index, token)` is asked about every token in order and ends the text with that token. `reuse`
+        continues a conversation: what the new prompt shares with the row's last text is not computed again.
+        """
+        stats, stop_ids = stats if stats is not None else Stats(), frozenset(stop_ids)
+        for tokens in prompts:
+            check_prompt(self.model.config, tokens, self.max_length)
+        self.state.active.fill_(False)  # an earlier run may have been abandoned half way
+        waiting = deque(range(len(prompts)))
+        rows: list[Row | None] = [None] * self.setup.batch_size
+        started = time.perf_counter()
+
+        def emit(b: int, tokens: list[int], accepted: int) -> Emission:
+            row = rows[b]
+            emission = cut(row, tokens, accepted, stop_ids, should_stop)
+            row.budget -= len(emission.tokens)
+            stats.new_tokens += len(emission.tokens)
+            if emission.finish_reason:
+                rows[b] = None
+                self.state.active[b] = False
+            return emission
+
+        while waiting or any(rows):
+            for b in range(len(rows)):
+                while rows[b] is None and waiting:
+                    i, begin = waiting.popleft(), time.perf_counter()
+                    room = self.max_length - len(prompts[i])
+                    rows[b] = Row(i, min(max_new_tokens, room))
+                    first = self.prefill(b, prompts[i], self.setup.sampling.seed + i, reuse)
+                    stats.prefill_seconds += time.perf_counter() - begin
+                    stats.time_to_first_token_seconds = stats.time_to_first_token_seconds or time.perf_counter() - started
+                    stats.outputs += 1
+                    yield [emit(b, [first], 0)]
+            if not any(rows):
+                continue
+            begin = time.perf_counter()
+            reports, max_depth = self.step()
+            emissions = []
+            for b, (accepted, drafted, _, *tokens) in enumerate(reports):
+                if rows[b] is not None:
+                    emissions.append(emit(b, tokens[: accepted + 1], accepted))
+                    stats.count_step(drafted, emissions[-1].accepted, max_depth)
+            stats.decode_seconds += time.perf_counter() - begin
+            yield emissions
+
+
+def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:
+    """The new tokens of a text up to and including the one that ends it."""
+    for i, token in enumerate(tokens, start=1):
+        if token in stop_ids or (should_stop is not None and should_stop(row.prompt, token)):
+            return Emission(row.prompt, tokens[:i], min(accepted, i), "stop")
+        if i == row.budget:
+            return Emission(row.prompt, tokens[:i], min(accepted, i), "length")
+    return Emission(row.prompt, tokens, accepted)
+
+
+def cache_length(config: ModelConfig, longest: int) -> int:
+    """Tokens to allocate a cache for, when the longest text needs `longest`: rounded up, so that most prompts share one
+    set of compiled shapes, but never beyond what the model was trained for."""
+    window = config.sliding_window
+    if window is not None and longest > window:
+        raise BadInput(
+            f"this model sees only a sliding window of {window} tokens, which is not implemented; prompt and new tokens "
+            f"come to {longest}: shorten the prompt or lower --max_new_tokens"
+        )
+    return min(-(-longest // 512) * 512, config.max_context, window or config.max_context)
+
+
+def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
+    """Raise BadInput for a prompt that cannot be decoded. int list; `max_length` counts at least one new token."""
+    if not tokens:
+        raise BadInput("the prompt is empty; this model has no beginning-of-text token, so it needs at least one token")
+    if len(tokens) >= max_length:
+        raise BadInput(f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one")
+    wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
+    if wrong is not None:
+        raise BadInput(f"the prompt has the token id {wrong}; the model knows 0 to {config.vocab_size - 1}")
+
+
+def generate(
+    model: Transformer,
+    prompt_ids: list[int] | list[list[int]],
+    drafter: Drafter | None = None,
+    sampling: Sampling = Sampling(),
+    max_new_tokens: int = 200,
+    batch_size: int = 1,
+    compile: bool = True,
+    **options,
+) -> Iterator[list[Emission]]:
+    """Decode one prompt or several, a step at a time: the engine in one call. `options` are those of `Decoder.run`.
+
+        stats = Stats()
+        for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
+            print(emissions[0].tokens)
+    """
+    prompts = [prompt_ids] if not prompt_ids or isinstance(prompt_ids[0], int) else prompt_ids
+    max_length = cache_length(model.config, max(map(len, prompts)) + max_new_tokens)
+    decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
+    stats = options.setdefault("stats", Stats())
+    stats.compile_seconds += decoder.warm_up()
+    yield from decoder.run(prompts, max_new_tokens, **options)

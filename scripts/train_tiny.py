@@ -1,0 +1,278 @@
+"""Train the models that ship in models/ from the source of the Python standard library.
+
+    python scripts/train_tiny.py tokenizer            # models/*/tokenizer.model, held-out prompts         1 minute
+    python scripts/train_tiny.py target               # models/python-7m: 8 layers of width 256            about an hour
+    python scripts/train_tiny.py small                # models/python-1m: 2 layers of width 128            about 15 minutes
+
+In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from `.training/`.
+
+The one idea: a drafter is good when it guesses what the *target* says, so the small model is not trained on the text but
+on the target's distribution over the text (distillation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from gpt_spec import ModelConfig, Transformer  # noqa: E402
+
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+STATE = ROOT / ".training"
+VOCABULARY, SEQUENCE, BATCH = 4096, 512, 8
+BOS, EOS = 1, 2
+
+SHAPES = {
+    "target": ("python-7m", dict(hidden_size=256, intermediate_size=768, num_layers=8, num_heads=4, num_kv_heads=2)),
+    "small": ("python-1m", dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1)),
+}
+STEPS = {"target": 7000, "small": 5000}
+
+# Modules no model has seen; neither have their tests (test_<name>.py) been.
+HELD_OUT = """argparse base64 bisect calendar cmd colorsys configparser contextlib copy csv dataclasses difflib fileinput
+fnmatch fractions getopt glob graphlib gzip heapq inspect mailbox netrc optparse pprint queue random sched shlex shutil
+statistics string tabnanny textwrap timeit uuid wave""".split()
+
+NOTICE = """The prompts in held_out.jsonl are the beginnings of classes and functions of modules of the Python standard library,
+Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved.
+They are used under the PSF License Agreement, https://docs.python.org/3/license.html, which is why this notice is here.
+The models in this folder were trained on the rest of the same library by scripts/train_tiny.py.
+"""
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def read_library() -> tuple[list[str], list[str], dict[str, str]]:
+    """(library modules, test modules, held-out modules by name), without character tables and generated files."""
+    library, tests, held_out = [], [], {}
+    for path in sorted(LIBRARY.rglob("*.py")):
+        parts = path.relative_to(LIBRARY).parts
+        if {"site-packages", "encodings", "__pycache__", "cjkencodings"} & set(parts) or "_sysconfigdata" in path.name:
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if parts in [(f"{name}.py",) for name in HELD_OUT]:
+            held_out[path.stem] = text
+        elif {"test", "tests", "idle_test"} & set(parts):
+            if path.stem.removeprefix("test_") not in HELD_OUT:
+                tests.append(text)
+        else:
+            library.append(text)
+    return library, tests, held_out
+
+
+def train_tokenizer() -> None:
+    """A SentencePiece BPE that loses nothing: bytes as a fallback, no normalisation, newlines and indentation as pieces."""
+    library, _, held_out = read_library()
+    target = ROOT / "models" / SHAPES["target"][0]
+    target.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in library for line in text.split("\n") if line),
+        model_prefix=str(target / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["\n"],
+        character_coverage=0.9995,
+        max_sentence_length=4192,
+        num_threads=2,
+    )
+    (target / "tokenizer.vocab").unlink()
+    small = ROOT / "models" / SHAPES["small"][0]
+    small.mkdir(exist_ok=True)
+    (small / "tokenizer.model").write_bytes((target / "tokenizer.model").read_bytes())
+    write_prompts(held_out)
+
+
+def write_prompts(held_out: dict[str, str]) -> None:
+    """models/held_out.jsonl: from every held-out module two prompts of 10 to 24 lines, each ending where a body begins."""
+    lines_out = []
+    for name, text in held_out.items():
+        lines = text.split("\n")
+        starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ") and line.endswith(":") and i > 30]
+        for i in (starts[len(starts) // 3], starts[2 * len(starts) // 3]) if len(starts) > 2 else starts[:2]:
+            prompt = "\n".join(lines[max(0, i - 16) : i + 1]) + "\n"
+            lines_out.append(json.dumps({"module": name, "prompt": prompt}))
+    (ROOT / "models" / "held_out.jsonl").write_text("\n".join(lines_out) + "\n")
+    (ROOT / "models" / "NOTICE").write_text(NOTICE)
+    print(f"{len(lines_out)} prompts from {len(held_out)} held-out modules")
+
+
+def load_tokens() -> tuple[Tensor, Tensor]:
+    """(training tokens, held-out tokens), int64 [n]. Every module starts with BOS; library modules are there twice."""
+    path = ROOT / "models" / SHAPES["target"][0] / "tokenizer.model"
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    library, tests, held_out = read_library()
+
+    def encode(texts: list[str]) -> list[int]:
+        return [token for ids in tokenizer.encode(texts, add_bos=True, num_threads=2) for token in ids]
+
+    return torch.tensor(2 * encode(library) + encode(tests)), torch.tensor(encode(list(held_out.values())))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def build_model(kind: str) -> Transformer:
+    config = ModelConfig(vocab_size=VOCABULARY, head_dim=64, max_context=2 * SEQUENCE, tied_embeddings=True, **SHAPES[kind][1])
+    torch.manual_seed(0)
+    model = Transformer(config)
+    torch.nn.init.normal_(model.embed_tokens.weight, std=0.02)
+    for layer in model.layers:  # a fresh layer adds nothing to the residual stream
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def build_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def sample_batch(tokens: Tensor, step: int) -> Tensor:
+    """int64 [BATCH, SEQUENCE + 1]; a function of the step alone, so that a resumed run sees what it would have seen."""
+    starts = torch.randint(len(tokens) - SEQUENCE - 1, (BATCH,), generator=torch.Generator().manual_seed(step))
+    return torch.stack([tokens[i : i + SEQUENCE + 1] for i in starts.tolist()])
+
+
+def make_loss(model: Transformer, teacher: Transformer | None):
+    """Cross-entropy with the text or, given a teacher, with the teacher's distribution over the text."""
+    device = next(model.parameters()).device.type
+
+    def loss(batch: Tensor) -> Tensor:
+        inputs, labels = batch[:, :-1], batch[:, 1:].flatten()  # [B, n], [B n]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            logits = model.lm_head(model.recompute(inputs)).flatten(0, 1).float()  # [B n, vocabulary]
+            if teacher is not None:
+                with torch.no_grad():
+                    labels = teacher.lm_head(teacher.recompute(inputs)).flatten(0, 1).float().softmax(-1)
+        return F.cross_entropy(logits, labels)
+
+    return torch.compile(loss, dynamic=False)
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, tokens: Tensor) -> tuple[float, float]:
+    """(loss in nats per token, share of tokens that are the first choice) over windows of SEQUENCE held-out tokens."""
+    device, total, right, count = next(model.parameters()).device, 0.0, 0, 0
+    for window in tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE).to(device).split(BATCH):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model.lm_head(model.recompute(window))[:, :-1].flatten(0, 1).float()  # [B (n - 1), vocabulary]
+        labels = window[:, 1:].flatten()
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += (logits.argmax(-1) == labels).sum().item()
+        count += len(labels)
+    return total / count, right / count
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm up over 100 steps, stay, and go down linearly to nothing over the last half."""
+    return min(1.0, (step + 1) / 100, 2 * (steps - step) / steps)
+
+
+def train(kind: str, steps: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, held_out = load_tokens()
+    print(f"{len(tokens) / 1e6:.1f} M training tokens, {len(held_out) / 1e6:.2f} M held out")
+    model = build_model(kind).to(device)
+    teacher = load_shipped("target").to(device).requires_grad_(False) if kind == "small" else None
+    optimizers, loss, first = build_optimizers(model), make_loss(model, teacher), 0
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    state_path = STATE / f"{kind}.pt"
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+        print(f"resuming at step {first}")
+    start = time.time()
+    for step in range(first, steps):
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
+            optimizer.zero_grad()
+        value = loss(sample_batch(tokens, step).to(device))
+        value.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {value.item():.3f}, {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            print("held out: loss %.3f nats, first choice right %.3f" % evaluate(model, held_out), flush=True)
+            save_state(state_path, model, optimizers, step + 1)
+    save_shipped(kind, model)
+
+
+def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+# ---- the Hugging Face layout ---------------------------------------------------------------------
+
+
+def save_shipped(kind: str, model: Transformer) -> None:
+    c, folder = model.config, ROOT / "models" / SHAPES[kind][0]
+    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in model.checkpoint_tensors().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_context, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+        "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": BOS, "eos_token_id": EOS,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}, indent=2) + "\n"
+    )
+    print(f"wrote {folder.relative_to(ROOT)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+
+
+def load_shipped(kind: str) -> Transformer:
+    model = build_model(kind)
+    views = model.checkpoint_tensors()
+    for name, tensor in load_file(ROOT / "models" / SHAPES[kind][0] / "model.safetensors").items():
+        views[name].copy_(tensor)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tokenizer", *SHAPES])
+    parser.add_argument("--steps", type=int, help="steps of BATCH x SEQUENCE tokens (default: %s)" % STEPS)
+    args = parser.parse_args()
+    if args.what == "tokenizer":
+        train_tokenizer()
+    else:
+        train(args.what, args.steps or STEPS[args.what])
+
+
+if __name__ == "__main__":
+    main()

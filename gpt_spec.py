@@ -1,11 +1,12 @@
 """gpt_spec.py: a Llama-family model with a static KV cache, and speculative decoding around it.
 
-This file knows tensors. It knows nothing of text, of command lines, or of how a checkpoint was quantized; `generate.py`
-does (start there to run something: `python generate.py`).
+This file knows tensors. It knows nothing of text, of command lines, or of how a checkpoint was quantized;
+`generate.py` does (start there to run something: `python generate.py`).
 
-The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens, one forward of
-the target picks its own token after every one of them, and the longest path on which both agree is kept. What the target
-picks never depends on what was proposed (see `pick`), so a drafter can change the speed and nothing else.
+The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens,
+one forward of the target picks its own token after every one of them, and the longest path on which both
+agree is kept. What the target picks never depends on what was proposed (see `pick`), so a drafter can change
+the speed and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import kernels
 
 
 class BadInput(ValueError):
-    """What the user gave cannot work. The message is one line: the file or flag, what is wrong, what would be right."""
+    """What the user gave cannot work. The message is one line: the file or flag, what is wrong, what would be
+    right."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,11 +38,14 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context. `kind` is `default`, `linear` or `llama3`."""
+    """How RoPE frequencies are stretched beyond the trained context. `kind` is `default`, `linear` or
+    `llama3`."""
 
     kind: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`,
+    low_freq_factor: float = (
+        1.0  # llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`,
+    )
     high_freq_factor: float = 4.0  # those below original_context / high_freq_factor are left alone
     original_context: int = 8192
 
@@ -69,15 +74,20 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face configuration: Llama, Mistral, Qwen2 or Qwen3, in the spelling of transformers 4 or 5.
+        """Read a Hugging Face configuration: Llama, Mistral, Qwen2 or Qwen3, in the spelling of transformers
+        4 or 5.
 
         Raises BadInput, naming `where`, for other architectures, missing or impossible values.
         """
         kind = raw.get("model_type")
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise BadInput(f"{where}: model_type {kind!r} is not supported; use llama, mistral, qwen2 or qwen3")
+            raise BadInput(
+                f"{where}: model_type {kind!r} is not supported; use llama, mistral, qwen2 or qwen3"
+            )
         if raw.get("hidden_act", "silu") != "silu":
-            raise BadInput(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; SwiGLU models have 'silu'")
+            raise BadInput(
+                f"{where}: hidden_act {raw['hidden_act']!r} is not supported; SwiGLU models have 'silu'"
+            )
         try:
             heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             theta, scaling = read_rope(raw, where)
@@ -109,20 +119,21 @@ class ModelConfig:
         return config
 
     def check(self, where: str) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_context")
-        for name in (*sizes, "head_dim"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_context")
+        for name in (*sizes, "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{where}: {name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise BadInput(
-                f"{where}: {self.num_heads} attention heads do not divide by {self.num_kv_heads} key-value heads"
+                f"{where}: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} key-value heads"
             )
         if self.head_dim % 2:
             raise BadInput(f"{where}: head_dim is {self.head_dim}; RoPE needs an even one")
 
 
 def read_rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
-    """RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
+    (before)."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -186,7 +197,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
@@ -246,7 +261,8 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its Hugging Face name, as a view: loading copies into them, saving copies out of them.
+        """Every weight under its Hugging Face name, as a view: loading copies into them, saving copies out of
+        them.
 
         q, k, v and gate, up are rows of one fused matrix each; a tied lm_head has no name of its own.
         """
@@ -267,10 +283,11 @@ class Transformer(nn.Module):
         return named
 
     def forward(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Features of `tokens`: the hidden state after the final norm, [B, n, hidden]. `lm_head` turns them into logits.
+        """Features of `tokens`: the hidden state after the final norm, [B, n, hidden]. `lm_head` turns them
+        into logits.
 
-        tokens, positions: int64 [B, n]. `attend(layer, q, k, v)` decides what a token sees: `KVCache.attend` (with its
-        first arguments bound) continues a cached text, `causal_attention` needs no cache.
+        tokens, positions: int64 [B, n]. `attend(layer, q, k, v)` decides what a token sees: `KVCache.attend`
+        (with its first arguments bound) continues a cached text, `causal_attention` needs no cache.
         """
         cos, sin = self.rope(positions)
         x = self.embed_tokens(tokens)  # [B, n, hidden]
@@ -293,8 +310,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of B texts, allocated once, zeroed: per layer [B, slots, G, D].
 
-    How many slots of a row are valid is not stored here: it is the `length` that callers pass. Slots beyond it hold
-    garbage that the next write covers, so rejecting a draft costs nothing.
+    How many slots of a row are valid is not stored here: it is the `length` that callers pass. Slots beyond
+    it hold garbage that the next write covers, so rejecting a draft costs nothing.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
@@ -305,7 +322,9 @@ class KVCache:
         def zeros() -> Tensor:
             return like.new_zeros(batch_size, slots, config.num_kv_heads, config.head_dim)
 
-        return KVCache([zeros() for _ in range(config.num_layers)], [zeros() for _ in range(config.num_layers)])
+        return KVCache(
+            [zeros() for _ in range(config.num_layers)], [zeros() for _ in range(config.num_layers)]
+        )
 
     def row(self, b: int) -> KVCache:
         """A view of one text: what is written there is written here."""
@@ -314,7 +333,8 @@ class KVCache:
     def attend(
         self, slots: Tensor, ancestors: Tensor, length: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] (see `kernels.attention`)."""
+        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] (see
+        `kernels.attention`)."""
         keys, values = self.keys[layer], self.values[layer]
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
         keys[rows, slots] = k
@@ -324,8 +344,8 @@ class KVCache:
     def keep(self, path: Tensor, length: Tensor) -> None:
         """Move an accepted path to where it belongs: slot length + path[d] -> length + d, for all d at once.
 
-        path: int64 [B, D + 1], increasing where it is valid, anything beyond. The keys need no new rotation: a node of
-        depth d already stands at position length + d.
+        path: int64 [B, D + 1], increasing where it is valid, anything beyond. The keys need no new rotation:
+        a node of depth d already stands at position length + d.
         """
         rows = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
         source = length[:, None] + path
@@ -363,7 +383,8 @@ LOW_32 = 0xFFFFFFFF
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (in int64) whose output bits look random: the hash lowbias32 of Chris Wellons.
+    """A bijection of 32-bit integers (in int64) whose output bits look random: the hash lowbias32 of Chris
+    Wellons.
 
     The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
     """
@@ -375,22 +396,26 @@ def mix(x: Tensor) -> Tensor:
 def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise as a function: the same (seed, position, token) has the same noise, whoever asks.
 
-    seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator, so target
-    and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
+    seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator,
+    so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
     """
     first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
-    second = mix(first ^ 0x5BF03635)  # two keys: streams of two seeds that meet in one do not meet in the other
+    second = mix(
+        first ^ 0x5BF03635
+    )  # two keys: streams of two seeds that meet in one do not meet in the other
     a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
     b = mix(a ^ second[..., None])
     token = torch.arange(vocab_size, device=positions.device)
     bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, vocabulary]
-    # Uniform in (0, 1) with all its precision near 0, where the large noise comes from: -log(1 - u) is exponential.
+    # Uniform in (0, 1) with all its precision near 0, where the large noise comes from: -log(1 - u) is
+    # exponential.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """-inf outside the `top_k` largest and the smallest set that holds `top_p` of the tempered softmax. [..., V]"""
+    """-inf outside the `top_k` largest and the smallest set that holds `top_p` of the tempered softmax. [...,
+    V]"""
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]  # [..., 1]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -404,7 +429,8 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """filter(logits) + temperature * noise, float32 [B, n, V]; its argmax is an exact sample of the filtered softmax."""
+    """filter(logits) + temperature * noise, float32 [B, n, V]; its argmax is an exact sample of the filtered
+    softmax."""
     logits = logits.float()
     if sampling.temperature == 0:
         return logits
@@ -413,11 +439,12 @@ def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling)
 
 
 def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B, n].
+    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
+    n].
 
-    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a drafter did,
-    and a drafter that asks with its own logits gets the same noise, so it agrees as often as its distribution allows
-    (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
+    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a
+    drafter did, and a drafter that asks with its own logits gets the same noise, so it agrees as often as its
+    distribution allows (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
     """
     return perturb(logits, positions, seed, sampling).argmax(dim=-1)
 
@@ -440,7 +467,8 @@ class Draft:
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
-        """Root and n - 1 tokens in a row; of these only the first `count` int64 [B] are meant, the rest is padding."""
+        """Root and n - 1 tokens in a row; of these only the first `count` int64 [B] are meant, the rest is
+        padding."""
         n = tokens.shape[1]
         node = torch.arange(n, device=tokens.device)
         parent = (node - 1).expand_as(tokens)
@@ -468,8 +496,8 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """Follow from the root the child that carries the target's choice; stop where none does.
 
-    tokens, parent, choice, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B]. Path starts
-    at the root, holds `accepted` more nodes, and is filled up with the last of them.
+    tokens, parent, choice, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B].
+    Path starts at the root, holds `accepted` more nodes, and is filled up with the last of them.
     """
     follows = (parent >= 0) & (tokens == choice.gather(1, parent.clamp(min=0)))
     follows[:, 0] = True  # the root is committed already
@@ -478,7 +506,9 @@ def accept(
     on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
     level = torch.arange(max_depth + 1, device=tokens.device)
     node = torch.arange(tokens.shape[1], device=tokens.device)
-    at_level = on_path[:, None, :] & (depth[:, None, :] == level[:, None])  # [B, max_depth + 1, n], one node a level
+    at_level = on_path[:, None, :] & (
+        depth[:, None, :] == level[:, None]
+    )  # [B, max_depth + 1, n], one node a level
     path = torch.where(at_level, node, -1).amax(dim=-1)
     return torch.where(level <= accepted[:, None], path, last[:, None]), accepted
 
@@ -491,15 +521,19 @@ PREFILL_CHUNK = 512  # tokens of a prompt per forward: bounds memory; boundaries
 
 
 def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -> Tensor:
-    """Continue B texts of `length` int64 [B] by the chain `tokens` int64 [B, n] -> features [B, n, hidden]."""
+    """Continue B texts of `length` int64 [B] by the chain `tokens` int64 [B, n] -> features [B, n,
+    hidden]."""
     n = tokens.shape[1]
-    positions = length[:, None] + torch.arange(n, device=tokens.device)  # in a chain, slot and position are one number
+    positions = length[:, None] + torch.arange(
+        n, device=tokens.device
+    )  # in a chain, slot and position are one number
     ancestors = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().expand(len(tokens), -1, -1)
     return model(tokens, positions, partial(cache.attend, positions, ancestors, length))
 
 
 def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start: int) -> Tensor:
-    """Fill slots start .. P - 1 of one row of the cache with a prompt int64 [P] -> feature [1, 1, hidden] of its end."""
+    """Fill slots start .. P - 1 of one row of the cache with a prompt int64 [P] -> feature [1, 1, hidden] of
+    its end."""
     view = cache.row(row)
     for begin in range(start, len(tokens), PREFILL_CHUNK):
         chunk = tokens[None, begin : begin + PREFILL_CHUNK]  # [1, n]
@@ -509,7 +543,8 @@ def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start:
 
 @dataclass
 class State:
-    """B texts being decoded. In every row, tokens[length] is the root: committed, but not yet in the target's cache."""
+    """B texts being decoded. In every row, tokens[length] is the root: committed, but not yet in the target's
+    cache."""
 
     tokens: Tensor  # int64 [B, slots]; valid up to and including the root
     length: Tensor  # int64 [B]; tokens whose K/V is in the target's cache
@@ -532,12 +567,20 @@ class Setup:
     slots: int  # of every cache: the longest text plus the widest draft
     compile: bool
 
-    def compiled(self, function):
-        return torch.compile(function, fullgraph=True, dynamic=False) if self.compile else function
+    def compiled(self, function: Callable) -> Callable:
+        if not self.compile:
+            return function
+        import torch._dynamo.config  # slow to import, and only needed here
+
+        # One function serves every number of nodes, model and batch size of a process: that is not the
+        # runaway recompilation which the default limit of 8 guards against.
+        torch._dynamo.config.recompile_limit = 256
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class Drafter:
-    """Proposes what the target will verify. This one proposes nothing, which makes the loop autoregressive decoding."""
+    """Proposes what the target will verify. This one proposes nothing, which makes the loop autoregressive
+    decoding."""
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
@@ -558,7 +601,8 @@ class Drafter:
 
 
 class LookupDrafter(Drafter):
-    """Prompt lookup: where the last few tokens occurred before, what followed then is proposed now (arXiv 2304.04487)."""
+    """Prompt lookup: where the last few tokens occurred before, what followed then is proposed now (arXiv
+    2304.04487)."""
 
     def __init__(self, speculate_k: int = 4, ngram: int = 3):
         self.max_nodes, self.ngram = speculate_k + 1, ngram
@@ -577,10 +621,12 @@ class LookupDrafter(Drafter):
 
 
 def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
-    """The latest place where the longest suffix of up to `ngram` tokens occurred before, and what followed it there.
+    """The latest place where the longest suffix of up to `ngram` tokens occurred before, and what followed it
+    there.
 
-    text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1], found bool
-    [B]. What follows a place close to the end is read around in circles: a text that repeats goes on repeating.
+    text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1],
+    found bool [B]. What follows a place close to the end is read around in circles: a text that repeats goes
+    on repeating.
     """
     place = torch.arange(text.shape[1], device=text.device)
     matched, score = place < length[:, None], torch.zeros_like(text)  # [B, slots] each
@@ -596,15 +642,18 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
 
 
 class SequentialDrafter(Drafter):
-    """A smaller model of the same vocabulary writes K tokens, one after another (Leviathan et al., arXiv 2211.17192).
+    """A smaller model of the same vocabulary writes K tokens, one after another (Leviathan et al., arXiv
+    2211.17192).
 
-    It picks with the target's noise, so at any temperature it says what the target says wherever their distributions let
-    it. The last draft of a run that is accepted whole was never fed to it; so every run starts with the last *two* tokens
-    of the text, which costs no extra forward and writes what is there already in every other case.
+    It picks with the target's noise, so at any temperature it says what the target says wherever their
+    distributions let it. The last draft of a run that is accepted whole was never fed to it; so every run
+    starts with the last *two* tokens of the text, which costs no extra forward and writes what is there
+    already in every other case.
     """
 
     def __init__(self, model: Transformer, speculate_k: int = 4, draft_confidence: float = 0.0):
-        """`draft_confidence`: a row stops before a token of which the model is less sure than this probability."""
+        """`draft_confidence`: a row stops before a token of which the model is less sure than this
+        probability."""
         self.model, self.models, self.max_nodes = model, (model,), speculate_k + 1
         self.draft_confidence = draft_confidence
 
@@ -618,7 +667,8 @@ class SequentialDrafter(Drafter):
         prefill(self.model, self.cache, row, tokens, start)
 
     def write_one(self, tokens: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed tokens int64 [B, n] at `length`; the next token int64 [B, 1] and whether we are sure of it, bool [B, 1]."""
+        """Feed tokens int64 [B, n] at `length`; the next token int64 [B, 1] and whether we are sure of it,
+        bool [B, 1]."""
         features = extend(self.model, self.cache, tokens, length)
         logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
         token = pick(logits, (length + tokens.shape[1])[:, None], seed, self.sampling)
@@ -643,7 +693,9 @@ class SequentialDrafter(Drafter):
             count = count + sure[:, 0]
             fed, start = token, length + k
         n = next(size for size in self.draft_sizes() if size >= len(drafted))
-        tokens = torch.cat(drafted + drafted[:1] * (n - len(drafted)), dim=1)  # [B, n], filled up with anything
+        tokens = torch.cat(
+            drafted + drafted[:1] * (n - len(drafted)), dim=1
+        )  # [B, n], filled up with anything
         return Draft.chain(tokens, count)
 
     def draft_sizes(self) -> list[int]:
@@ -697,7 +749,8 @@ class Stats:
 
 @dataclass
 class Emission:
-    """New tokens of one prompt. The first `accepted` of them were drafted, the others are the target's own."""
+    """New tokens of one prompt. The first `accepted` of them were drafted, the others are the target's
+    own."""
 
     prompt: int  # index in the list of prompts
     tokens: list[int]
@@ -714,8 +767,10 @@ class Row:
 
 
 class Decoder:
-    """A target and a drafter, with their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
+    """A target and a drafter, with their caches, for `batch_size` texts of up to `max_length` tokens at a
+    time."""
 
+    @torch.no_grad()
     def __init__(
         self,
         model: Transformer,
@@ -733,9 +788,10 @@ class Decoder:
         self.drafter.start(self.setup)
         self.verify_step = self.setup.compiled(self.verify)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def warm_up(self) -> float:
-        """Compile every size that decoding will meet -> seconds it took. Rows are frozen, so nothing changes."""
+        """Compile every size that decoding will meet -> seconds it took. Rows are frozen, so nothing
+        changes."""
         started = time.perf_counter()
         self.state.length.fill_(1)
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
@@ -746,9 +802,10 @@ class Decoder:
         self.state.length.fill_(0)
         return time.perf_counter() - started
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
-        """Start a new text in `row` -> its first new token. `reuse` keeps what the caches share with the last text."""
+        """Start a new text in `row` -> its first new token. `reuse` keeps what the caches share with the last
+        text."""
         state, device = self.state, self.state.tokens.device
         start = self.shared_prefix(row, tokens) if reuse else 0
         prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
@@ -769,12 +826,21 @@ class Decoder:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
 
     def verify(
-        self, tokens: Tensor, parent: Tensor, max_depth: int, text: Tensor, length: Tensor, seed: Tensor, active: Tensor
+        self,
+        tokens: Tensor,
+        parent: Tensor,
+        max_depth: int,
+        text: Tensor,
+        length: Tensor,
+        seed: Tensor,
+        active: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward of the target over a draft int64 [B, n]; its choices are written into `text` behind the root.
+        """One forward of the target over a draft int64 [B, n]; its choices are written into `text` behind the
+        root.
 
-        Returns the new length [B], the path [B, max_depth + 1], and what the host reads, in one tensor: accepted length,
-        drafted tokens, whether the path has to move, and the emitted tokens, [B, 3 + max_depth + 1].
+        Returns the new length [B], the path [B, max_depth + 1], and what the host reads, in one tensor:
+        accepted length, drafted tokens, whether the path has to move, and the emitted tokens, [B, 3 +
+        max_depth + 1].
         """
         nodes = torch.arange(tokens.shape[1], device=tokens.device)
         ancestors, depth = tree_geometry(parent, max_depth)
@@ -782,7 +848,9 @@ class Decoder:
         features = self.model(tokens, positions, partial(self.cache.attend, slots, ancestors, length))
         choice = pick(self.model.lm_head(features), positions + 1, seed, self.setup.sampling)  # [B, n]
         path, accepted = accept(tokens, parent, choice, ancestors, depth, max_depth)
-        emitted = choice.gather(1, path)  # [B, max_depth + 1]: accepted drafts, then the bonus, then repetitions
+        emitted = choice.gather(
+            1, path
+        )  # [B, max_depth + 1]: accepted drafts, then the bonus, then repetitions
         level = nodes[: max_depth + 1]
         text.scatter_(1, length[:, None] + 1 + level, emitted)
         moves = ((path != level) & (level <= accepted[:, None])).any(dim=1)
@@ -791,7 +859,8 @@ class Decoder:
         return torch.where(active, length + accepted + 1, length), path, report
 
     def run_verify(self, draft: Draft) -> list[list[int]]:
-        """Verify a draft and commit what was accepted -> per row: accepted, drafted, moved, emitted tokens."""
+        """Verify a draft and commit what was accepted -> per row: accepted, drafted, moved, emitted
+        tokens."""
         s, old_length = self.state, self.state.length
         s.length, path, report = self.verify_step(
             draft.tokens, draft.parent, draft.max_depth, s.tokens, old_length, s.seed, s.active
@@ -801,9 +870,10 @@ class Decoder:
             self.cache.keep(path, old_length)
         return rows
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> tuple[list[list[int]], int]:
-        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, and the depth of the draft."""
+        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, and the depth of the
+        draft."""
         draft = self.drafter.propose(self.state)
         return self.run_verify(draft), draft.max_depth
 
@@ -816,10 +886,12 @@ class Decoder:
         stats: Stats | None = None,
         reuse: bool = False,
     ) -> Iterator[list[Emission]]:
-        """Decode all prompts, yielding what every step emits; a row whose text is finished takes the next prompt at once.
+        """Decode all prompts, yielding what every step emits; a row whose text is finished takes the next
+        prompt at once.
 
-        `should_stop(prompt index, token)` is asked about every token in order and ends the text with that token. `reuse`
-        continues a conversation: what the new prompt shares with the row's last text is not computed again.
+        `should_stop(prompt index, token)` is asked about every token in order and ends the text with that
+        token. `reuse` continues a conversation: what the new prompt shares with the row's last text is not
+        computed again.
         """
         stats, stop_ids = stats if stats is not None else Stats(), frozenset(stop_ids)
         for tokens in prompts:
@@ -847,7 +919,9 @@ class Decoder:
                     rows[b] = Row(i, min(max_new_tokens, room))
                     first = self.prefill(b, prompts[i], self.setup.sampling.seed + i, reuse)
                     stats.prefill_seconds += time.perf_counter() - begin
-                    stats.time_to_first_token_seconds = stats.time_to_first_token_seconds or time.perf_counter() - started
+                    stats.time_to_first_token_seconds = (
+                        stats.time_to_first_token_seconds or time.perf_counter() - started
+                    )
                     stats.outputs += 1
                     yield [emit(b, [first], 0)]
             if not any(rows):
@@ -874,23 +948,28 @@ def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], sh
 
 
 def cache_length(config: ModelConfig, longest: int) -> int:
-    """Tokens to allocate a cache for, when the longest text needs `longest`: rounded up, so that most prompts share one
-    set of compiled shapes, but never beyond what the model was trained for."""
+    """Tokens to allocate a cache for, when the longest text needs `longest`: rounded up, so that most prompts
+    share one set of compiled shapes, but never beyond what the model was trained for."""
     window = config.sliding_window
     if window is not None and longest > window:
         raise BadInput(
-            f"this model sees only a sliding window of {window} tokens, which is not implemented; prompt and new tokens "
-            f"come to {longest}: shorten the prompt or lower --max_new_tokens"
+            f"this model's sliding window of {window} tokens is not implemented, and prompt and new tokens come to "
+            f"{longest}: shorten the prompt or lower --max_new_tokens"
         )
     return min(-(-longest // 512) * 512, config.max_context, window or config.max_context)
 
 
 def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
-    """Raise BadInput for a prompt that cannot be decoded. int list; `max_length` counts at least one new token."""
+    """Raise BadInput for a prompt that cannot be decoded. int list; `max_length` counts at least one new
+    token."""
     if not tokens:
-        raise BadInput("the prompt is empty; this model has no beginning-of-text token, so it needs at least one token")
+        raise BadInput(
+            "the prompt is empty; this model has no beginning-of-text token, so it needs at least one token"
+        )
     if len(tokens) >= max_length:
-        raise BadInput(f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one")
+        raise BadInput(
+            f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one"
+        )
     wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
     if wrong is not None:
         raise BadInput(f"the prompt has the token id {wrong}; the model knows 0 to {config.vocab_size - 1}")
@@ -906,11 +985,12 @@ def generate(
     compile: bool = True,
     **options,
 ) -> Iterator[list[Emission]]:
-    """Decode one prompt or several, a step at a time: the engine in one call. `options` are those of `Decoder.run`.
+    """Decode one prompt or several, a step at a time: the engine in one call. `options` are those of
+    `Decoder.run`.
 
-        stats = Stats()
-        for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
-            print(emissions[0].tokens)
+    stats = Stats()
+    for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
+        print(emissions[0].tokens)
     """
     prompts = [prompt_ids] if not prompt_ids or isinstance(prompt_ids[0], int) else prompt_ids
     max_length = cache_length(model.config, max(map(len, prompts)) + max_new_tokens)

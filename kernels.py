@@ -1,7 +1,8 @@
 """kernels.py: the operations that PyTorch alone does not do well enough. It knows tensors, not models.
 
-Every operation has one signature and is opaque to torch.compile: it may look at values (how long a text is), so cost
-follows the work there is without a recompilation. Bodies that are faster replace a body, never a signature.
+Every operation has one signature and is opaque to torch.compile: it may look at values (how long a text is),
+so cost follows the work there is without a recompilation. Bodies that are faster replace a body, never a
+signature.
 
 Today there is one operation, attention over a static cache, with one body: the reference, in plain PyTorch.
 """
@@ -17,11 +18,15 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`."""
     m = ancestors.shape[-1]
     valid = int(length.max()) + m  # the only slots anybody may look at
-    node = torch.arange(valid, device=q.device) - length[:, None]  # [B, valid]: which node a slot holds; < 0 is the past
+    node = (
+        torch.arange(valid, device=q.device) - length[:, None]
+    )  # [B, valid]: which node a slot holds; < 0 is the past
     index = node.clamp(0, m - 1)[:, None, :].expand(-1, q.shape[1], -1)  # [B, n, valid]
     seen = (node < 0)[:, None, :] | (ancestors.gather(2, index) & (node < m)[:, None, :])
     q, keys, values = q.transpose(1, 2), keys[:, :valid].transpose(1, 2), values[:, :valid].transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None], enable_gqa=True)  # [B, H, n, D]
+    out = F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=seen[:, None], enable_gqa=True
+    )  # [B, H, n, D]
     return out.transpose(1, 2).contiguous()
 
 
@@ -38,8 +43,9 @@ def _(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """n queries of each of B rows over a static cache; every row has its own length and its own tree.
 
-    q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots are the
-    past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length .. length + m - 1 a query
-    sees beyond that (itself included; the queries are the last n of the m nodes). Returns [B, n, H, D].
+    q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots
+    are the past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
+    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes).
+    Returns [B, n, H, D].
     """
     return torch.ops.gpt_spec.attention(q, keys, values, ancestors, length)

@@ -1,20 +1,20 @@
 """Train the models that ship in models/ from the source of the Python standard library.
 
-    python scripts/train_tiny.py tokenizer            # models/*/tokenizer.model, held-out prompts         1 minute
-    python scripts/train_tiny.py target               # models/python-7m: 8 layers of width 256            about an hour
-    python scripts/train_tiny.py small                # models/python-1m: 2 layers of width 128            about 15 minutes
+    python scripts/train_tiny.py tokenizer      # models/*/tokenizer.model, held-out prompts     seconds
+    python scripts/train_tiny.py target         # models/python-7m: 8 layers of width 256        about an hour
+    python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        a quarter of one
 
-In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from `.training/`.
+In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from
+`.training/`.
 
-The one idea: a drafter is good when it guesses what the *target* says, so the small model is not trained on the text but
-on the target's distribution over the text (distillation).
+The one idea: a drafter is good when it guesses what the *target* says, so the small model is not trained on
+the text but on the target's distribution over the text (distillation).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import sysconfig
 import time
@@ -36,20 +36,26 @@ VOCABULARY, SEQUENCE, BATCH = 4096, 512, 8
 BOS, EOS = 1, 2
 
 SHAPES = {
-    "target": ("python-7m", dict(hidden_size=256, intermediate_size=768, num_layers=8, num_heads=4, num_kv_heads=2)),
-    "small": ("python-1m", dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1)),
+    "target": (
+        "python-7m",
+        dict(hidden_size=256, intermediate_size=768, num_layers=8, num_heads=4, num_kv_heads=2),
+    ),
+    "small": (
+        "python-1m",
+        dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1),
+    ),
 }
 STEPS = {"target": 7000, "small": 5000}
 
 # Modules no model has seen; neither have their tests (test_<name>.py) been.
-HELD_OUT = """argparse base64 bisect calendar cmd colorsys configparser contextlib copy csv dataclasses difflib fileinput
-fnmatch fractions getopt glob graphlib gzip heapq inspect mailbox netrc optparse pprint queue random sched shlex shutil
-statistics string tabnanny textwrap timeit uuid wave""".split()
+HELD_OUT = """argparse base64 bisect calendar cmd colorsys configparser contextlib copy csv dataclasses
+difflib fileinput fnmatch fractions getopt glob graphlib gzip heapq inspect mailbox netrc optparse pprint
+queue random sched shlex shutil statistics string tabnanny textwrap timeit uuid wave""".split()
 
-NOTICE = """The prompts in held_out.jsonl are the beginnings of classes and functions of modules of the Python standard library,
-Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved.
-They are used under the PSF License Agreement, https://docs.python.org/3/license.html, which is why this notice is here.
-The models in this folder were trained on the rest of the same library by scripts/train_tiny.py.
+NOTICE = """The prompts in held_out.jsonl are the beginnings of classes and functions of modules of the Python
+standard library, Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved. They are used under
+the PSF License Agreement, https://docs.python.org/3/license.html, which is why this notice is here. The
+models in this folder were trained on the rest of the same library by scripts/train_tiny.py.
 """
 
 
@@ -57,11 +63,14 @@ The models in this folder were trained on the rest of the same library by script
 
 
 def read_library() -> tuple[list[str], list[str], dict[str, str]]:
-    """(library modules, test modules, held-out modules by name), without character tables and generated files."""
+    """(library modules, test modules, held-out modules by name), without character tables and generated
+    files."""
     library, tests, held_out = [], [], {}
     for path in sorted(LIBRARY.rglob("*.py")):
         parts = path.relative_to(LIBRARY).parts
-        if {"site-packages", "encodings", "__pycache__", "cjkencodings"} & set(parts) or "_sysconfigdata" in path.name:
+        if {"site-packages", "encodings", "__pycache__", "cjkencodings"} & set(
+            parts
+        ) or "_sysconfigdata" in path.name:
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         if parts in [(f"{name}.py",) for name in HELD_OUT]:
@@ -75,7 +84,8 @@ def read_library() -> tuple[list[str], list[str], dict[str, str]]:
 
 
 def train_tokenizer() -> None:
-    """A SentencePiece BPE that loses nothing: bytes as a fallback, no normalisation, newlines and indentation as pieces."""
+    """A SentencePiece BPE that loses nothing: bytes as a fallback, no normalisation, newlines and indentation
+    as pieces."""
     library, _, held_out = read_library()
     target = ROOT / "models" / SHAPES["target"][0]
     target.mkdir(parents=True, exist_ok=True)
@@ -102,11 +112,16 @@ def train_tokenizer() -> None:
 
 
 def write_prompts(held_out: dict[str, str]) -> None:
-    """models/held_out.jsonl: from every held-out module two prompts of 10 to 24 lines, each ending where a body begins."""
+    """models/held_out.jsonl: from every held-out module two prompts of 10 to 24 lines, each ending where a
+    body begins."""
     lines_out = []
     for name, text in held_out.items():
         lines = text.split("\n")
-        starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ") and line.endswith(":") and i > 30]
+        starts = [
+            i
+            for i, line in enumerate(lines)
+            if line.lstrip().startswith("def ") and line.endswith(":") and i > 30
+        ]
         for i in (starts[len(starts) // 3], starts[2 * len(starts) // 3]) if len(starts) > 2 else starts[:2]:
             prompt = "\n".join(lines[max(0, i - 16) : i + 1]) + "\n"
             lines_out.append(json.dumps({"module": name, "prompt": prompt}))
@@ -116,7 +131,8 @@ def write_prompts(held_out: dict[str, str]) -> None:
 
 
 def load_tokens() -> tuple[Tensor, Tensor]:
-    """(training tokens, held-out tokens), int64 [n]. Every module starts with BOS; library modules are there twice."""
+    """(training tokens, held-out tokens), int64 [n]. Every module starts with BOS; library modules are there
+    twice."""
     path = ROOT / "models" / SHAPES["target"][0] / "tokenizer.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     library, tests, held_out = read_library()
@@ -131,7 +147,9 @@ def load_tokens() -> tuple[Tensor, Tensor]:
 
 
 def build_model(kind: str) -> Transformer:
-    config = ModelConfig(vocab_size=VOCABULARY, head_dim=64, max_context=2 * SEQUENCE, tied_embeddings=True, **SHAPES[kind][1])
+    config = ModelConfig(
+        vocab_size=VOCABULARY, head_dim=64, max_context=2 * SEQUENCE, tied_embeddings=True, **SHAPES[kind][1]
+    )
     torch.manual_seed(0)
     model = Transformer(config)
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.02)
@@ -152,8 +170,11 @@ def build_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
 
 
 def sample_batch(tokens: Tensor, step: int) -> Tensor:
-    """int64 [BATCH, SEQUENCE + 1]; a function of the step alone, so that a resumed run sees what it would have seen."""
-    starts = torch.randint(len(tokens) - SEQUENCE - 1, (BATCH,), generator=torch.Generator().manual_seed(step))
+    """int64 [BATCH, SEQUENCE + 1]; a function of the step alone, so that a resumed run sees what it would
+    have seen."""
+    starts = torch.randint(
+        len(tokens) - SEQUENCE - 1, (BATCH,), generator=torch.Generator().manual_seed(step)
+    )
     return torch.stack([tokens[i : i + SEQUENCE + 1] for i in starts.tolist()])
 
 
@@ -175,11 +196,14 @@ def make_loss(model: Transformer, teacher: Transformer | None):
 
 @torch.no_grad()
 def evaluate(model: Transformer, tokens: Tensor) -> tuple[float, float]:
-    """(loss in nats per token, share of tokens that are the first choice) over windows of SEQUENCE held-out tokens."""
+    """(loss in nats per token, share of tokens that are the first choice) over windows of SEQUENCE held-out
+    tokens."""
     device, total, right, count = next(model.parameters()).device, 0.0, 0, 0
     for window in tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE).to(device).split(BATCH):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = model.lm_head(model.recompute(window))[:, :-1].flatten(0, 1).float()  # [B (n - 1), vocabulary]
+            logits = (
+                model.lm_head(model.recompute(window))[:, :-1].flatten(0, 1).float()
+            )  # [B (n - 1), vocabulary]
         labels = window[:, 1:].flatten()
         total += F.cross_entropy(logits, labels, reduction="sum").item()
         right += (logits.argmax(-1) == labels).sum().item()
@@ -220,7 +244,7 @@ def train(kind: str, steps: int) -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {value.item():.3f}, {time.time() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print("held out: loss %.3f nats, first choice right %.3f" % evaluate(model, held_out), flush=True)
+            print("held out: loss {:.3f}, first choice right {:.3f}".format(*evaluate(model, held_out)), flush=True)
             save_state(state_path, model, optimizers, step + 1)
     save_shipped(kind, model)
 
@@ -237,7 +261,9 @@ def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Opti
 
 def save_shipped(kind: str, model: Transformer) -> None:
     c, folder = model.config, ROOT / "models" / SHAPES[kind][0]
-    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in model.checkpoint_tensors().items()}
+    tensors = {
+        name: view.to("cpu", torch.bfloat16).clone() for name, view in model.checkpoint_tensors().items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
@@ -248,11 +274,15 @@ def save_shipped(kind: str, model: Transformer) -> None:
         "torch_dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n"
+    )
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}, indent=2) + "\n"
     )
-    print(f"wrote {folder.relative_to(ROOT)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    print(
+        f"wrote {folder.relative_to(ROOT)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    )
 
 
 def load_shipped(kind: str) -> Transformer:
@@ -264,9 +294,11 @@ def load_shipped(kind: str) -> Transformer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["tokenizer", *SHAPES])
-    parser.add_argument("--steps", type=int, help="steps of BATCH x SEQUENCE tokens (default: %s)" % STEPS)
+    parser.add_argument("--steps", type=int, help=f"steps of {BATCH} x {SEQUENCE} tokens (default: {STEPS})")
     args = parser.parse_args()
     if args.what == "tokenizer":
         train_tokenizer()

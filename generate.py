@@ -1,0 +1,1049 @@
+"""generate.py: everything between a user and the engine: checkpoint directories, tokenizers, chat, streaming,
+the command line.
+
+    python generate.py                                          # the models in models/, offline
+    python generate.py --method lookup --prompt "class Stack:"
+    python generate.py --checkpoint_path DIR --draft_checkpoint_path DIR --chat --prompt "Hello"
+    python generate.py --prompts prompts.jsonl --batch_size 4 --json
+
+Text goes to stdout as it is accepted, statistics to stderr. How a method works is in `gpt_spec.py`; here a
+method is a name and a drafter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import codecs
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+import torch
+
+import gpt_spec
+from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer
+
+MODELS = Path(__file__).resolve().parent / "models"
+SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
+FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
+DEFAULT_PROMPT = '''class Stack:
+    """A last-in, first-out stack of objects."""
+
+    def __init__(self, items=()):
+'''
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoint directories
+# --------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
+    """A local directory as it is, or a hub repository id, downloaded into the hub's own cache. BadInput for
+    neither."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BadInput(f"{flag}: {name} is a file; give the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BadInput(f"{flag}: {name} is not a directory (nor a hub repository id like owner/name)")
+    from huggingface_hub import snapshot_download  # slow to import, and most runs are local
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (
+        Exception
+    ) as error:  # no network, no such repository, no permission: the hub has a dozen classes for it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInput(
+            f"{flag}: {name} is not a local directory, and the hub did not give it: {reason}"
+        ) from None
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no file, unless `required`."""
+    if not path.exists() and not required:
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no such file; a checkpoint directory needs it") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of the index, or model.safetensors. None outside the
+    directory."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        if (directory / "model.safetensors").exists():
+            return [directory / "model.safetensors"]
+        has = (
+            "only pytorch_model.bin; convert it to safetensors"
+            if list(directory.glob("*.bin"))
+            else "no weights"
+        )
+        raise BadInput(f"{directory}: has {has}; model.safetensors or model.safetensors.index.json is needed")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{index}: weight_map is missing or no object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise BadInput(f"{index}: {name} points outside the checkpoint directory")
+        if not (directory / name).exists():
+            raise BadInput(f"{index}: lists {name}, which is not there")
+    return [directory / name for name in names]
+
+
+def open_weights(path: Path):
+    """A safetensors file, memory-mapped: tensors are read when asked for and never held twice."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"{path}: not a whole safetensors file ({error}); it may have been cut off in a download"
+        ) from None
+
+
+def fill_weights(model: Transformer, directory: Path, files: list[Path]) -> None:
+    """Copy every tensor of the files to its place in the model; each must have one, and each place must be
+    filled."""
+    places, tied_head = model.checkpoint_tensors(), None
+    missing = set(places)
+    for path in files:
+        with open_weights(path) as weights:
+            for name in weights.keys():
+                if name.endswith(
+                    "rotary_emb.inv_freq"
+                ):  # old Llama checkpoints store what follows from the config
+                    continue
+                if name == "lm_head.weight" and name not in places:
+                    tied_head = weights.get_tensor(name)
+                    continue
+                if name not in places:
+                    raise BadInput(f"{path}: unexpected tensor {name}; {config_hint(directory)}")
+                shape, expected = tuple(weights.get_slice(name).get_shape()), tuple(places[name].shape)
+                if shape != expected:
+                    raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
+                places[name].copy_(weights.get_tensor(name))
+                missing.discard(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(f"{directory}: the weights lack {min(missing)}{more}; {config_hint(directory)}")
+    if tied_head is not None and not torch.equal(tied_head.to(model.lm_head.weight), model.lm_head.weight):
+        raise BadInput(
+            f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"
+        )
+
+
+def config_hint(directory: Path) -> str:
+    quantized = read_json(directory / "config.json").get("quantization_config")
+    if quantized:
+        return f"the checkpoint is quantized ({quantized.get('quant_method')}), which is not supported yet"
+    return "config.json and the weights do not belong together"
+
+
+def own_precision(path: Path) -> str:
+    """The precision a weight file is written in. float16 is decoded in bf16, as in gpt-fast."""
+    with open_weights(path) as weights:
+        kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]
+    kind = max(set(kinds), key=kinds.count) if kinds else "an empty file"
+    if kind not in FILE_PRECISION:
+        raise BadInput(f"{path}: the weights are {kind}; float32, bfloat16 and float16 are supported")
+    return FILE_PRECISION[kind]
+
+
+def load_model(
+    path: str | Path, precision: str | None = None, device: str = "cpu", flag: str = "--checkpoint_path"
+) -> Transformer:
+    """Load a Hugging Face directory or hub repository. `precision` is a name of `DTYPES`; None is the file's
+    own.
+
+    Weights go from the mapped file into place, one tensor at a time. Raises BadInput for anything that does
+    not fit.
+    """
+    directory = find_checkpoint(str(path), flag)
+    raw = read_json(directory / "config.json", required=True)
+    config = ModelConfig.from_dict(raw, str(directory / "config.json"))
+    files = weight_files(directory)
+    dtype = DTYPES[precision or own_precision(files[0])]
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    model.lm_head.weight = model.embed_tokens.weight if config.tied_embeddings else model.lm_head.weight
+    model.frequencies = gpt_spec.rope_frequencies(config).to(device)
+    fill_weights(model, directory, files)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+# --------------------------------------------------------------------------------------------------
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPECIALS = [
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
+    *("eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))),
+]
+GUARD = "\ufdd0"  # a noncharacter: put inside special tokens that a user typed, so that they stay text
+
+
+class Tokenizer:
+    """Text to token ids and back. Subclasses know `encode_ordinary`, `piece` and `size`; special tokens are
+    handled here."""
+
+    size: int  # ids are below it, special tokens not counted
+
+    def __init__(
+        self, specials: dict[str, int], bos: str | None, eos: str | None, add_bos: bool, template: str | None
+    ):
+        self.specials, self.bos, self.eos, self.template = specials, bos, eos, template
+        self.add_bos = add_bos and bos in specials
+        self.special_ids = set(specials.values())
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of the text, in which special tokens have no meaning."""
+        raise NotImplementedError
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of an ordinary token."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is four
+        characters."""
+        return ([self.specials[self.bos]] if self.add_bos else []) + self.encode_ordinary(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text: nothing for special ones and for ids that only pad the
+        vocabulary."""
+        return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
+
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation, ending where the answer begins. BOS is the template's business, special tokens the
+        template's only."""
+        if self.template is None:
+            raise BadInput(
+                "--chat: this checkpoint has no chat template; use an instruction-tuned model, or no --chat"
+            )
+        pattern = "|".join(re.escape(s) for s in sorted(self.specials, key=len, reverse=True)) or r"(?!)"
+
+        def guard(text: str) -> str:
+            return re.sub(pattern, lambda match: match[0][0] + GUARD + match[0][1:], text)
+
+        rendered = render_chat(
+            self.template, [{**m, "content": guard(m["content"])} for m in messages], self.bos, self.eos
+        )
+        tokens = []
+        for part in re.split(f"({pattern})", rendered):
+            tokens += (
+                [self.specials[part]]
+                if part in self.specials
+                else self.encode_ordinary(part.replace(GUARD, ""))
+            )
+        return tokens
+
+
+def render_chat(template: str, messages: list[dict[str, str]], bos: str | None, eos: str | None) -> str:
+    """A chat template in jinja2's sandbox, with the helpers that published templates expect."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(
+            messages=messages, add_generation_prompt=True, bos_token=bos or "", eos_token=eos or ""
+        )
+    except TemplateError as error:
+        raise BadInput(
+            f"--chat: the chat template of this checkpoint does not take the conversation: {error}"
+        ) from None
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model` of Llama 2, Mistral and the shipped models."""
+
+    def __init__(self, path: Path, **settings):
+        import sentencepiece
+
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise BadInput(
+                f"{path}: neither a SentencePiece model nor a tiktoken vocabulary ({error})"
+            ) from None
+        p = self.processor
+        self.size = p.get_piece_size()
+        control = {p.id_to_piece(i): i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)}
+        settings["specials"] = control | settings["specials"]
+        for name, token in (("bos", p.bos_id()), ("eos", p.eos_id())):
+            settings[name] = settings[name] or (p.id_to_piece(token) if token >= 0 else None)
+        super().__init__(**{**settings, "add_bos": settings["add_bos"] is not False})
+        self.dummy_prefix = p.encode("a", out_type=str)[0].startswith(
+            "\u2581"
+        )  # Llama 2 puts a space before every text
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def piece(self, token: int) -> bytes:
+        text = self.processor.id_to_piece(token)
+        return (
+            bytes([int(text[3:5], 16)])
+            if self.processor.is_byte(token)
+            else text.replace("\u2581", " ").encode()
+        )
+
+    def decode(self, tokens: list[int]) -> str:
+        text = super().decode(tokens)
+        return text.removeprefix(" ") if self.dummy_prefix else text
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-level BPE: `tokenizer.model` of Llama 3, or a `tokenizer.json` (Llama 3, Qwen) turned into the
+    same thing.
+
+    ranks: bytes -> merge priority. ids: priority -> token id, where the two differ.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        pattern: str,
+        ids: list[int] | None = None,
+        normal_form=None,
+        **settings,
+    ):
+        import tiktoken
+
+        self.encoding = tiktoken.Encoding(
+            "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+        self.ids, self.normal_form = ids, normal_form
+        self.pieces = {(ids[rank] if ids else rank): text for text, rank in ranks.items()}
+        self.size = max(self.pieces) + 1
+        super().__init__(**{**settings, "add_bos": bool(settings["add_bos"])})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        ranks = self.encoding.encode_ordinary(text)
+        return [self.ids[rank] for rank in ranks] if self.ids else ranks
+
+    def piece(self, token: int) -> bytes:
+        return self.pieces.get(token, b"")
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other `tokenizer.json`, through the optional package `tokenizers`."""
+
+    def __init__(self, path: Path, reason: str, **settings):
+        try:
+            import tokenizers
+        except ImportError:
+            raise BadInput(f"{path}: {reason}; `pip install tokenizers` makes it readable") from None
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
+        self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.byte_level = "ByteLevel" in json.dumps(read_json(path).get("decoder") or {})
+        super().__init__(**{**settings, "add_bos": bool(settings["add_bos"])})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def piece(self, token: int) -> bytes:
+        text = self.tokenizer.id_to_token(token) or ""
+        if self.byte_level:
+            return unmap_bytes(text)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2 writes every byte as one visible character: itself where it is visible, else one from 256
+    upwards."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+BYTE_OF = byte_alphabet()
+
+
+def unmap_bytes(text: str) -> bytes:
+    return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
+
+
+def split_pattern(raw: dict[str, Any]) -> str | None:
+    """The regular expression with which a byte-level BPE `tokenizer.json` cuts a text; None for another
+    kind."""
+    steps = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or [raw.get("pre_tokenizer") or {}]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        return GPT2_PATTERN
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not steps[1].get("use_regex", True)
+        and not steps[1].get("add_prefix_space")
+    ):
+        plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        return (steps[0].get("pattern") or {}).get("Regex") if plain else None
+    return None
+
+
+def read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """A byte-level BPE becomes a tiktoken encoding; anything else needs the package `tokenizers`."""
+    raw = read_json(path)
+    model, normalizer = raw.get("model") or {}, raw.get("normalizer")
+    pattern = split_pattern(raw)
+    added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+    settings["specials"] = added | settings["specials"]
+    if settings["add_bos"] is None:  # then the post-processor says whether texts begin with BOS
+        settings["add_bos"] = settings["bos"] is not None and f'"{settings["bos"]}"' in json.dumps(
+            raw.get("post_processor")
+        )
+    plain = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback") and model.get("merges")
+    if pattern is None or not plain or normalizer not in (None, {"type": "NFC"}):
+        return LibraryTokenizer(path, "not a byte-level BPE of the kind of Llama 3 or Qwen2", **settings)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = dict.fromkeys(
+        a + b for a, b in pairs
+    )  # in order of priority, the first of several ways to build a token
+    singles = [text for text in model["vocab"] if len(text) == 1 and text in BYTE_OF]
+    order = [text for text in [*singles, *merged] if text in model["vocab"]]
+    ranks = {unmap_bytes(text): rank for rank, text in enumerate(order)}
+    ids = [model["vocab"][text] for text in order]
+    return TiktokenTokenizer(ranks, pattern, ids, "NFC" if normalizer else None, **settings)
+
+
+def read_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """`tokenizer.model` of Llama 3: a line of base64 and rank for every token; the special tokens come after
+    the last."""
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise BadInput(f"{path}: not a whole tiktoken vocabulary ({error})") from None
+    names = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+    settings["specials"] = settings["specials"] or names
+    settings["bos"] = settings["bos"] or "<|begin_of_text|>"
+    settings["eos"] = settings["eos"] or "<|end_of_text|>"
+    return TiktokenTokenizer(
+        ranks, LLAMA3_PATTERN, **{**settings, "add_bos": settings["add_bos"] is not False}
+    )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none (then ids must
+    be given)."""
+    directory = Path(path)
+    raw = read_json(directory / "tokenizer_config.json")
+    added = {token["content"]: int(i) for i, token in (raw.get("added_tokens_decoder") or {}).items()}
+    settings = {
+        "specials": added,
+        "bos": special_name(raw.get("bos_token")),
+        "eos": special_name(raw.get("eos_token")),
+        "add_bos": raw.get("add_bos_token"),
+        "template": chat_template(directory, raw),
+    }
+    model = directory / "tokenizer.model"
+    if model.exists():
+        with open(model, "rb") as file:
+            is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", file.read(200))
+        return read_tiktoken(model, settings) if is_tiktoken else SentencePieceTokenizer(model, **settings)
+    if (directory / "tokenizer.json").exists():
+        return read_tokenizer_json(directory / "tokenizer.json", settings)
+    return None
+
+
+def special_name(value: Any) -> str | None:
+    """tokenizer_config.json writes a special token as a string or as an object."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def chat_template(directory: Path, raw: dict[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = raw.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        return next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template
+
+
+def stop_ids(directory: Path) -> list[int]:
+    """All end-of-text ids: those of generation_config.json, else those of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(directory / name).get("eos_token_id")
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+# --------------------------------------------------------------------------------------------------
+# Text as it is written
+# --------------------------------------------------------------------------------------------------
+
+
+class TextStream:
+    """The text of one output, token by token: never half a character, and nothing from a stop string on."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text = ""
+        self.ends: list[int] = []  # where in the text each token ends
+        self.shown = 0  # characters and
+        self.shown_tokens = 0  # whole tokens that `new_spans` has handed out
+
+    def add(self, token: int) -> bool:
+        """Append a token; True if that completes a stop string, which is then cut away."""
+        before = len(self.text)
+        self.text += self.decoder.decode(self.tokenizer.token_bytes(token)) if self.tokenizer else ""
+        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
+        found = [place for place in found if place >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        self.ends.append(len(self.text))
+        return bool(found)
+
+    def finish(self) -> None:
+        """Nothing more comes: what was held back is text now."""
+        self.text += self.decoder.decode(b"", final=True)
+        self.ends[-1:] = [len(self.text)] if self.ends else []
+        self.stops = []
+
+    def held_back(self) -> int:
+        """Characters at the end that may turn out to be the beginning of a stop string."""
+        longest = max(map(len, self.stops), default=1) - 1
+        tails = (self.text[-n:] for n in range(min(longest, len(self.text)), 0, -1))
+        return next((len(tail) for tail in tails if any(stop.startswith(tail) for stop in self.stops)), 0)
+
+    def new_spans(self) -> list[tuple[int, str]]:
+        """What can be shown now and was not yet, as (index of its token, text)."""
+        end, spans = len(self.text) - self.held_back(), []
+        while self.shown_tokens < len(self.ends) and self.shown < end:
+            until = min(self.ends[self.shown_tokens], end)
+            spans.append((self.shown_tokens, self.text[self.shown : until]))
+            self.shown = max(until, self.shown)
+            self.shown_tokens += self.ends[self.shown_tokens] <= end
+        return [span for span in spans if span[1]]
+
+
+@dataclass
+class Output:
+    """One prompt and what became of it."""
+
+    prompt_ids: list[int]
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)  # per token: did the drafter propose it?
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def add(self, emission: Emission) -> None:
+        self.token_ids += emission.tokens
+        self.drafted += [i < emission.accepted for i in range(len(emission.tokens))]
+        if emission.finish_reason:
+            self.finish(emission.finish_reason)
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self.stream.finish()
+
+    def as_json(self) -> dict[str, Any]:
+        has_text = self.stream.tokenizer is not None and self.finish_reason != "error"
+        return {
+            "prompt_ids": self.prompt_ids,
+            "token_ids": self.token_ids,
+            "text": self.stream.text if has_text else None,
+            "finish_reason": self.finish_reason,
+            "error": self.error,
+        }
+
+
+class Screen:
+    """Writes outputs in input order, the first unfinished one as it grows. `explain` colours what the drafter
+    proposed."""
+
+    DRAFTED, OWN, PLAIN = "\033[32m", "\033[33m", "\033[0m"
+
+    def __init__(self, outputs: list[Output], explain: bool, stream=None):
+        self.outputs, self.explain, self.stream = outputs, explain, stream or sys.stdout
+        self.current, self.begun = 0, False
+        if explain:
+            legend = (
+                f"{self.DRAFTED}proposed by the drafter{self.PLAIN}, {self.OWN}the target's own{self.PLAIN}"
+            )
+            print(legend, file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        """Write everything that is new. Texts that are not yet their turn wait in their outputs."""
+        while self.current < len(self.outputs):
+            output = self.outputs[self.current]
+            if not self.begun and len(self.outputs) > 1:
+                self.stream.write(f"--- {self.current + 1}\n")
+            self.begun = True
+            for token, text in output.stream.new_spans():
+                colour = self.DRAFTED if output.drafted[token] else self.OWN
+                self.stream.write(f"{colour}{text}{self.PLAIN}" if self.explain else text)
+            if output.finish_reason is None:
+                break
+            last = f"error: {output.error}" if output.error else output.stream.text
+            self.stream.write("" if last.endswith("\n") and not output.error else "\n")
+            self.current, self.begun = self.current + 1, False
+        self.stream.flush()
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (python generate.py --help lists the flags)")
+
+
+METHODS = ["autoregressive", "lookup", "sequential"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="generate.py",
+        description="Decode text with a Llama-family model and speculative decoding.",
+        allow_abbrev=False,
+    )
+    directory = "a Hugging Face directory or hub repository id"
+    p.add_argument("--checkpoint_path", help=f"the target: {directory} (default: the shipped model)")
+    p.add_argument(
+        "--method", choices=METHODS, help="who drafts (default: sequential where there is a drafter)"
+    )
+    p.add_argument(
+        "--precision", choices=list(DTYPES), help="of the target's weights (default: the file's own)"
+    )
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file")
+    source.add_argument("--prompt_ids", help="token ids, 1,2,3, used as they are")
+    source.add_argument(
+        "--prompts", metavar="FILE", help='JSON lines: {"prompt": TEXT} or {"prompt_ids": [...]}'
+    )
+    p.add_argument("--batch_size", type=int, default=1, help="texts decoded at a time")
+    p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
+    p.add_argument("--draft_precision", choices=list(DTYPES), help="of the drafter (default: --precision)")
+    p.add_argument(
+        "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
+    )
+    p.add_argument(
+        "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
+    )
+    p.add_argument("--max_new_tokens", type=int, default=200)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens (0: all)")
+    p.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set with this probability")
+    p.add_argument("--seed", type=int, default=1234, help="output i of a run uses seed + i")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    p.add_argument("--ignore_eos", action="store_true", help="end-of-text tokens do not end the text")
+    talk = p.add_mutually_exclusive_group()
+    talk.add_argument("--chat", action="store_true", help="the prompt is a message: apply the chat template")
+    talk.add_argument(
+        "--interactive", action="store_true", help="a conversation; history is kept, so is the cache"
+    )
+    p.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    p.add_argument("--num_samples", type=int, default=1, help="outputs of each prompt")
+    p.add_argument("--compile", choices=["none", "default"], default="default", help="torch.compile")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
+    p.add_argument("--explain", action="store_true", help="colour each token by who proposed it")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    return p
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What argparse does not check. BadInput names the flag."""
+    for name in ("batch_size", "speculate_k", "max_new_tokens", "num_samples"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not 0 <= args.draft_confidence <= 1:
+        raise BadInput(f"--draft_confidence is {args.draft_confidence}; it is a probability, 0 (off) to 1")
+    if "" in args.stop:
+        raise BadInput("--stop is empty; give the text before which to stop")
+    if args.system is not None and not (args.chat or args.interactive):
+        raise BadInput("--system needs --chat or --interactive")
+    if args.interactive and (args.json or args.prompts or args.prompt_ids or args.num_samples > 1):
+        raise BadInput(
+            "--interactive reads a conversation from standard input; it goes with no --json, --prompts, --num_samples"
+        )
+    if args.profile and not Path(args.profile).absolute().parent.is_dir():
+        raise BadInput(f"--profile: the directory of {args.profile} does not exist")
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device: {args.device} is not usable here ({reason}); cpu always is") from None
+
+
+@dataclass
+class Target:
+    """A loaded checkpoint: the model and what its directory says about text."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    stop_ids: list[int]
+    precision: str
+
+
+def load_target(args: argparse.Namespace) -> Target:
+    directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
+    model = load_model(directory, args.precision, args.device)
+    precision = next(name for name, dtype in DTYPES.items() if dtype == model.norm.weight.dtype)
+    return Target(model, load_tokenizer(directory), [] if args.ignore_eos else stop_ids(directory), precision)
+
+
+def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafter]:
+    """(method, drafter) of the flags. Which drafter a method needs is settled here and nowhere else."""
+    shipped = args.checkpoint_path is None
+    method = args.method or ("sequential" if shipped or args.draft_checkpoint_path else "autoregressive")
+    if args.draft_checkpoint_path and method != "sequential":
+        raise BadInput(
+            f"--draft_checkpoint_path: method {method} has no draft model; use --method sequential"
+        )
+    if method == "autoregressive":
+        return method, Drafter()
+    if method == "lookup":
+        return method, gpt_spec.LookupDrafter(args.speculate_k)
+    path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
+    if path is None:
+        raise BadInput(
+            "--method sequential needs --draft_checkpoint_path: a smaller model with the target's vocabulary"
+        )
+    model = load_draft_model(path, args, target)
+    return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
+
+
+def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
+    """The draft model, checked to speak the target's vocabulary."""
+    precision = args.draft_precision or target.precision
+    if path == "self":
+        if precision != target.precision:
+            raise BadInput("--draft_precision: self drafts with the target's own weights, in its precision")
+        return target.model
+    directory = find_checkpoint(path, "--draft_checkpoint_path")
+    model = load_model(directory, precision, args.device, "--draft_checkpoint_path")
+    difference = compare_vocabularies(target, model.config.vocab_size, load_tokenizer(directory))
+    if difference:
+        raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary than the target: {difference}")
+    return model
+
+
+def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None) -> str | None:
+    """How a drafter's vocabulary differs from the target's; None where it does not."""
+    if size != target.model.config.vocab_size:
+        return f"{size} tokens, not {target.model.config.vocab_size}"
+    if tokenizer is None or target.tokenizer is None:
+        return None
+    ours, theirs = target.tokenizer.token_bytes, tokenizer.token_bytes
+    return next((f"token {i} is {theirs(i)!r}, not {ours(i)!r}" for i in range(size) if ours(i) != theirs(i)), None)
+
+
+def read_text(value: str) -> str:
+    """--prompt: a text, - for standard input, @FILE for a file. Nothing is stripped."""
+    try:
+        if value == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
+
+
+def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if tokenizer is None:
+        raise BadInput(
+            f"{args.checkpoint_path}: has no tokenizer, so texts cannot be read; give --prompt_ids"
+        )
+    if not args.chat:
+        return tokenizer.encode(text)
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+
+
+def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    """The token ids of one line of --prompts."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise BadInput("not a JSON object")
+    if "prompt_ids" in entry:
+        ids = entry["prompt_ids"]
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise BadInput("prompt_ids is not a list of integers")
+        return ids
+    texts = [entry.get("prompt"), entry.get("question"), *(entry.get("turns") or [])[:1]]
+    text = next((text for text in texts if isinstance(text, str)), None)
+    if text is None:
+        raise BadInput("has none of prompt, prompt_ids, turns and question")
+    return encode_prompt(text, args, tokenizer)
+
+
+def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
+    """One output for every sample of every prompt. A bad line of --prompts is an output with an error."""
+    outputs = []
+
+    def add(ids: list[int], error: str | None = None) -> None:
+        for _ in range(args.num_samples):
+            stream = TextStream(target.tokenizer, args.stop)
+            outputs.append(Output(ids, stream, finish_reason="error" if error else None, error=error))
+
+    if args.prompts is None:
+        ids = read_ids(args.prompt_ids) if args.prompt_ids is not None else None
+        prompt = DEFAULT_PROMPT if args.prompt is None else read_text(args.prompt)
+        add(encode_prompt(prompt, args, target.tokenizer) if ids is None else ids)
+        check_length(outputs[0].prompt_ids, args, target)
+        return outputs
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompts: {args.prompts} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                ids = read_line(line, args, target.tokenizer)
+                check_length(ids, args, target)
+                add(ids)
+            except BadInput as error:
+                add([], f"{args.prompts} line {number}: {error}")
+    if not outputs:
+        raise BadInput(f"--prompts: {args.prompts} has no lines")
+    return outputs
+
+
+def read_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--prompt_ids: {text!r} is not a list of integers like 1,2,3") from None
+
+
+def check_length(ids: list[int], args: argparse.Namespace, target: Target) -> None:
+    config = target.model.config
+    gpt_spec.check_prompt(config, ids, config.max_context)
+    gpt_spec.cache_length(config, min(len(ids) + args.max_new_tokens, config.max_context))
+
+
+def decode_all(
+    decoder: Decoder,
+    outputs: list[Output],
+    args: argparse.Namespace,
+    stops: list[int],
+    stats: Stats,
+    reuse: bool = False,
+) -> None:
+    """Run all prompts that are in order, and show what is new after every step."""
+    todo = [output for output in outputs if output.error is None]
+    explain_to = sys.stderr if args.json else sys.stdout
+    screen = Screen(outputs, args.explain, explain_to) if args.explain or not args.json else None
+
+    def should_stop(prompt: int, token: int) -> bool:
+        return todo[prompt].stream.add(token)
+
+    prompts = [output.prompt_ids for output in todo]
+    for emissions in decoder.run(prompts, args.max_new_tokens, stops, should_stop, stats, reuse):
+        for emission in emissions:
+            todo[emission.prompt].add(emission)
+        if screen:
+            screen.update()
+    if screen:
+        screen.update()
+
+
+def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: Stats) -> None:
+    """A conversation on standard input. With a chat template lines are messages, else they continue the text."""
+    tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args.system)
+    if tokenizer.template is None:
+        print("no chat template: what you type is continued as text", file=sys.stderr)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        output = Output(history.ask(line), TextStream(tokenizer, args.stop))
+        try:
+            decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
+        except KeyboardInterrupt:  # ends this answer, not the conversation
+            output.finish("stop")
+            print()
+        except BadInput as error:
+            print(f"error: {error}; the conversation starts anew", file=sys.stderr)
+            history = Conversation(tokenizer, args.system)
+            continue
+        history.answer(output)
+
+
+class Conversation:
+    """What has been said, as the prompt of the next answer."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None):
+        self.tokenizer, self.ids = tokenizer, []
+        self.messages = [{"role": "system", "content": system}] if system is not None else []
+
+    def ask(self, line: str) -> list[int]:
+        if self.tokenizer.template is None:
+            self.ids = self.ids + (
+                self.tokenizer.encode_ordinary(line) if self.ids else self.tokenizer.encode(line)
+            )
+            return self.ids
+        self.messages.append({"role": "user", "content": line.rstrip("\n")})
+        return self.tokenizer.encode_chat(self.messages)
+
+    def answer(self, output: Output) -> None:
+        self.ids = output.prompt_ids + output.token_ids
+        self.messages.append({"role": "assistant", "content": output.stream.text})
+
+
+def peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def weight_bytes(models: list[torch.nn.Module]) -> int:
+    tensors = {p.data_ptr(): p.numel() * p.element_size() for model in models for p in model.parameters()}
+    return sum(tensors.values())
+
+
+STATS_FIELDS = [
+    *("new_tokens", "prefill_seconds", "time_to_first_token_seconds", "decode_seconds", "decode_tokens_per_second"),
+    *("target_forwards", "drafted_tokens", "accepted_tokens", "tokens_per_step", "acceptance_by_position"),
+    "compile_seconds",
+]
+
+
+def stats_json(stats: Stats, models: list[torch.nn.Module], device: str) -> dict[str, Any]:
+    memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
+    return {name: getattr(stats, name) for name in STATS_FIELDS} | memory
+
+
+def format_stats(s: dict[str, Any]) -> str:
+    """Three lines for people; `s` is what --json prints as `stats`."""
+    by_position = ", ".join(f"{share:.2f}" for share in s["acceptance_by_position"])
+    accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
+    return (
+        f"{s['new_tokens']} tokens, {s['decode_tokens_per_second']:.1f} tokens/s; "
+        f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up took {s['compile_seconds']:.1f} s more\n"
+        f"{s['tokens_per_step']:.2f} tokens per step of the target"
+        + (f"; {accepted}; at least 1, 2, ... in {by_position} of the steps\n" if by_position else "\n")
+        + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
+    )
+
+
+@contextmanager
+def trace(path: str | None):
+    """Profile what happens inside, if a file is given for it."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(path)
+
+
+def can_compile(args: argparse.Namespace) -> bool:
+    """Inductor's CPU code needs a C++ compiler; without one decoding runs eagerly, and says so."""
+    if args.compile == "none":
+        return False
+    if args.device.startswith("cpu") and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    ):
+        print("no C++ compiler found: running without torch.compile", file=sys.stderr)
+        return False
+    return True
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything between the flags and the exit status."""
+    check_arguments(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    target = load_target(args)
+    method, drafter = build_drafter(args, target)
+    config = target.model.config
+    if args.interactive and target.tokenizer is None:
+        raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")
+    outputs = [] if args.interactive else read_prompts(args, target)
+    longest = max((len(output.prompt_ids) for output in outputs), default=8192) + args.max_new_tokens
+    window = config.sliding_window or config.max_context
+    max_length = gpt_spec.cache_length(config, min(longest, config.max_context, window))
+    decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, can_compile(args))
+    stats = Stats(compile_seconds=decoder.warm_up())
+    with trace(args.profile):
+        if args.interactive:
+            interact(decoder, target, args, stats)
+        else:
+            decode_all(decoder, outputs, args, target.stop_ids, stats)
+    summary = stats_json(stats, [target.model, *drafter.models], args.device)
+    if args.json:
+        head = {"method": method, "precision": target.precision, "device": args.device, "seed": args.seed}
+        print(json.dumps({**head, "outputs": [output.as_json() for output in outputs], "stats": summary}))
+    print(f"\n{method}, {target.precision} on {args.device}: {format_stats(summary)}", file=sys.stderr)
+    errors = [output.error for output in outputs if output.error]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(build_parser().parse_args(argv))
+    except BadInput as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -471,10 +471,8 @@ class Draft:
         padding."""
         n = tokens.shape[1]
         node = torch.arange(n, device=tokens.device)
-        parent = (node - 1).expand_as(tokens)
-        if count is not None:
-            parent = torch.where(node <= count[:, None], parent, -1)
-        return Draft(tokens, parent, n - 1)
+        count = torch.full_like(tokens[:, 0], n - 1) if count is None else count
+        return Draft(tokens, torch.where(node <= count[:, None], node - 1, -1), n - 1)  # parent: [B, n]
 
 
 def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
@@ -553,9 +551,9 @@ class State:
 
     @staticmethod
     def allocate(batch_size: int, slots: int, device: torch.device) -> State:
-        rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
         tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
-        return State(tokens, rows.clone(), rows.clone(), rows.bool())
+        seed = tokens[:, 0].clone()  # [B]
+        return State(tokens, torch.ones_like(seed), seed, seed.bool())  # length 1: drafters look one token back
 
 
 @dataclass(frozen=True)
@@ -594,6 +592,10 @@ class Drafter:
     def propose(self, state: State) -> Draft:
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
         return Draft.chain(root)
+
+    def warm_up(self, state: State) -> None:
+        """Run once whatever `propose` may run, so that it is compiled. Nothing of the state changes."""
+        self.propose(state)
 
     def draft_sizes(self) -> list[int]:
         """Every number of nodes that `propose` may return: one compiled verification each."""
@@ -665,6 +667,10 @@ class SequentialDrafter(Drafter):
 
     def prefill(self, row: int, tokens: Tensor, start: int) -> None:
         prefill(self.model, self.cache, row, tokens, start)
+
+    def warm_up(self, state: State) -> None:
+        for n in (2, 1):  # whatever the confidence, which may end `propose` early
+            self.next_token(state.tokens.new_zeros(len(state.tokens), n), state.length - 1, state.seed)
 
     def write_one(self, tokens: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """Feed tokens int64 [B, n] at `length`; the next token int64 [B, 1] and whether we are sure of it,
@@ -764,6 +770,7 @@ class Row:
 
     prompt: int
     budget: int  # new tokens it may still emit
+    length: int  # tokens of the text so far, the prompt's included
 
 
 class Decoder:
@@ -793,13 +800,13 @@ class Decoder:
         """Compile every size that decoding will meet -> seconds it took. Rows are frozen, so nothing
         changes."""
         started = time.perf_counter()
-        self.state.length.fill_(1)
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
-        for n in self.drafter.draft_sizes() if self.setup.compile else []:
-            self.drafter.propose(self.state)
-            tokens = self.state.tokens[:, :n].clone()
-            self.run_verify(Draft.chain(tokens, self.state.length * 0))
-        self.state.length.fill_(0)
+        if not self.setup.compile:
+            return time.perf_counter() - started
+        self.drafter.warm_up(self.state)
+        for n in self.drafter.draft_sizes():
+            tokens = self.state.tokens.new_zeros(self.setup.batch_size, n)
+            self.run_verify(Draft.chain(tokens))
         return time.perf_counter() - started
 
     @torch.no_grad()
@@ -905,10 +912,11 @@ class Decoder:
             row = rows[b]
             emission = cut(row, tokens, accepted, stop_ids, should_stop)
             row.budget -= len(emission.tokens)
+            row.length += len(emission.tokens)
             stats.new_tokens += len(emission.tokens)
             if emission.finish_reason:
+                self.state.active[b], self.state.length[b] = False, row.length - 1  # forget what was cut off
                 rows[b] = None
-                self.state.active[b] = False
             return emission
 
         while waiting or any(rows):
@@ -916,7 +924,7 @@ class Decoder:
                 while rows[b] is None and waiting:
                     i, begin = waiting.popleft(), time.perf_counter()
                     room = self.max_length - len(prompts[i])
-                    rows[b] = Row(i, min(max_new_tokens, room))
+                    rows[b] = Row(i, min(max_new_tokens, room), len(prompts[i]))
                     first = self.prefill(b, prompts[i], self.setup.sampling.seed + i, reuse)
                     stats.prefill_seconds += time.perf_counter() - begin
                     stats.time_to_first_token_seconds = (

@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests: tiny random models, and where the shipped and the shared files are."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt_spec import ModelConfig, Transformer  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+SHIPPED_TARGET, SHIPPED_SMALL = ROOT / "models" / "python-7m", ROOT / "models" / "python-1m"
+
+
+def random_model(seed: int = 0, sharpness: float = 6.0, **changes) -> Transformer:
+    """A tiny fp32 model. `sharpness` widens its logits: sampling at temperature 1 is then not uniform noise."""
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_layers": 2,
+        "max_context": 256,
+    }
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**(sizes | heads | changes))).requires_grad_(False)
+    model.lm_head.weight *= sharpness
+    return model
+
+
+def noisy_copy(model: Transformer, noise: float = 0.2) -> Transformer:
+    """A model that agrees with the given one at some positions and not at others."""
+    torch.manual_seed(99)
+    noisy = copy.deepcopy(model)
+    for parameter in noisy.parameters():
+        parameter += noise * torch.randn_like(parameter) * parameter.abs().mean()
+    return noisy
+
+
+def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def target() -> Transformer:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not here; it lies beside the checkout in CI")
+    return SHARED

@@ -1,0 +1,381 @@
+"""The loop: whatever drafts, the text is the one that autoregressive decoding gives, and no cache ever goes stale."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import noisy_copy, random_model, random_prompts
+
+from gpt_spec import (
+    Decoder,
+    Draft,
+    Drafter,
+    LookupDrafter,
+    Sampling,
+    SequentialDrafter,
+    Stats,
+    accept,
+    cache_length,
+    causal_attention,
+    find_repetition,
+    generate,
+    tree_geometry,
+)
+
+GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
+PROMPTS = random_prompts([5, 1, 17, 9, 30])
+
+
+class RandomTreeDrafter(Drafter):
+    """Branching drafts: every step another random tree, with true tokens of the target sprinkled in."""
+
+    max_nodes = 9
+
+    def __init__(self, model, luck: float = 0.7):
+        self.oracle, self.luck = SequentialDrafter(model, 4), luck
+        self.generator = torch.Generator().manual_seed(3)
+
+    def start(self, setup):
+        self.oracle.start(setup)
+
+    def prefill(self, row, tokens, start):
+        self.oracle.prefill(row, tokens, start)
+
+    def propose(self, state):
+        chain = self.oracle.propose(state).tokens  # [B, 5]: root and what the target itself will say
+        batch, n = len(chain), self.max_nodes
+        tokens = torch.randint(61, (batch, n), generator=self.generator)
+        tokens[:, 0] = chain[:, 0]
+        parent = torch.full((batch, n), -1)
+        for b in range(batch):
+            spot = sorted((torch.randperm(n - 1, generator=self.generator)[:4] + 1).tolist())
+            on_chain = dict(zip([0, *spot], range(5)))  # node -> place in the chain, scattered over the nodes
+            for node in range(1, n):
+                above = list(on_chain)[on_chain[node] - 1] if node in on_chain else None
+                lucky = torch.rand((), generator=self.generator) < self.luck
+                if above is not None and lucky:
+                    tokens[b, node] = chain[b, on_chain[node]]
+                parent[b, node] = (
+                    above if above is not None else torch.randint(node, (), generator=self.generator)
+                )
+        return Draft(tokens, parent, n - 1)
+
+
+def drafters(target) -> dict[str, Drafter]:
+    return {
+        "lookup": LookupDrafter(),
+        "random": SequentialDrafter(random_model(seed=1), 3),
+        "itself": SequentialDrafter(target, 4),
+        "noisy": SequentialDrafter(noisy_copy(target), 4),
+        "unsure": SequentialDrafter(noisy_copy(target), 6, draft_confidence=0.5),
+        "tree": RandomTreeDrafter(target),
+    }
+
+
+NAMES = ["lookup", "random", "itself", "noisy", "unsure", "tree"]
+
+
+def texts(model, prompts, drafter=None, sampling=GREEDY, max_new_tokens=40, **options) -> list[list[int]]:
+    out = [[] for _ in prompts]
+    options.setdefault("compile", False)
+    for emissions in generate(model, prompts, drafter, sampling, max_new_tokens, **options):
+        for emission in emissions:
+            out[emission.prompt] += emission.tokens
+    return out
+
+
+@torch.no_grad()
+def recompute_keys(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer the keys and values [n, G, D] of a whole text, without a cache."""
+    found = []
+    if not tokens:
+        return found
+
+    def record(layer, q, k, v):
+        found.append((k[0], v[0]))
+        return causal_attention(layer, q, k, v)
+
+    model.recompute(torch.tensor([tokens]), record)
+    return found
+
+
+def assert_cache_is_fresh(model, cache, row: int, text: list[int], length: int) -> None:
+    """Slots below `length` hold exactly what a recomputation of the text would write (to rounding)."""
+    for layer, (keys, values) in enumerate(recompute_keys(model, text[:length])):
+        torch.testing.assert_close(cache.keys[layer][row, :length], keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cache.values[layer][row, :length], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
+    expected = texts(target, PROMPTS, sampling=sampling)
+    assert len({tuple(text) for text in expected}) == len(PROMPTS)  # the texts are worth comparing
+    drafter = drafters(target)[name]
+    assert texts(target, PROMPTS, drafter, sampling) == expected  # one after another, five refills of one row
+    assert texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=5) == expected
+    assert (
+        texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=2) == expected
+    )  # rows are refilled
+
+
+@pytest.mark.parametrize(
+    "name, low, high", [("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)]
+)
+def test_drafters_cover_low_mixed_and_full_acceptance(target, name, low, high):
+    """The equality test means little if nothing, or everything, was accepted."""
+    stats = Stats()
+    texts(target, PROMPTS, drafters(target)[name], SAMPLED, stats=stats)
+    assert low <= stats.acceptance_by_position[0] <= high
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_equal_a_recomputation_after_every_step(target, name, sampling):
+    drafter = drafters(target)[name]
+    decoder = Decoder(target, drafter, sampling, max_length=128, batch_size=3, compile=False)
+    text = dict(enumerate(map(list, PROMPTS[:3])))  # row b has prompt b
+    moved = 0
+    for emissions in decoder.run(PROMPTS[:3], max_new_tokens=30):
+        for emission in emissions:
+            text[emission.prompt] += emission.tokens
+        for row in {emission.prompt for emission in emissions if emission.finish_reason is None}:
+            length = int(decoder.state.length[row])
+            assert length == len(text[row]) - 1  # all but the root
+            assert decoder.state.tokens[row, : length + 1].tolist() == text[row]
+            assert_cache_is_fresh(target, decoder.cache, row, text[row], length)
+            small = getattr(drafter, "oracle", drafter)
+            if isinstance(small, SequentialDrafter) and small is drafter:
+                assert_cache_is_fresh(small.model, small.cache, row, text[row], length - 1)
+        moved += len(emissions)
+    assert moved > 10
+
+
+def test_a_stale_cache_is_seen(target, monkeypatch):
+    """The recomputation test can fail: a drafter that does not feed the last draft of a whole run leaves a hole."""
+    feed_two = SequentialDrafter.propose
+
+    def feed_one(self, state):
+        write = self.next_token
+        self.next_token = lambda tokens, length, seed: write(
+            tokens[:, -1:], length + tokens.shape[1] - 1, seed
+        )
+        draft = feed_two(self, state)
+        self.next_token = write
+        return draft
+
+    monkeypatch.setattr(SequentialDrafter, "propose", feed_one)
+    with pytest.raises(AssertionError):
+        test_caches_equal_a_recomputation_after_every_step(target, "itself", GREEDY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_token_inside_a_run_cuts_it(target, name):
+    [free] = texts(target, PROMPTS[:1], sampling=SAMPLED)
+    for stop in dict.fromkeys(free[3:12]):
+        stats, last = Stats(), None
+        drafter = drafters(target)[name]
+        for emissions in generate(
+            target, PROMPTS[0], drafter, SAMPLED, 40, compile=False, stop_ids=[stop], stats=stats
+        ):
+            last = emissions[-1]
+        expected = free[: free.index(stop) + 1]
+        assert stats.new_tokens == len(expected)
+        assert last.tokens[-1] == stop and last.finish_reason == "stop"
+        assert stats.accepted_tokens <= len(expected) - 1
+
+
+@pytest.mark.parametrize("budget", range(1, 8))
+def test_the_budget_cuts_inside_a_run(target, budget):
+    [free] = texts(target, PROMPTS[:1])
+    stats = Stats()
+    [text] = texts(target, PROMPTS[:1], SequentialDrafter(target, 4), max_new_tokens=budget, stats=stats)
+    assert text == free[:budget]
+    assert stats.new_tokens == budget and stats.accepted_tokens <= max(budget - 1, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_may_fill_the_whole_context(name):
+    model = random_model(max_context=48)
+    expected = texts(model, PROMPTS, max_new_tokens=1000)
+    assert [len(p) + len(t) for p, t in zip(PROMPTS, expected)] == [48] * 5
+    assert texts(model, PROMPTS, drafters(model)[name], max_new_tokens=1000, batch_size=5) == expected
+
+
+def test_prompt_i_of_a_batch_is_that_prompt_alone_with_seed_plus_i(target):
+    together = texts(target, PROMPTS, SequentialDrafter(noisy_copy(target)), SAMPLED, batch_size=3)
+    for i, prompt in enumerate(PROMPTS):
+        alone = Sampling(SAMPLED.temperature, SAMPLED.top_k, SAMPLED.top_p, SAMPLED.seed + i)
+        assert texts(target, [prompt], sampling=alone) == [together[i]]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks(target, monkeypatch):
+    prompt = random_prompts([50])
+    expected = texts(target, prompt)
+    monkeypatch.setattr("gpt_spec.PREFILL_CHUNK", 7)
+    assert texts(target, prompt, SequentialDrafter(target, 3)) == expected
+
+
+def test_an_abandoned_run_leaves_no_trace(target):
+    decoder = Decoder(target, SequentialDrafter(target), max_length=80, batch_size=2, compile=False)
+    next(decoder.run(PROMPTS[:2], 30))
+    again = [e.tokens for emissions in decoder.run(PROMPTS[2:3], 30) for e in emissions]
+    assert [sum(again, [])] == texts(target, PROMPTS[2:3], max_new_tokens=30)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_reuses_the_cache(target, name):
+    drafter = drafters(target)[name]
+    decoder = Decoder(target, drafter, GREEDY, max_length=160, compile=False)
+    history = PROMPTS[0]
+    for turn in random_prompts([3, 1, 8]):
+        history = history + turn
+        answer = [
+            t for emissions in decoder.run([history], 12, reuse=True) for e in emissions for t in e.tokens
+        ]
+        assert [answer] == texts(target, [history], max_new_tokens=12)
+        history = history + answer
+    assert decoder.shared_prefix(0, history + [1]) >= len(history) - 3  # nearly all of it would be reused
+
+
+def test_compiled_decoding_is_the_same_and_never_recompiles(target):
+    """fullgraph, and after the warm-up every size is there: draft steps, both verification sizes of lookup, refills."""
+    for name in ("lookup", "noisy", "unsure"):
+        for sampling in (GREEDY, SAMPLED):
+            expected = texts(target, PROMPTS[:3], sampling=sampling)
+            decoder = Decoder(target, drafters(target)[name], sampling, max_length=128, batch_size=2)
+            assert decoder.warm_up() > 0
+            out = [[], [], []]
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for emissions in decoder.run(PROMPTS[:3], 40):
+                    for emission in emissions:
+                        out[emission.prompt] += emission.tokens
+            assert out == expected
+
+
+def test_a_recompilation_would_be_seen(target):
+    decoder = Decoder(target, LookupDrafter(), max_length=128)
+    decoder.drafter.draft_sizes = lambda: [1]  # the warm-up forgets a size
+    decoder.warm_up()
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+        list(decoder.run([[1, 2, 3, 1, 2, 3, 1, 2]], 40))
+
+
+def test_cost_follows_the_length_not_the_allocation(target):
+    """Attention visits only what is valid: garbage behind it, NaN even, is not read."""
+    decoder = Decoder(target, max_length=200, compile=False)
+    for tensor in (*decoder.cache.keys, *decoder.cache.values):
+        tensor[:, 60:] = torch.nan
+    [expected] = texts(target, PROMPTS[:1], max_new_tokens=50)
+    assert [t for es in decoder.run(PROMPTS[:1], 50) for e in es for t in e.tokens] == expected
+
+
+# ---- trees ---------------------------------------------------------------------------------------
+
+PARENT = torch.tensor(
+    [[-1, 0, 0, 1, 1, 2, 4, -1], [-1, 0, 1, 2, 3, 4, 5, 6]]
+)  # a bush with padding, and a chain
+
+
+def climb(parent: list[int], node: int) -> list[int]:
+    """The nodes from the top down to `node`: the slow twin of tree_geometry."""
+    return (climb(parent, parent[node]) if parent[node] >= 0 else []) + [node]
+
+
+def test_tree_geometry_against_climbing():
+    ancestors, depth = tree_geometry(PARENT, 7)
+    for b, parent in enumerate(PARENT.tolist()):
+        for node in range(8):
+            path = climb(parent, node)
+            assert ancestors[b, node].nonzero().flatten().tolist() == sorted(path)
+            assert depth[b, node] == len(path) - 1
+
+
+def test_accept_against_walking_down():
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(300):
+        parent = torch.tensor(
+            [[-1] + [int(torch.randint(-1, i, (), generator=generator)) for i in range(1, 8)]]
+        )
+        tokens, choice = torch.randint(3, (2, 1, 8), generator=generator)
+        for i in range(8):  # siblings carry different tokens, as in any real tree
+            tokens[0, i] = i if (parent[0] == parent[0, i]).sum() > 3 else tokens[0, i]
+        for i in range(1, 8):
+            earlier = [j for j in range(i) if parent[0, j] == parent[0, i] and tokens[0, j] == tokens[0, i]]
+            tokens[0, i] = 10 + i if earlier else tokens[0, i]
+        ancestors, depth = tree_geometry(parent, 7)
+        path, accepted = accept(tokens, parent, choice, ancestors, depth, 7)
+        walked = [0]
+        while True:
+            below = [
+                i for i in range(1, 8) if parent[0, i] == walked[-1] and tokens[0, i] == choice[0, walked[-1]]
+            ]
+            if not below:
+                break
+            walked.append(below[0])
+        assert accepted.item() == len(walked) - 1
+        assert path[0].tolist() == walked + walked[-1:] * (8 - len(walked))
+        seen.add(len(walked))
+    assert {1, 2, 3} <= seen
+
+
+@torch.no_grad()
+def test_tree_rows_equal_plain_forwards_over_their_paths(target):
+    past = torch.tensor(random_prompts([11, 6])[0][:6] + random_prompts([11, 6])[1]).view(2, 6)
+    tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(target, max_length=64, batch_size=2, compile=False)
+    from gpt_spec import extend
+
+    length = torch.zeros(2, dtype=torch.int64)
+    extend(target, decoder.cache, past, length)
+    length = length + 6
+    ancestors, depth = tree_geometry(PARENT, 7)
+    slots = length[:, None] + torch.arange(8)
+    features = target(
+        tokens, length[:, None] + depth, partial(decoder.cache.attend, slots, ancestors, length)
+    )
+    for b in range(2):
+        for node in range(8):
+            path = climb(PARENT[b].tolist(), node)
+            if PARENT[b, path[0]] == -1 and path[0] != 0:
+                continue  # padding
+            whole = torch.cat((past[b], tokens[b, path]))[None]
+            torch.testing.assert_close(
+                features[b, node], target.recompute(whole)[0, -1], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_lookup_finds_the_latest_longest_repetition():
+    def search(text, ngram=3, count=4):
+        padded = torch.tensor([text + [0] * (20 - len(text))])
+        tokens, found = find_repetition(padded, torch.tensor([len(text) - 1]), ngram, count)
+        assert tokens[0, 0] == text[-1]
+        return tokens[0, 1:].tolist() if found else None
+
+    assert search([1, 2, 3, 4, 5, 6, 7, 2, 3]) == [4, 5, 6, 7]
+    assert search([1, 2, 3, 4, 9, 2, 3, 5, 9, 2, 3]) == [5, 9, 2, 3]  # 9 2 3 beats 1 2 3
+    assert search([5, 8, 5, 9, 7, 5]) == [9, 7, 5, 9]  # the latest of two; and around in circles
+    assert search([1, 7, 7]) == [7, 7, 7, 7]
+    assert search([1, 2, 3]) is None
+    assert search([4]) is None  # the zeros behind the text are no text
+
+
+def test_the_cache_is_rounded_up_but_never_beyond_the_context(target):
+    assert cache_length(target.config, 30) == 256
+    assert cache_length(random_model(max_context=4096).config, 600) == 1024
+
+
+def test_stats_add_up(target):
+    stats = Stats()
+    out = texts(target, PROMPTS, SequentialDrafter(noisy_copy(target), 3), batch_size=2, stats=stats)
+    assert stats.outputs == 5 and stats.new_tokens == sum(map(len, out)) == 200
+    assert stats.target_forwards == sum(stats.accepted_histogram)
+    assert stats.accepted_tokens == sum(i * n for i, n in enumerate(stats.accepted_histogram))
+    assert stats.drafted_tokens == 3 * stats.target_forwards
+    # every step emits its accepted tokens and one more, except where a cut took that one away
+    cut = stats.target_forwards + stats.accepted_tokens - (stats.new_tokens - stats.outputs)
+    assert 0 <= cut <= 5
+    shares = stats.acceptance_by_position
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+    assert sum(shares) * stats.target_forwards == pytest.approx(stats.accepted_tokens)

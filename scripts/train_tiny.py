@@ -45,7 +45,7 @@ SHAPES = {
         dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1),
     ),
 }
-STEPS = {"target": 7000, "small": 5000}
+STEPS = {"target": 6000, "small": 4000}
 
 # Modules no model has seen; neither have their tests (test_<name>.py) been.
 HELD_OUT = """argparse base64 bisect calendar cmd colorsys configparser contextlib copy csv dataclasses

@@ -1,11 +1,13 @@
 """Fixtures shared by the tests: tiny random models, and where the shipped and the shared files are."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,6 +55,33 @@ def target() -> Transformer:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
+    """Tokenizers and prompts that CI has and a fresh clone elsewhere may not."""
     if not SHARED.is_dir():
         pytest.skip("../shared is not here; it lies beside the checkout in CI")
-    return SHARED
+    return SHARED / "data"
+
+
+def save_checkpoint(
+    model: Transformer, directory: Path, dtype: torch.dtype = torch.float32, **config
+) -> Path:
+    """Write a tiny model as a Hugging Face directory, in the spelling of transformers 4."""
+    c = model.config
+    raw = {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tied_embeddings,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw | config))
+    tensors = {name: view.to(dtype).clone() for name, view in model.checkpoint_tensors().items()}
+    save_file(tensors, directory / "model.safetensors")
+    return directory

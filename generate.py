@@ -1,5 +1,4 @@
-"""generate.py: everything between a user and the engine: checkpoint directories, tokenizers, chat, streaming,
-the command line.
+"""generate.py: what lies between a user and the engine: checkpoints, tokenizers, chat, the command line.
 
     python generate.py                                          # the models in models/, offline
     python generate.py --method lookup --prompt "class Stack:"
@@ -49,8 +48,7 @@ DEFAULT_PROMPT = '''class Stack:
 
 
 def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
-    """A local directory as it is, or a hub repository id, downloaded into the hub's own cache. BadInput for
-    neither."""
+    """A local directory, or a hub repository id, downloaded into the hub's cache. BadInput for neither."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -60,9 +58,12 @@ def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
         raise BadInput(f"{flag}: {name} is not a directory (nor a hub repository id like owner/name)")
     from huggingface_hub import snapshot_download  # slow to import, and most runs are local
 
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted, unwanted = (
+        ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+        ["original/*", "consolidated*"],
+    )
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (
         Exception
     ) as error:  # no network, no such repository, no permission: the hub has a dozen classes for it
@@ -88,8 +89,7 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of the index, or model.safetensors. None outside the
-    directory."""
+    """The safetensors files of a checkpoint: model.safetensors, or those of its index; none from outside."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         if (directory / "model.safetensors").exists():
@@ -125,8 +125,7 @@ def open_weights(path: Path):
 
 
 def fill_weights(model: Transformer, directory: Path, files: list[Path]) -> None:
-    """Copy every tensor of the files to its place in the model; each must have one, and each place must be
-    filled."""
+    """Copy every tensor to its place in the model. Each must have one, and each place must be filled."""
     places, tied_head = model.checkpoint_tensors(), None
     missing = set(places)
     for path in files:
@@ -213,8 +212,7 @@ GUARD = "\ufdd0"  # a noncharacter: put inside special tokens that a user typed,
 
 
 class Tokenizer:
-    """Text to token ids and back. Subclasses know `encode_ordinary`, `piece` and `size`; special tokens are
-    handled here."""
+    """Text to token ids and back. Subclasses know ordinary tokens, this class the special ones."""
 
     size: int  # ids are below it, special tokens not counted
 
@@ -234,21 +232,18 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
-        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is four
-        characters."""
+        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is four letters."""
         return ([self.specials[self.bos]] if self.add_bos else []) + self.encode_ordinary(text)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to the text: nothing for special ones and for ids that only pad the
-        vocabulary."""
+        """What a token adds to a text: nothing for special ones and ids that only pad the vocabulary."""
         return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
 
     def decode(self, tokens: list[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation, ending where the answer begins. BOS is the template's business, special tokens the
-        template's only."""
+        """A conversation, up to where the answer begins. Special tokens come from the template alone."""
         if self.template is None:
             raise BadInput(
                 "--chat: this checkpoint has no chat template; use an instruction-tuned model, or no --chat"
@@ -394,8 +389,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2 writes every byte as one visible character: itself where it is visible, else one from 256
-    upwards."""
+    """GPT-2 writes a byte as one visible character: itself if it is visible, else one from 256 upwards."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -409,8 +403,7 @@ def unmap_bytes(text: str) -> bytes:
 
 
 def split_pattern(raw: dict[str, Any]) -> str | None:
-    """The regular expression with which a byte-level BPE `tokenizer.json` cuts a text; None for another
-    kind."""
+    """The regular expression by which a byte-level BPE `tokenizer.json` cuts texts; None for another kind."""
     steps = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or [raw.get("pre_tokenizer") or {}]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
@@ -451,8 +444,7 @@ def read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
 
 
 def read_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
-    """`tokenizer.model` of Llama 3: a line of base64 and rank for every token; the special tokens come after
-    the last."""
+    """`tokenizer.model` of Llama 3: base64 and rank, a line a token; special tokens follow the last."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -468,8 +460,7 @@ def read_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none (then ids must
-    be given)."""
+    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none."""
     directory = Path(path)
     raw = read_json(directory / "tokenizer_config.json")
     added = {token["content"]: int(i) for i, token in (raw.get("added_tokens_decoder") or {}).items()}
@@ -533,7 +524,7 @@ class TextStream:
     def add(self, token: int) -> bool:
         """Append a token; True if that completes a stop string, which is then cut away."""
         before = len(self.text)
-        self.text += self.decoder.decode(self.tokenizer.token_bytes(token)) if self.tokenizer else ""
+        self.text += self.decoder.decode(self.tokenizer.token_bytes(token)) if self.tokenizer else f"{token} "
         found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
         found = [place for place in found if place >= 0]
         if found:
@@ -597,19 +588,17 @@ class Output:
 
 
 class Screen:
-    """Writes outputs in input order, the first unfinished one as it grows. `explain` colours what the drafter
-    proposed."""
+    """Writes outputs in input order, the first unfinished one as it grows, in colours if asked to explain."""
 
     DRAFTED, OWN, PLAIN = "\033[32m", "\033[33m", "\033[0m"
 
     def __init__(self, outputs: list[Output], explain: bool, stream=None):
         self.outputs, self.explain, self.stream = outputs, explain, stream or sys.stdout
         self.current, self.begun = 0, False
-        if explain:
-            legend = (
-                f"{self.DRAFTED}proposed by the drafter{self.PLAIN}, {self.OWN}the target's own{self.PLAIN}"
-            )
-            print(legend, file=sys.stderr, flush=True)
+
+    @classmethod
+    def legend(cls) -> str:
+        return f"{cls.DRAFTED}proposed by the drafter{cls.PLAIN}, {cls.OWN}the target's own{cls.PLAIN}"
 
     def update(self) -> None:
         """Write everything that is new. Texts that are not yet their turn wait in their outputs."""
@@ -708,7 +697,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--system needs --chat or --interactive")
     if args.interactive and (args.json or args.prompts or args.prompt_ids or args.num_samples > 1):
         raise BadInput(
-            "--interactive reads a conversation from standard input; it goes with no --json, --prompts, --num_samples"
+            "--interactive reads a conversation from standard input; leave out --json, --prompts and the like"
         )
     if args.profile and not Path(args.profile).absolute().parent.is_dir():
         raise BadInput(f"--profile: the directory of {args.profile} does not exist")
@@ -769,7 +758,7 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
     model = load_model(directory, precision, args.device, "--draft_checkpoint_path")
     difference = compare_vocabularies(target, model.config.vocab_size, load_tokenizer(directory))
     if difference:
-        raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary than the target: {difference}")
+        raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary: {difference}")
     return model
 
 
@@ -779,8 +768,8 @@ def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None)
         return f"{size} tokens, not {target.model.config.vocab_size}"
     if tokenizer is None or target.tokenizer is None:
         return None
-    ours, theirs = target.tokenizer.token_bytes, tokenizer.token_bytes
-    return next((f"token {i} is {theirs(i)!r}, not {ours(i)!r}" for i in range(size) if ours(i) != theirs(i)), None)
+    pairs = ((target.tokenizer.token_bytes(i), tokenizer.token_bytes(i)) for i in range(size))
+    return next((f"token {i} is {b!r}, not {a!r}" for i, (a, b) in enumerate(pairs) if a != b), None)
 
 
 def read_text(value: str) -> str:
@@ -896,7 +885,7 @@ def decode_all(
 
 
 def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: Stats) -> None:
-    """A conversation on standard input. With a chat template lines are messages, else they continue the text."""
+    """A conversation on standard input: lines are messages or, without a chat template, more text."""
     tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args.system)
     if tokenizer.template is None:
         print("no chat template: what you type is continued as text", file=sys.stderr)
@@ -944,7 +933,7 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def weight_bytes(models: list[torch.nn.Module]) -> int:
@@ -953,9 +942,10 @@ def weight_bytes(models: list[torch.nn.Module]) -> int:
 
 
 STATS_FIELDS = [
-    *("new_tokens", "prefill_seconds", "time_to_first_token_seconds", "decode_seconds", "decode_tokens_per_second"),
-    *("target_forwards", "drafted_tokens", "accepted_tokens", "tokens_per_step", "acceptance_by_position"),
-    "compile_seconds",
+    *("new_tokens", "prefill_seconds", "time_to_first_token_seconds"),
+    *("decode_seconds", "decode_tokens_per_second", "target_forwards"),
+    *("drafted_tokens", "accepted_tokens", "tokens_per_step"),
+    *("acceptance_by_position", "compile_seconds"),
 ]
 
 
@@ -970,7 +960,7 @@ def format_stats(s: dict[str, Any]) -> str:
     accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
     return (
         f"{s['new_tokens']} tokens, {s['decode_tokens_per_second']:.1f} tokens/s; "
-        f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up took {s['compile_seconds']:.1f} s more\n"
+        f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up {s['compile_seconds']:.1f} s\n"
         f"{s['tokens_per_step']:.2f} tokens per step of the target"
         + (f"; {accepted}; at least 1, 2, ... in {by_position} of the steps\n" if by_position else "\n")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
@@ -1015,6 +1005,8 @@ def run(args: argparse.Namespace) -> int:
     max_length = gpt_spec.cache_length(config, min(longest, config.max_context, window))
     decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, can_compile(args))
     stats = Stats(compile_seconds=decoder.warm_up())
+    if args.explain:
+        print(Screen.legend(), file=sys.stderr, flush=True)
     with trace(args.profile):
         if args.interactive:
             interact(decoder, target, args, stats)

@@ -27,8 +27,7 @@ import kernels
 
 
 class BadInput(ValueError):
-    """What the user gave cannot work. The message is one line: the file or flag, what is wrong, what would be
-    right."""
+    """What the user gave cannot work. One line: the file or flag, what is wrong, what would be right."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ class ModelConfig:
                 raise BadInput(f"{where}: {name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise BadInput(
-                f"{where}: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} key-value heads"
+                f"{where}: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} kv heads"
             )
         if self.head_dim % 2:
             raise BadInput(f"{where}: head_dim is {self.head_dim}; RoPE needs an even one")
@@ -197,12 +196,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
+        self.heads, self.head_dim = (
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads),
             config.head_dim,
         )
-        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        rows = sum(self.heads) * config.head_dim  # queries, keys, values
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -211,7 +209,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, n, hidden] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        q, k, v = heads.split(self.heads, dim=2)
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
@@ -261,19 +259,17 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its Hugging Face name, as a view: loading copies into them, saving copies out of
-        them.
+        """Every weight under its Hugging Face name, as a view: loading copies in, saving copies out.
 
         q, k, v and gate, up are rows of one fused matrix each; a tied lm_head has no name of its own.
         """
-        c, tensors = self.config, dict(self.named_parameters())
+        c, kv_rows = self.config, self.config.num_kv_heads * self.config.head_dim
         fused = {
-            "qkv_proj": {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim,
-                         "v_proj": c.num_kv_heads * c.head_dim},
+            "qkv_proj": {"q_proj": c.num_heads * c.head_dim, "k_proj": kv_rows, "v_proj": kv_rows},
             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
-        }  # fmt: skip
+        }
         named = {}
-        for name, tensor in tensors.items():
+        for name, tensor in self.named_parameters():
             module, kind = name.rsplit(".", 1)  # ("layers.0.mlp.gate_up_proj", "weight")
             parent, _, leaf = module.rpartition(".")
             prefix = "" if module == "lm_head" else "model."
@@ -283,8 +279,7 @@ class Transformer(nn.Module):
         return named
 
     def forward(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Features of `tokens`: the hidden state after the final norm, [B, n, hidden]. `lm_head` turns them
-        into logits.
+        """Features, [B, n, hidden]: the hidden state after the final norm, which `lm_head` turns into logits.
 
         tokens, positions: int64 [B, n]. `attend(layer, q, k, v)` decides what a token sees: `KVCache.attend`
         (with its first arguments bound) continues a cached text, `causal_attention` needs no cache.
@@ -319,12 +314,10 @@ class KVCache:
 
     @staticmethod
     def allocate(config: ModelConfig, batch_size: int, slots: int, like: Tensor) -> KVCache:
-        def zeros() -> Tensor:
-            return like.new_zeros(batch_size, slots, config.num_kv_heads, config.head_dim)
-
-        return KVCache(
-            [zeros() for _ in range(config.num_layers)], [zeros() for _ in range(config.num_layers)]
-        )
+        """`like`: any tensor of the dtype and device wanted."""
+        shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
+        keys, values = ([like.new_zeros(shape) for _ in range(config.num_layers)] for _ in "kv")
+        return KVCache(keys, values)
 
     def row(self, b: int) -> KVCache:
         """A view of one text: what is written there is written here."""
@@ -333,8 +326,7 @@ class KVCache:
     def attend(
         self, slots: Tensor, ancestors: Tensor, length: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] (see
-        `kernels.attention`)."""
+        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] -> [B, n, H, D]."""
         keys, values = self.keys[layer], self.values[layer]
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
         keys[rows, slots] = k
@@ -383,8 +375,7 @@ LOW_32 = 0xFFFFFFFF
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (in int64) whose output bits look random: the hash lowbias32 of Chris
-    Wellons.
+    """A bijection of 32-bit integers (in int64) whose bits look random: lowbias32 by Chris Wellons.
 
     The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
     """
@@ -400,22 +391,18 @@ def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
     """
     first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
-    second = mix(
-        first ^ 0x5BF03635
-    )  # two keys: streams of two seeds that meet in one do not meet in the other
+    second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
     a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
     b = mix(a ^ second[..., None])
     token = torch.arange(vocab_size, device=positions.device)
     bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, vocabulary]
-    # Uniform in (0, 1) with all its precision near 0, where the large noise comes from: -log(1 - u) is
-    # exponential.
+    # Uniform in (0, 1), most precise near 0, where large noise comes from; -log(1 - uniform) is exponential.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """-inf outside the `top_k` largest and the smallest set that holds `top_p` of the tempered softmax. [...,
-    V]"""
+    """-inf outside the `top_k` largest and the smallest set with `top_p` of the softmax. [..., V]"""
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]  # [..., 1]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -429,8 +416,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """filter(logits) + temperature * noise, float32 [B, n, V]; its argmax is an exact sample of the filtered
-    softmax."""
+    """filter(logits) + temperature * noise, float32 [B, n, V]: its argmax is an exact sample."""
     logits = logits.float()
     if sampling.temperature == 0:
         return logits
@@ -467,8 +453,7 @@ class Draft:
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
-        """Root and n - 1 tokens in a row; of these only the first `count` int64 [B] are meant, the rest is
-        padding."""
+        """Root and n - 1 tokens in a row; those beyond `count` int64 [B], if given, are padding."""
         n = tokens.shape[1]
         node = torch.arange(n, device=tokens.device)
         count = torch.full_like(tokens[:, 0], n - 1) if count is None else count
@@ -530,8 +515,7 @@ def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -
 
 
 def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start: int) -> Tensor:
-    """Fill slots start .. P - 1 of one row of the cache with a prompt int64 [P] -> feature [1, 1, hidden] of
-    its end."""
+    """Fill slots start .. P - 1 of one row with a prompt int64 [P] -> feature of its end, [1, 1, hidden]."""
     view = cache.row(row)
     for begin in range(start, len(tokens), PREFILL_CHUNK):
         chunk = tokens[None, begin : begin + PREFILL_CHUNK]  # [1, n]
@@ -541,8 +525,7 @@ def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start:
 
 @dataclass
 class State:
-    """B texts being decoded. In every row, tokens[length] is the root: committed, but not yet in the target's
-    cache."""
+    """B texts being decoded. tokens[length] is the root: committed, not yet in the target's cache."""
 
     tokens: Tensor  # int64 [B, slots]; valid up to and including the root
     length: Tensor  # int64 [B]; tokens whose K/V is in the target's cache
@@ -553,7 +536,9 @@ class State:
     def allocate(batch_size: int, slots: int, device: torch.device) -> State:
         tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
         seed = tokens[:, 0].clone()  # [B]
-        return State(tokens, torch.ones_like(seed), seed, seed.bool())  # length 1: drafters look one token back
+        return State(
+            tokens, torch.ones_like(seed), seed, seed.bool()
+        )  # length 1: drafters look one token back
 
 
 @dataclass(frozen=True)
@@ -577,8 +562,7 @@ class Setup:
 
 
 class Drafter:
-    """Proposes what the target will verify. This one proposes nothing, which makes the loop autoregressive
-    decoding."""
+    """Proposes what the target will verify. This one proposes nothing: autoregressive decoding."""
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
@@ -603,8 +587,7 @@ class Drafter:
 
 
 class LookupDrafter(Drafter):
-    """Prompt lookup: where the last few tokens occurred before, what followed then is proposed now (arXiv
-    2304.04487)."""
+    """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487)."""
 
     def __init__(self, speculate_k: int = 4, ngram: int = 3):
         self.max_nodes, self.ngram = speculate_k + 1, ngram
@@ -623,8 +606,7 @@ class LookupDrafter(Drafter):
 
 
 def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
-    """The latest place where the longest suffix of up to `ngram` tokens occurred before, and what followed it
-    there.
+    """What followed the longest suffix of up to `ngram` tokens where it occurred last.
 
     text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1],
     found bool [B]. What follows a place close to the end is read around in circles: a text that repeats goes
@@ -644,8 +626,7 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
 
 
 class SequentialDrafter(Drafter):
-    """A smaller model of the same vocabulary writes K tokens, one after another (Leviathan et al., arXiv
-    2211.17192).
+    """A smaller model of the same vocabulary writes K tokens in a row (Leviathan et al., arXiv 2211.17192).
 
     It picks with the target's noise, so at any temperature it says what the target says wherever their
     distributions let it. The last draft of a run that is accepted whole was never fed to it; so every run
@@ -654,55 +635,61 @@ class SequentialDrafter(Drafter):
     """
 
     def __init__(self, model: Transformer, speculate_k: int = 4, draft_confidence: float = 0.0):
-        """`draft_confidence`: a row stops before a token of which the model is less sure than this
-        probability."""
+        """`draft_confidence`: a draft ends before a token that the model finds less probable than this."""
         self.model, self.models, self.max_nodes = model, (model,), speculate_k + 1
         self.draft_confidence = draft_confidence
+        self.stride = 1 if draft_confidence > 0 else speculate_k  # tokens written by one compiled call
 
     def start(self, setup: Setup) -> None:
         like = self.model.norm.weight
         self.cache = KVCache.allocate(self.model.config, setup.batch_size, setup.slots, like)
         self.sampling = setup.sampling
-        self.next_token = setup.compiled(self.write_one)
+        self.write_some = setup.compiled(self.write)
 
     def prefill(self, row: int, tokens: Tensor, start: int) -> None:
         prefill(self.model, self.cache, row, tokens, start)
 
     def warm_up(self, state: State) -> None:
-        for n in (2, 1):  # whatever the confidence, which may end `propose` early
-            self.next_token(state.tokens.new_zeros(len(state.tokens), n), state.length - 1, state.seed)
+        for n in (2, 1)[
+            : 1 if self.stride > 1 else 2
+        ]:  # whatever the confidence, which may end `propose` early
+            self.write_some(state.tokens.new_zeros(len(state.tokens), n), state.length - 1, state.seed)
 
-    def write_one(self, tokens: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed tokens int64 [B, n] at `length`; the next token int64 [B, 1] and whether we are sure of it,
-        bool [B, 1]."""
-        features = extend(self.model, self.cache, tokens, length)
-        logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
-        token = pick(logits, (length + tokens.shape[1])[:, None], seed, self.sampling)
+    def write(self, fed: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed int64 [B, n] at `length`, then write -> tokens int64 [B, stride], are they sure? bool."""
+        tokens, sure = [], []
+        for _ in range(self.stride):
+            features = extend(self.model, self.cache, fed, length)
+            logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
+            length = length + fed.shape[1]
+            fed = pick(logits, length[:, None], seed, self.sampling)  # [B, 1]
+            tokens.append(fed)
+            sure.append(self.is_sure(logits, fed))
+        return torch.cat(tokens, dim=1), torch.cat(sure, dim=1)
+
+    def is_sure(self, logits: Tensor, token: Tensor) -> Tensor:
+        """Is the token, int64 [B, 1], probable enough under logits [B, 1, V]? bool [B, 1]"""
         if self.draft_confidence == 0:
-            return token, torch.ones_like(token, dtype=torch.bool)
-        probability = logits[:, 0].float().softmax(-1).gather(1, token)  # [B, 1]
-        return token, probability >= self.draft_confidence
+            return torch.ones_like(token, dtype=torch.bool)
+        return logits[:, 0].float().softmax(-1).gather(1, token) >= self.draft_confidence
 
     def propose(self, state: State) -> Draft:
-        length = state.length
-        last_two = length[:, None] + torch.arange(-1, 1, device=length.device)  # [B, 2]
-        fed, start = state.tokens.gather(1, last_two), length - 1
-        drafted, sure = [fed[:, 1:]], state.active[:, None]  # [B, 1] each
-        count = torch.zeros_like(length)
-        for k in range(1, self.max_nodes):
-            token, confident = self.next_token(fed, start, state.seed)
-            if self.draft_confidence > 0:
-                sure = sure & confident
-                if not sure.any():  # one read of the host a token, the price of stopping early
-                    break
-            drafted.append(token)
-            count = count + sure[:, 0]
-            fed, start = token, length + k
-        n = next(size for size in self.draft_sizes() if size >= len(drafted))
-        tokens = torch.cat(
-            drafted + drafted[:1] * (n - len(drafted)), dim=1
-        )  # [B, n], filled up with anything
-        return Draft.chain(tokens, count)
+        last_two = state.length[:, None] + torch.arange(-1, 1, device=state.length.device)  # [B, 2]
+        fed, start = state.tokens.gather(1, last_two), state.length - 1
+        drafted, sure, count = [fed[:, 1:]], state.active[:, None], torch.zeros_like(start)
+        for k in range(0, self.max_nodes - 1, self.stride):  # k tokens are drafted
+            tokens, confident = self.write_some(fed, start, state.seed)  # [B, stride] each
+            sure = sure & confident
+            if (
+                self.draft_confidence > 0 and not sure.any()
+            ):  # a read of the host, the price of stopping early
+                break
+            drafted.append(tokens)
+            count = count + sure.sum(dim=1)  # [B]
+            fed, start = tokens[:, -1:], state.length + k + self.stride
+        draft = torch.cat(drafted, dim=1)
+        n = next(size for size in self.draft_sizes() if size >= draft.shape[1])
+        return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]
 
     def draft_sizes(self) -> list[int]:
         if self.draft_confidence == 0:
@@ -755,8 +742,7 @@ class Stats:
 
 @dataclass
 class Emission:
-    """New tokens of one prompt. The first `accepted` of them were drafted, the others are the target's
-    own."""
+    """New tokens of one prompt; the first `accepted` were drafted, the others are the target's own."""
 
     prompt: int  # index in the list of prompts
     tokens: list[int]
@@ -774,8 +760,7 @@ class Row:
 
 
 class Decoder:
-    """A target and a drafter, with their caches, for `batch_size` texts of up to `max_length` tokens at a
-    time."""
+    """A target, a drafter and their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
 
     @torch.no_grad()
     def __init__(
@@ -797,8 +782,7 @@ class Decoder:
 
     @torch.no_grad()
     def warm_up(self) -> float:
-        """Compile every size that decoding will meet -> seconds it took. Rows are frozen, so nothing
-        changes."""
+        """Compile every size that decoding will meet -> seconds. Rows are frozen, so nothing changes."""
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
         if not self.setup.compile:
@@ -811,10 +795,10 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
-        """Start a new text in `row` -> its first new token. `reuse` keeps what the caches share with the last
-        text."""
+        """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
         state, device = self.state, self.state.tokens.device
         start = self.shared_prefix(row, tokens) if reuse else 0
+        state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
         prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
         feature = prefill(self.model, self.cache, row, prompt, start)
         self.drafter.prefill(row, prompt, start)
@@ -866,8 +850,7 @@ class Decoder:
         return torch.where(active, length + accepted + 1, length), path, report
 
     def run_verify(self, draft: Draft) -> list[list[int]]:
-        """Verify a draft and commit what was accepted -> per row: accepted, drafted, moved, emitted
-        tokens."""
+        """Verify a draft, commit what was accepted -> per row: accepted, drafted, moved, emitted tokens."""
         s, old_length = self.state, self.state.length
         s.length, path, report = self.verify_step(
             draft.tokens, draft.parent, draft.max_depth, s.tokens, old_length, s.seed, s.active
@@ -879,8 +862,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> tuple[list[list[int]], int]:
-        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, and the depth of the
-        draft."""
+        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, depth of the draft."""
         draft = self.drafter.propose(self.state)
         return self.run_verify(draft), draft.max_depth
 
@@ -961,7 +943,7 @@ def cache_length(config: ModelConfig, longest: int) -> int:
     window = config.sliding_window
     if window is not None and longest > window:
         raise BadInput(
-            f"this model's sliding window of {window} tokens is not implemented, and prompt and new tokens come to "
+            f"this model's sliding window of {window} tokens is not implemented; prompt and new tokens are "
             f"{longest}: shorten the prompt or lower --max_new_tokens"
         )
     return min(-(-longest // 512) * 512, config.max_context, window or config.max_context)

@@ -16,17 +16,14 @@ from torch import Tensor
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`."""
-    m = ancestors.shape[-1]
-    valid = int(length.max()) + m  # the only slots anybody may look at
-    node = (
-        torch.arange(valid, device=q.device) - length[:, None]
-    )  # [B, valid]: which node a slot holds; < 0 is the past
-    index = node.clamp(0, m - 1)[:, None, :].expand(-1, q.shape[1], -1)  # [B, n, valid]
-    seen = (node < 0)[:, None, :] | (ancestors.gather(2, index) & (node < m)[:, None, :])
+    m, lengths = ancestors.shape[-1], length.tolist()
+    valid = max(lengths) + m  # the only slots anybody may look at
+    seen = ancestors.new_zeros(len(q), 1, q.shape[1], valid)  # [B, 1, n, valid]
+    for b, past in enumerate(lengths):
+        seen[b, 0, :, :past] = True
+        seen[b, 0, :, past : past + m] = ancestors[b]
     q, keys, values = q.transpose(1, 2), keys[:, :valid].transpose(1, 2), values[:, :valid].transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=seen[:, None], enable_gqa=True
-    )  # [B, H, n, D]
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)  # [B, H, n, D]
     return out.transpose(1, 2).contiguous()
 
 

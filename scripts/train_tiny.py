@@ -2,7 +2,7 @@
 
     python scripts/train_tiny.py tokenizer      # models/*/tokenizer.model, held-out prompts     seconds
     python scripts/train_tiny.py target         # models/python-7m: 8 layers of width 256        about an hour
-    python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        a quarter of one
+    python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        20 minutes
 
 In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from
 `.training/`.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import sysconfig
 import time
@@ -36,21 +37,53 @@ VOCABULARY, SEQUENCE, BATCH = 4096, 512, 8
 BOS, EOS = 1, 2
 
 SHAPES = {
-    "target": (
-        "python-7m",
-        dict(hidden_size=256, intermediate_size=768, num_layers=8, num_heads=4, num_kv_heads=2),
-    ),
-    "small": (
-        "python-1m",
-        dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1),
-    ),
+    "target": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_layers": 8,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "small": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    },
 }
+FOLDERS = {"target": ROOT / "models" / "python-7m", "small": ROOT / "models" / "python-1m"}
 STEPS = {"target": 6000, "small": 4000}
 
 # Modules no model has seen; neither have their tests (test_<name>.py) been.
-HELD_OUT = """argparse base64 bisect calendar cmd colorsys configparser contextlib copy csv dataclasses
-difflib fileinput fnmatch fractions getopt glob graphlib gzip heapq inspect mailbox netrc optparse pprint
-queue random sched shlex shutil statistics string tabnanny textwrap timeit uuid wave""".split()
+HELD_OUT = [
+    *(
+        "argparse",
+        "base64",
+        "bisect",
+        "calendar",
+        "cmd",
+        "colorsys",
+        "configparser",
+        "contextlib",
+        "copy",
+        "csv",
+    ),
+    *(
+        "dataclasses",
+        "difflib",
+        "fileinput",
+        "fnmatch",
+        "fractions",
+        "getopt",
+        "glob",
+        "graphlib",
+        "gzip",
+        "heapq",
+    ),
+    *("inspect", "mailbox", "netrc", "optparse", "pprint", "queue", "random", "sched", "shlex", "shutil"),
+    *("statistics", "string", "tabnanny", "textwrap", "timeit", "uuid", "wave"),
+]
 
 NOTICE = """The prompts in held_out.jsonl are the beginnings of classes and functions of modules of the Python
 standard library, Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved. They are used under
@@ -63,8 +96,7 @@ models in this folder were trained on the rest of the same library by scripts/tr
 
 
 def read_library() -> tuple[list[str], list[str], dict[str, str]]:
-    """(library modules, test modules, held-out modules by name), without character tables and generated
-    files."""
+    """(library modules, test modules, held-out modules by name), without character tables."""
     library, tests, held_out = [], [], {}
     for path in sorted(LIBRARY.rglob("*.py")):
         parts = path.relative_to(LIBRARY).parts
@@ -84,14 +116,13 @@ def read_library() -> tuple[list[str], list[str], dict[str, str]]:
 
 
 def train_tokenizer() -> None:
-    """A SentencePiece BPE that loses nothing: bytes as a fallback, no normalisation, newlines and indentation
-    as pieces."""
+    """A SentencePiece BPE that loses nothing: byte fallback, no normalisation, indentation as pieces."""
     library, _, held_out = read_library()
-    target = ROOT / "models" / SHAPES["target"][0]
-    target.mkdir(parents=True, exist_ok=True)
+    for folder in FOLDERS.values():
+        folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in library for line in text.split("\n") if line),
-        model_prefix=str(target / "tokenizer"),
+        model_prefix=str(FOLDERS["target"] / "tokenizer"),
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
@@ -104,16 +135,13 @@ def train_tokenizer() -> None:
         max_sentence_length=4192,
         num_threads=2,
     )
-    (target / "tokenizer.vocab").unlink()
-    small = ROOT / "models" / SHAPES["small"][0]
-    small.mkdir(exist_ok=True)
-    (small / "tokenizer.model").write_bytes((target / "tokenizer.model").read_bytes())
+    (FOLDERS["target"] / "tokenizer.vocab").unlink()
+    shutil.copy(FOLDERS["target"] / "tokenizer.model", FOLDERS["small"])
     write_prompts(held_out)
 
 
 def write_prompts(held_out: dict[str, str]) -> None:
-    """models/held_out.jsonl: from every held-out module two prompts of 10 to 24 lines, each ending where a
-    body begins."""
+    """models/held_out.jsonl: two prompts of up to 17 lines per module, each ending where a body begins."""
     lines_out = []
     for name, text in held_out.items():
         lines = text.split("\n")
@@ -131,10 +159,8 @@ def write_prompts(held_out: dict[str, str]) -> None:
 
 
 def load_tokens() -> tuple[Tensor, Tensor]:
-    """(training tokens, held-out tokens), int64 [n]. Every module starts with BOS; library modules are there
-    twice."""
-    path = ROOT / "models" / SHAPES["target"][0] / "tokenizer.model"
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    """(training tokens, held-out tokens), int64 [n]. Modules start with BOS; the library is there twice."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDERS["target"] / "tokenizer.model"))
     library, tests, held_out = read_library()
 
     def encode(texts: list[str]) -> list[int]:
@@ -148,7 +174,7 @@ def load_tokens() -> tuple[Tensor, Tensor]:
 
 def build_model(kind: str) -> Transformer:
     config = ModelConfig(
-        vocab_size=VOCABULARY, head_dim=64, max_context=2 * SEQUENCE, tied_embeddings=True, **SHAPES[kind][1]
+        vocab_size=VOCABULARY, head_dim=64, max_context=2 * SEQUENCE, tied_embeddings=True, **SHAPES[kind]
     )
     torch.manual_seed(0)
     model = Transformer(config)
@@ -169,13 +195,15 @@ def build_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
     ]
 
 
-def sample_batch(tokens: Tensor, step: int) -> Tensor:
-    """int64 [BATCH, SEQUENCE + 1]; a function of the step alone, so that a resumed run sees what it would
-    have seen."""
-    starts = torch.randint(
-        len(tokens) - SEQUENCE - 1, (BATCH,), generator=torch.Generator().manual_seed(step)
-    )
-    return torch.stack([tokens[i : i + SEQUENCE + 1] for i in starts.tolist()])
+def sample_batch(tokens: Tensor, step: int, steps: int) -> Tensor:
+    """int64 [B, n + 1]: a function of the step, so that a resumed run sees what it would have seen.
+
+    n is SEQUENCE and, for the last tenth of the steps, twice that: enough to learn the longer context.
+    """
+    n = 2 * SEQUENCE if step >= 0.9 * steps else SEQUENCE
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(tokens) - n - 1, (BATCH * SEQUENCE // n,), generator=generator)
+    return torch.stack([tokens[i : i + n + 1] for i in starts.tolist()])
 
 
 def make_loss(model: Transformer, teacher: Transformer | None):
@@ -196,8 +224,7 @@ def make_loss(model: Transformer, teacher: Transformer | None):
 
 @torch.no_grad()
 def evaluate(model: Transformer, tokens: Tensor) -> tuple[float, float]:
-    """(loss in nats per token, share of tokens that are the first choice) over windows of SEQUENCE held-out
-    tokens."""
+    """(loss in nats per token, share of tokens that are the first choice); windows of SEQUENCE tokens."""
     device, total, right, count = next(model.parameters()).device, 0.0, 0, 0
     for window in tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE).to(device).split(BATCH):
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -237,14 +264,14 @@ def train(kind: str, steps: int) -> None:
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
             optimizer.zero_grad()
-        value = loss(sample_batch(tokens, step).to(device))
+        value = loss(sample_batch(tokens, step, steps).to(device))
         value.backward()
         for optimizer in optimizers:
             optimizer.step()
         if step % 50 == 0:
             print(f"step {step}: loss {value.item():.3f}, {time.time() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print("held out: loss {:.3f}, first choice right {:.3f}".format(*evaluate(model, held_out)), flush=True)
+            print("held out: loss {:.3f}, top-1 {:.3f}".format(*evaluate(model, held_out)), flush=True)
             save_state(state_path, model, optimizers, step + 1)
     save_shipped(kind, model)
 
@@ -260,35 +287,40 @@ def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Opti
 
 
 def save_shipped(kind: str, model: Transformer) -> None:
-    c, folder = model.config, ROOT / "models" / SHAPES[kind][0]
-    tensors = {
-        name: view.to("cpu", torch.bfloat16).clone() for name, view in model.checkpoint_tensors().items()
-    }
+    c, folder = model.config, FOLDERS[kind]
+    views = model.checkpoint_tensors().items()
+    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_context, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-        "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": BOS, "eos_token_id": EOS,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
         "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n"
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}, indent=2) + "\n"
-    )
-    print(
-        f"wrote {folder.relative_to(ROOT)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    )
+    }
+    tokenizer = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    files = {"config": config, "generation_config": {"eos_token_id": EOS}, "tokenizer_config": tokenizer}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
 
 def load_shipped(kind: str) -> Transformer:
     model = build_model(kind)
     views = model.checkpoint_tensors()
-    for name, tensor in load_file(ROOT / "models" / SHAPES[kind][0] / "model.safetensors").items():
+    for name, tensor in load_file(FOLDERS[kind] / "model.safetensors").items():
         views[name].copy_(tensor)
     return model
 

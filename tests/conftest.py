@@ -19,7 +19,8 @@ SHIPPED_TARGET, SHIPPED_SMALL = ROOT / "models" / "python-7m", ROOT / "models" /
 
 
 def random_model(seed: int = 0, sharpness: float = 6.0, **changes) -> Transformer:
-    """A tiny fp32 model. `sharpness` widens its logits: sampling at temperature 1 is then not uniform noise."""
+    """A tiny fp32 model. `sharpness` widens its logits: sampling at temperature 1 is then not uniform
+    noise."""
     sizes = {
         "vocab_size": 61,
         "hidden_size": 48,

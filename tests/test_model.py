@@ -43,7 +43,8 @@ ARCHITECTURES = {
 
 
 def save_reference(kind: str, directory, **save_options):
-    """A random model of transformers, every weight perturbed (norms and biases too), written by save_pretrained."""
+    """A random model of transformers, every weight perturbed (norms and biases too), written by
+    save_pretrained."""
     transformers = pytest.importorskip("transformers")
     name, changes = ARCHITECTURES[kind]
     torch.manual_seed(0)

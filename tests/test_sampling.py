@@ -1,7 +1,8 @@
-"""The sampler: the noise is Gumbel noise and nothing is correlated with anything; picks follow the exact distribution.
+"""The sampler: the noise is Gumbel noise and nothing is correlated with anything; picks follow the exact
+distribution.
 
-Every statistical check is a function that returns how surprised it is. It has to be calm about the real noise and alarmed
-about noise that was broken on purpose, or it would prove nothing.
+Every statistical check is a function that returns how surprised it is. It has to be calm about the real noise
+and alarmed about noise that was broken on purpose, or it would prove nothing.
 """
 
 import math
@@ -35,7 +36,8 @@ def normal_tail(z: float) -> float:
 
 
 def noise(seeds: int, positions: int, tokens: int) -> torch.Tensor:
-    """[seeds, positions, tokens] of the noise as the engine gets it: seeds in a row, as the prompts of a batch have."""
+    """[seeds, positions, tokens] of the noise as the engine gets it: seeds in a row, as the prompts of a
+    batch have."""
     return gpt_spec.gumbel(
         torch.arange(1234, 1234 + seeds), torch.arange(positions).expand(seeds, -1), tokens
     )
@@ -50,7 +52,8 @@ def check_law() -> float:
 
 
 def check_correlation() -> float:
-    """Neighbouring seeds, neighbouring positions, neighbouring tokens, and positions against shifted seeds."""
+    """Neighbouring seeds, neighbouring positions, neighbouring tokens, and positions against shifted
+    seeds."""
     x = (
         torch.exp(-torch.exp(-noise(8, 64, 512).double())) - 0.5
     )  # uniform, so that products have finite variance
@@ -61,7 +64,8 @@ def check_correlation() -> float:
 
 
 def check_positions() -> float:
-    """One seed, 30 000 positions, one distribution over 5 tokens: triples of neighbours against the exact joint."""
+    """One seed, 30 000 positions, one distribution over 5 tokens: triples of neighbours against the exact
+    joint."""
     torch.manual_seed(0)
     logits = torch.randn(5)
     draws = pick(logits.expand(1, 30000, 5), torch.arange(30000)[None], torch.tensor([7]), Sampling(1.0))[0]
@@ -199,7 +203,8 @@ def test_filter_against_the_definition(temperature, top_k, top_p):
 
 
 def test_shared_noise_couples_two_distributions():
-    """The point of keyed noise: a drafter with a similar distribution proposes the same token most of the time."""
+    """The point of keyed noise: a drafter with a similar distribution proposes the same token most of the
+    time."""
     torch.manual_seed(0)
     p = torch.randn(1, 5000, 50) * 2
     q = p + 0.3 * torch.randn_like(p)

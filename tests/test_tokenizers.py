@@ -21,15 +21,14 @@ TEXTS = [
     "\ufeff\u00a0\u200b\x00\x7f",
     "",
 ]
-LLAMA2_CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
-)
-LLAMA3_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+LLAMA2_CHAT = """{% for m in messages %}{% if m['role'] == 'user' -%}
+{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}
+{%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}
+{%- else %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"""
+LLAMA3_CHAT = """{{ bos_token }}{% for m in messages -%}
+{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}{% if add_generation_prompt -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def test_no_tokenizer_at_all(tmp_path):
 def stream_all(tokenizer, ids, stops=()):
     """(what was shown, piece by piece; the final text; where it stopped)"""
     stream, shown = TextStream(tokenizer, list(stops)), []
-    for place, token in enumerate(ids):
+    for place, token in enumerate(ids):  # noqa: B007
         stopped = stream.add(token)
         shown.append("".join(text for _, text in stream.new_spans()))
         if stopped:

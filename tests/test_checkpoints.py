@@ -1,0 +1,201 @@
+"""Checkpoint directories: every tensor accounted for, and a clear one-line error for everything that can be
+wrong."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, random_model, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from generate import find_checkpoint, load_model, stop_ids
+from gpt_spec import BadInput
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(random_model(), tmp_path / "model")
+
+
+def edit_weights(directory, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(directory) -> dict[str, str]:
+    """Split the weights into two files with an index -> its weight map."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory, weight_map) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def assert_refused(directory, *words: str) -> None:
+    with pytest.raises(BadInput) as error:
+        load_model(directory)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied_embeddings": True}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}]
+)
+def test_what_is_saved_is_loaded(changes, tmp_path):
+    model = random_model(**changes)
+    names = {"tied_embeddings": "tie_word_embeddings", "mlp_bias": "mlp_bias", "qkv_bias": "attention_bias"}
+    directory = save_checkpoint(model, tmp_path, **{names[k]: True for k in changes if k in names})
+    loaded = load_model(directory)
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert torch.equal(loaded.frequencies, model.frequencies)
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == model.config.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "dtype, own",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],
+)
+def test_the_precision_is_the_files_own_unless_asked(dtype, own, tmp_path):
+    directory = save_checkpoint(random_model(), tmp_path, dtype)
+    assert load_model(directory).norm.weight.dtype == own
+    assert load_model(directory, "fp32").layers[0].mlp.down_proj.weight.dtype == torch.float32
+    assert load_model(directory, "bf16").frequencies.dtype == torch.float32  # angles are never rounded
+
+
+def test_sharded_equals_single(checkpoint):
+    single = load_model(checkpoint).state_dict()
+    shard(checkpoint)
+    sharded = load_model(checkpoint).state_dict()
+    assert all(torch.equal(single[name], sharded[name]) for name in single)
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    edit_weights(checkpoint, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    assert_refused(checkpoint, "model.layers.1.mlp.up_proj.weight", "lack")
+
+
+def test_an_unexpected_tensor_is_named(checkpoint):
+    edit_weights(checkpoint, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))
+    assert_refused(checkpoint, "unexpected tensor model.layers.0.self_attn.q_proj.bias")
+
+
+def test_a_misshapen_tensor_is_named(checkpoint):
+    edit_weights(checkpoint, lambda t: t.update({"model.norm.weight": torch.zeros(47)}))
+    assert_refused(checkpoint, "model.norm.weight", "(47,)", "(48,)")
+
+
+def test_a_config_of_another_size(checkpoint):
+    edit_config(checkpoint, intermediate_size=88)
+    assert_refused(checkpoint, "has shape (48, 80), config.json asks for (48, 88)")
+
+
+def test_old_rotary_buffers_and_tied_copies_are_accepted(tmp_path):
+    directory = save_checkpoint(random_model(tied_embeddings=True), tmp_path)
+    edit_weights(
+        directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
+    )
+    edit_weights(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_model(directory)
+    edit_weights(directory, lambda t: t["lm_head.weight"].add_(1))
+    assert_refused(directory, "lm_head.weight is not the embedding")
+
+
+def test_a_truncated_file(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(checkpoint, "model.safetensors", "cut off")
+
+
+def test_an_empty_file(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    assert_refused(checkpoint, "model.safetensors", "cut off")
+
+
+@pytest.mark.parametrize(
+    "name", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors", "..\\stolen"]
+)
+def test_an_index_never_points_outside(checkpoint, name):
+    save_file({"x": torch.zeros(1)}, checkpoint.parent / "stolen.safetensors")
+    write_index(checkpoint, shard(checkpoint) | {"model.norm.weight": name})
+    assert_refused(checkpoint, "index.json", "points outside")
+
+
+def test_an_index_that_lists_a_missing_file(checkpoint):
+    write_index(checkpoint, shard(checkpoint) | {"model.norm.weight": "model-00003.safetensors"})
+    assert_refused(checkpoint, "model-00003.safetensors", "not there")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": 3}}', '{"weight_map": []}'])
+def test_an_index_that_is_no_index(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    assert_refused(checkpoint, "index.json")
+
+
+def test_no_config_no_weights_only_bin(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert_refused(checkpoint, "only pytorch_model.bin")
+    (checkpoint / "pytorch_model.bin").unlink()
+    assert_refused(checkpoint, "no weights")
+    (checkpoint / "config.json").unlink()
+    assert_refused(checkpoint, "config.json", "no such file")
+
+
+def test_config_that_is_no_json(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    assert_refused(checkpoint, "config.json", "JSON")
+
+
+def test_quantized_checkpoints_are_refused_by_name(checkpoint):
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq"})
+    edit_weights(checkpoint, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, 2)}))
+    assert_refused(checkpoint, "quantized (gptq)")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("nowhere", "not a directory"), ("a/b/c", "not a directory"), (str(ROOT / "LICENSE"), "is a file")],
+)
+def test_paths_that_are_no_checkpoint(name, words):
+    with pytest.raises(BadInput, match=words):
+        find_checkpoint(name)
+
+
+def test_a_hub_id_goes_to_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path)
+    )
+    assert find_checkpoint("owner/some-model.v1") == tmp_path and asked == ["owner/some-model.v1"]
+
+    def fail(name, **_):
+        raise OSError("no network\nhere")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(BadInput, match="the hub did not give it: no network$"):
+        find_checkpoint("owner/some-model", "--draft_checkpoint_path")
+
+
+def test_all_stop_ids(tmp_path):
+    assert stop_ids(tmp_path) == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert stop_ids(tmp_path) == [2]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [128001, 128008, 128009]}')
+    assert stop_ids(tmp_path) == [128001, 128008, 128009]

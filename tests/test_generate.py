@@ -1,0 +1,402 @@
+"""The command line: what users type, what they get, and one clear line when it cannot be."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, random_model, save_checkpoint
+
+import generate
+
+FIELDS = {
+    *("new_tokens", "prefill_seconds", "time_to_first_token_seconds", "decode_seconds"),
+    *(
+        "decode_tokens_per_second",
+        "target_forwards",
+        "drafted_tokens",
+        "accepted_tokens",
+        "tokens_per_step",
+        "acceptance_by_position",
+    ),
+    *("compile_seconds", "peak_memory_bytes", "weight_bytes"),
+}
+EAGER = ["--compile", "none"]
+SHORT = [*EAGER, "--max_new_tokens", "24"]
+
+
+def run(capsys, *flags: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the command line, in this process."""
+    status = generate.main(list(flags))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def run_json(capsys, *flags: str) -> dict:
+    status, out, _ = run(capsys, "--json", *flags)
+    assert status == 0 and out.count("\n") == 1
+    return json.loads(out)
+
+
+def assert_refused(capsys, flags: list[str], *words: str) -> None:
+    """Exit status 2, nothing on stdout, and one line on stderr with these words in it."""
+    status, out, err = run(capsys, *flags)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random fp32 checkpoint without a tokenizer."""
+    return str(
+        save_checkpoint(random_model(max_context=64), tmp_path_factory.mktemp("tiny"), eos_token_id=60)
+    )
+
+
+# ---- what it prints ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_every_method_prints_the_same_text(capsys, temperature, precision):
+    flags = [*SHORT, "--precision", "fp32", "--temperature", temperature, "--top_p", "0.9"]
+    if precision == "bf16":
+        flags += ["--draft_precision", "bf16"]  # the drafter's precision cannot change the text either
+    expected = run_json(capsys, *flags, "--method", "autoregressive")
+    assert expected["outputs"][0]["token_ids"]
+    for method in generate.METHODS[1:]:
+        result = run_json(capsys, *flags, "--method", method)
+        assert result["outputs"] == expected["outputs"]
+        assert result["method"] == method
+        assert result["stats"]["target_forwards"] <= expected["stats"]["target_forwards"]
+
+
+def test_json_has_the_promised_fields(capsys):
+    result = run_json(capsys, *SHORT, "--prompt", "def f(x):\n", "--seed", "5")
+    assert {"method", "precision", "device", "seed", "outputs", "stats"} <= set(result)
+    assert (result["method"], result["precision"], result["seed"]) == ("sequential", "bf16", 5)
+    [output] = result["outputs"]
+    assert set(output) == {"prompt_ids", "token_ids", "text", "finish_reason", "error"}
+    stats = result["stats"]
+    assert set(stats) >= FIELDS
+    assert output["prompt_ids"][0] == 1  # the BOS that was added
+    assert len(output["token_ids"]) == stats["new_tokens"]
+    assert stats["tokens_per_step"] == pytest.approx((stats["new_tokens"] - 1) / stats["target_forwards"])
+    assert stats["time_to_first_token_seconds"] >= stats["prefill_seconds"] * 0.99
+    small = (SHIPPED_SMALL / "model.safetensors").stat().st_size
+    target = (SHIPPED_TARGET / "model.safetensors").stat().st_size
+    assert stats["weight_bytes"] == pytest.approx(small + target, rel=0.01)
+
+
+def test_stdout_is_the_text_and_nothing_else(capsys):
+    text = run_json(capsys, *SHORT)["outputs"][0]["text"]
+    status, out, err = run(capsys, *SHORT)
+    assert status == 0 and out.rstrip("\n") == text.rstrip("\n")
+    assert "tokens per step" in err and "drafted tokens accepted" in err
+
+
+def test_explain_colours_tokens_by_who_proposed_them(capsys):
+    result = run_json(capsys, *SHORT, "--draft_checkpoint_path", "self")
+    _, out, err = run(capsys, *SHORT, "--draft_checkpoint_path", "self", "--explain")
+    green = re.findall(r"\033\[32m(.*?)\033\[0m", out, flags=re.DOTALL)
+    plain = re.sub(r"\033\[\d+m", "", out)
+    assert plain.rstrip("\n") == result["outputs"][0]["text"].rstrip("\n")
+    assert 0.5 < len("".join(green)) / len(plain) < 1
+    assert "proposed by the drafter" in err
+
+
+def test_stop_strings_and_stop_tokens(capsys):
+    free = run_json(capsys, *EAGER, "--max_new_tokens", "40")["outputs"][0]
+    stop = free["text"][20:23]
+    cut = run_json(capsys, *EAGER, "--max_new_tokens", "40", "--stop", "no such text", "--stop", stop)[
+        "outputs"
+    ][0]
+    assert cut["finish_reason"] == "stop" and free["finish_reason"] == "length"
+    assert cut["text"] == free["text"][: free["text"].index(stop)]
+    assert cut["token_ids"] == free["token_ids"][: len(cut["token_ids"])]
+    assert len(cut["token_ids"]) < len(free["token_ids"])
+
+
+def test_end_of_text_ends_unless_ignored(capsys, tiny):
+    flags = ["--checkpoint_path", tiny, *EAGER, "--temperature", "3", "--max_new_tokens", "40"]
+    for seed in range(40):
+        [output] = run_json(capsys, *flags, "--prompt_ids", "1,2", "--seed", str(seed))["outputs"]
+        if output["finish_reason"] == "stop":
+            break
+    assert output["token_ids"].count(60) == 1 and output["token_ids"][-1] == 60
+    [longer] = run_json(capsys, *flags, "--prompt_ids", "1,2", "--seed", str(seed), "--ignore_eos")["outputs"]
+    assert longer["token_ids"][: len(output["token_ids"])] == output["token_ids"]
+    assert len(longer["token_ids"]) == 40
+
+
+def test_without_a_tokenizer_ids_work_and_text_is_null(capsys, tiny):
+    [output] = run_json(capsys, "--checkpoint_path", tiny, *SHORT, "--prompt_ids", "1,2,3")["outputs"]
+    assert output["prompt_ids"] == [1, 2, 3] and output["text"] is None and output["token_ids"]
+
+
+def test_num_samples_use_seed_plus_i(capsys):
+    flags = [*SHORT, "--temperature", "1"]
+    samples = run_json(capsys, *flags, "--num_samples", "3", "--batch_size", "2")["outputs"]
+    assert len({tuple(s["token_ids"]) for s in samples}) == 3
+    assert samples[2] == run_json(capsys, *flags, "--seed", "1236")["outputs"][0]
+
+
+def test_a_prompt_is_used_as_it_is(capsys, tmp_path, monkeypatch):
+    text = "  def f(x):\n\treturn x  \n\n"
+    (tmp_path / "prompt.txt").write_text(text)
+    direct = run_json(capsys, *SHORT, "--prompt", text)["outputs"]
+    assert run_json(capsys, *SHORT, "--prompt", f"@{tmp_path}/prompt.txt")["outputs"] == direct
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert run_json(capsys, *SHORT, "--prompt", "-")["outputs"] == direct
+    [ids] = {tuple(output["prompt_ids"]) for output in direct}
+    assert run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, ids)))["outputs"] == direct
+
+
+def test_an_empty_prompt_begins_at_the_beginning(capsys):
+    [output] = run_json(capsys, *SHORT, "--prompt", "")["outputs"]
+    assert output["prompt_ids"] == [1] and output["text"]
+
+
+def test_a_profile_is_written(capsys, tmp_path):
+    run_json(capsys, *SHORT, "--profile", str(tmp_path / "trace.json"))
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+# ---- many prompts --------------------------------------------------------------------------------
+
+
+def write_prompts(path, *lines) -> str:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+def test_prompts_of_a_file_in_input_order(capsys, tmp_path):
+    file = write_prompts(tmp_path / "p.jsonl", {"prompt": "def a(\n"}, {"prompt_ids": [1, 50, 60]},
+                         {"turns": ["class B:\n", "unused"]}, "", {"question": "import "})  # fmt: skip
+    outputs = run_json(capsys, *SHORT, "--prompts", file, "--batch_size", "3")["outputs"]
+    assert len(outputs) == 4
+    alone = [
+        ["--prompt", "def a(\n"],
+        ["--prompt_ids", "1,50,60"],
+        ["--prompt", "class B:\n"],
+        ["--prompt", "import "],
+    ]
+    for i, flags in enumerate(alone):
+        assert run_json(capsys, *SHORT, *flags, "--seed", str(1234 + i))["outputs"][0] == outputs[i]
+    _, out, _ = run(capsys, *SHORT, "--prompts", file, "--batch_size", "3")
+    assert out == "".join(
+        f"--- {i + 1}\n{o['text']}" + "\n" * (not o["text"].endswith("\n")) for i, o in enumerate(outputs)
+    )
+
+
+def test_a_bad_line_fails_alone(capsys, tmp_path):
+    file = write_prompts(tmp_path / "p.jsonl", {"prompt": "def a(\n"}, "{not json", {"text": "x"}, [1],
+                         {"prompt_ids": [1, 999999]}, {"prompt_ids": ["1"]}, {"prompt_ids": []},
+                         {"prompt": "x " * 3000}, {"prompt": "class B:\n"})  # fmt: skip
+    status, out, err = run(capsys, *SHORT, "--json", "--prompts", file)
+    outputs = json.loads(out)["outputs"]
+    assert status == 2
+    assert [o["finish_reason"] for o in outputs] == ["length"] + ["error"] * 7 + ["length"]
+    for number, word in [
+        (2, "JSON"),
+        (3, "prompt_ids"),
+        (4, "object"),
+        (5, "999999"),
+        (6, "integers"),
+        (7, "empty"),
+        (8, "tokens"),
+    ]:
+        assert f"line {number}:" in outputs[number - 1]["error"] and word in outputs[number - 1]["error"]
+        assert outputs[number - 1]["error"] in err
+    good = run_json(capsys, *SHORT, "--prompt", "def a(\n")["outputs"][0]
+    assert outputs[0] == good
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+
+def talk(capsys, monkeypatch, text: str, *flags: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return run(capsys, "--interactive", *flags)
+
+
+def test_interactive_continues_the_text(capsys, monkeypatch):
+    status, out, err = talk(capsys, monkeypatch, "def f(x):\n", *SHORT)
+    first = run_json(capsys, *SHORT, "--prompt", "def f(x):\n")["outputs"][0]
+    assert status == 0 and out.rstrip("\n") == first["text"].rstrip("\n") and "> " in err
+    status, out, _ = talk(capsys, monkeypatch, "def f(x):\nclass A:\n", *SHORT)
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    history = first["prompt_ids"] + first["token_ids"] + tokenizer.encode_ordinary("class A:\n")
+    second = run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, history)))["outputs"][0]
+    assert out.rstrip("\n").endswith(second["text"].rstrip("\n"))
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """The shipped target with a chat template."""
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(SHIPPED_TARGET, directory)
+    template = (
+        "{{ bos_token }}{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}# assistant: "
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    return str(directory)
+
+
+def test_chat_applies_the_template(capsys, chat_model):
+    flags = [*SHORT, "--checkpoint_path", chat_model]
+    result = run_json(capsys, *flags, "--chat", "--system", "Be kind.", "--prompt", "Hi")["outputs"]
+    plain = run_json(capsys, *flags, "--prompt", "# system\nBe kind.\n# user\nHi\n# assistant: ")["outputs"]
+    assert result == plain
+
+
+def test_interactive_keeps_the_history_of_a_chat(capsys, monkeypatch, chat_model):
+    flags = [*SHORT, "--checkpoint_path", chat_model, "--stop", "\n"]
+    _, out, _ = talk(capsys, monkeypatch, "Hi\nAgain\n", *flags)
+    first, second = out.split("\n")[:2]
+    asked = f"# user\nHi\n# assistant\n{first}\n# user\nAgain\n# assistant: "
+    assert run_json(capsys, *flags, "--prompt", asked)["outputs"][0]["text"] == second
+
+
+def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
+    status, out, err = talk(capsys, monkeypatch, "x " * 3000 + "\ndef f(x):\n", *SHORT)
+    assert status == 0 and "starts anew" in err
+    assert out.strip() == run_json(capsys, *SHORT, "--prompt", "def f(x):\n")["outputs"][0]["text"].strip()
+
+
+# ---- wrong flags ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--no_such_flag"], ["--no_such_flag"]),
+        (["--method", "magic"], ["--method", "magic", "sequential"]),
+        (["--precision", "w3a16"], ["--precision", "bf16"]),
+        (["--max_new_tokens", "0"], ["--max_new_tokens", "at least 1"]),
+        (["--max_new_tokens", "many"], ["--max_new_tokens", "many"]),
+        (["--speculate_k", "0"], ["--speculate_k"]),
+        (["--batch_size", "-1"], ["--batch_size"]),
+        (["--num_samples", "0"], ["--num_samples"]),
+        (["--temperature", "-0.5"], ["temperature", "-0.5"]),
+        (["--temperature", "nan"], ["temperature"]),
+        (["--top_p", "0"], ["top_p"]),
+        (["--top_k", "-3"], ["top_k"]),
+        (["--draft_confidence", "2"], ["--draft_confidence", "probability"]),
+        (["--stop", ""], ["--stop"]),
+        (["--device", "tpu9"], ["--device", "tpu9"]),
+        (["--prompt", "a", "--prompt_ids", "1"], ["--prompt_ids", "--prompt"]),
+        (["--prompt_ids", "1,x"], ["--prompt_ids", "1,x"]),
+        (["--prompt_ids", "1,4096"], ["4096", "0 to 4095"]),
+        (["--prompt", "@/no/such/file"], ["--prompt", "/no/such/file"]),
+        (["--prompt", "x " * 3000], ["tokens", "1023"]),
+        (["--prompts", "/no/such/file"], ["--prompts", "/no/such/file"]),
+        (["--chat", "--interactive"], ["--interactive", "--chat"]),
+        (["--chat"], ["--chat", "chat template"]),
+        (["--system", "x"], ["--system", "--chat"]),
+        (["--interactive", "--json"], ["--interactive", "--json"]),
+        (["--profile", "/no/such/dir/trace.json"], ["--profile"]),
+        (["--checkpoint_path", "/no/such/dir"], ["--checkpoint_path", "/no/such/dir"]),
+        (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "sequential"], ["--draft_checkpoint_path"]),
+        (["--method", "lookup", "--draft_checkpoint_path", "self"], ["--draft_checkpoint_path", "lookup"]),
+        (["--draft_checkpoint_path", "/no/such/dir"], ["--draft_checkpoint_path", "/no/such/dir"]),
+        (["--draft_checkpoint_path", "self", "--draft_precision", "fp32"], ["--draft_precision"]),
+    ],
+)  # fmt: skip
+def test_wrong_flags_get_one_line(capsys, flags, words):
+    assert_refused(capsys, [*EAGER, *flags], *words)
+
+
+def test_a_drafter_of_another_vocabulary(capsys, tiny, tmp_path):
+    assert_refused(capsys, [*EAGER, "--draft_checkpoint_path", tiny], "another vocabulary", "61", "4096")
+    other = tmp_path / "other"
+    shutil.copytree(SHIPPED_SMALL, other)
+    sentencepiece = (other / "tokenizer.model").read_bytes()
+    (other / "tokenizer.model").write_bytes(sentencepiece.replace(b"return", b"nruter"))
+    assert_refused(capsys, [*EAGER, "--draft_checkpoint_path", str(other)], "another vocabulary", "nruter")
+
+
+def test_a_text_prompt_without_a_tokenizer(capsys, tiny):
+    assert_refused(
+        capsys, [*EAGER, "--checkpoint_path", tiny, "--prompt", "x"], "no tokenizer", "--prompt_ids"
+    )
+
+
+def test_a_prompt_that_fills_the_context(capsys, tiny):
+    ids = ",".join(["1"] * 64)
+    assert_refused(capsys, [*EAGER, "--checkpoint_path", tiny, "--prompt_ids", ids], "64 tokens", "63")
+    output = run_json(capsys, *EAGER, "--checkpoint_path", tiny, "--prompt_ids", ids[:-2])["outputs"][0]
+    assert len(output["token_ids"]) == 1 and output["finish_reason"] in ("length", "stop")
+
+
+def test_a_sliding_window_that_would_matter(capsys, tmp_path):
+    save_checkpoint(random_model(), tmp_path, model_type="mistral", sliding_window=30)
+    flags = [*EAGER, "--checkpoint_path", str(tmp_path), "--prompt_ids", "1,2,3"]
+    assert_refused(capsys, [*flags, "--max_new_tokens", "28"], "sliding window", "31")
+    assert run_json(capsys, *flags, "--max_new_tokens", "27")["outputs"][0]["token_ids"]
+
+
+# ---- as a process --------------------------------------------------------------------------------
+
+
+def start(*flags: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "generate.py"), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    process = start(*EAGER, "--max_new_tokens", "400", "--ignore_eos")
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) in (0, 141)
+
+
+def test_ctrl_c_ends_it_without_a_traceback():
+    process = start(*EAGER, "--max_new_tokens", "900", "--ignore_eos", "--method", "autoregressive")
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and "interrupted" in err
+    assert process.returncode == 130
+
+
+def test_it_runs_from_another_directory_and_prints_soon(tmp_path):
+    """`--compile none` needs no compiler: its first token comes within seconds of the command."""
+    begin = time.time()
+    process = start(*SHORT, cwd=tmp_path, env=os.environ | {"CXX": "/no/such/compiler"})
+    assert process.stdout.read(1)
+    assert time.time() - begin < 30  # 5 s on an idle machine; tests may run on a busy one
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Warning" not in err
+
+
+def test_without_a_compiler_it_says_so_and_runs(tmp_path):
+    for tool in ("env",):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    process = start(
+        "--max_new_tokens", "5", env=os.environ | {"PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out and "without torch.compile" in err
+
+
+def test_only_the_declared_dependencies_are_imported():
+    """The hub client and tiktoken load when needed, test packages never."""
+    lazy = ("transformers", "tokenizers", "huggingface_hub", "tiktoken", "triton", "matplotlib")
+    code = f"""
+import sys, generate
+generate.load_tokenizer(generate.SHIPPED_TARGET)
+generate.load_model(generate.SHIPPED_TARGET)
+print([name for name in {lazy} if name in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -2,6 +2,9 @@
 wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,3 +202,44 @@ def test_all_stop_ids(tmp_path):
     assert stop_ids(tmp_path) == [2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [128001, 128008, 128009]}')
     assert stop_ids(tmp_path) == [128001, 128008, 128009]
+
+
+MEASURE = """
+import sys, threading, time
+import safetensors, torch
+import generate
+
+def anonymous():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+generate.load_model(sys.argv[2])  # what PyTorch imports and allocates once and for all
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = generate.load_model(sys.argv[1])
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    """Anonymous memory while loading stays below 1.3 times the checkpoint; mapped files do not count."""
+    model = random_model(hidden_size=768, intermediate_size=3072, num_layers=12, vocab_size=8000)
+    save_checkpoint(model, tmp_path, torch.bfloat16)
+    shard(tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size > 150e6
+    tiny = save_checkpoint(random_model(), tmp_path / "tiny")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 0.9 * size < int(out) < 1.3 * size

@@ -121,6 +121,16 @@ def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
     )  # rows are refilled
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["lookup", "noisy"])
+def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, compile):
+    target = copy.deepcopy(target).cuda()
+    expected = texts(target, PROMPTS, sampling=SAMPLED)
+    assert texts(target, PROMPTS, drafters(target)[name], SAMPLED, batch_size=2, compile=compile) == expected
+
+
 @pytest.mark.parametrize(
     "name, low, high", [("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)]
 )

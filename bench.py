@@ -75,7 +75,7 @@ def measure_cost(target: Transformer, small: Transformer, sizes: list[int]) -> d
     decoder.state.active.fill_(False)  # frozen: every repetition does the same work
 
     def verify(n: int) -> None:
-        decoder.run_verify(Draft.chain(torch.randint(3, 4000, (1, n))))
+        decoder.commit(Draft.chain(torch.randint(3, 4000, (1, n))))
 
     functions = {f"T({n})": lambda n=n: verify(n) for n in sizes}
     functions["draft of 4"] = lambda: drafter.propose(decoder.state)

@@ -17,8 +17,8 @@ import codecs
 import json
 import os
 import re
-import shutil
 import sys
+import sysconfig
 import time
 import unicodedata
 from contextlib import contextmanager
@@ -35,10 +35,16 @@ MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
-DEFAULT_PROMPT = '''class Stack:
-    """A last-in, first-out stack of objects."""
+DEFAULT_PROMPT = '''def load(path, mode='r', **kwargs):
+    """Load a document from a file, returning a new document.
 
-    def __init__(self, items=()):
+    The file is opened with the given mode, and closed when the document has
+    been read.  See the Document class for available keyword args.
+    """
+    reader = Reader(mode=mode, **kwargs)
+    return reader.load(path)
+
+def save(document, path, **kwargs):
 '''
 
 
@@ -124,31 +130,53 @@ def open_weights(path: Path):
         ) from None
 
 
-def fill_weights(model: Transformer, directory: Path, files: list[Path]) -> None:
-    """Copy every tensor to its place in the model. Each must have one, and each place must be filled."""
-    places, tied_head = model.checkpoint_tensors(), None
-    missing = set(places)
+def check_weights(model: Transformer, directory: Path, files: list[Path]) -> str:
+    """Each tensor must have a place and each place a tensor -> the files' own precision.
+
+    Only headers are read, and the model may be on the meta device: what does not fit costs nothing.
+    """
+    places, found, kinds = weight_places(model), {}, []
     for path in files:
         with open_weights(path) as weights:
             for name in weights.keys():
-                if name.endswith(
-                    "rotary_emb.inv_freq"
-                ):  # old Llama checkpoints store what follows from the config
-                    continue
-                if name == "lm_head.weight" and name not in places:
-                    tied_head = weights.get_tensor(name)
+                if name.endswith("rotary_emb.inv_freq"):  # in old Llama checkpoints; follows from the config
                     continue
                 if name not in places:
                     raise BadInput(f"{path}: unexpected tensor {name}; {config_hint(directory)}")
-                shape, expected = tuple(weights.get_slice(name).get_shape()), tuple(places[name].shape)
+                if name in found:
+                    raise BadInput(f"{path}: {name} is in {found[name]} already")
+                header, expected = weights.get_slice(name), tuple(places[name].shape)
+                shape, kind = tuple(header.get_shape()), header.get_dtype()
                 if shape != expected:
                     raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
-                places[name].copy_(weights.get_tensor(name))
-                missing.discard(name)
+                if kind not in FILE_PRECISION:
+                    raise BadInput(f"{path}: {name} is {kind}; float32, bfloat16 and float16 are supported")
+                found[name] = path.name
+                kinds.append(kind)
+    missing = sorted(set(model.checkpoint_tensors()) - set(found))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadInput(f"{directory}: the weights lack {min(missing)}{more}; {config_hint(directory)}")
-    if tied_head is not None and not torch.equal(tied_head.to(model.lm_head.weight), model.lm_head.weight):
+        raise BadInput(f"{directory}: the weights lack {missing[0]}{more}; {config_hint(directory)}")
+    return FILE_PRECISION[max(set(kinds), key=kinds.count)]
+
+
+def weight_places(model: Transformer) -> dict[str, torch.Tensor]:
+    """Where tensors of a checkpoint go; a tied model may come with a second copy of its embedding."""
+    places = model.checkpoint_tensors()
+    return {"lm_head.weight": places["model.embed_tokens.weight"]} | places
+
+
+def fill_weights(model: Transformer, directory: Path, files: list[Path]) -> None:
+    """Copy every tensor of checked files into its place. What a tied model has twice must be the same."""
+    places, head = model.checkpoint_tensors(), None
+    for path in files:
+        with open_weights(path) as weights:
+            for name in weights.keys():
+                if name in places:
+                    places[name].copy_(weights.get_tensor(name))
+                elif name == "lm_head.weight":
+                    head = weights.get_tensor(name)
+    if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
         raise BadInput(
             f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"
         )
@@ -159,16 +187,6 @@ def config_hint(directory: Path) -> str:
     if quantized:
         return f"the checkpoint is quantized ({quantized.get('quant_method')}), which is not supported yet"
     return "config.json and the weights do not belong together"
-
-
-def own_precision(path: Path) -> str:
-    """The precision a weight file is written in. float16 is decoded in bf16, as in gpt-fast."""
-    with open_weights(path) as weights:
-        kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]
-    kind = max(set(kinds), key=kinds.count) if kinds else "an empty file"
-    if kind not in FILE_PRECISION:
-        raise BadInput(f"{path}: the weights are {kind}; float32, bfloat16 and float16 are supported")
-    return FILE_PRECISION[kind]
 
 
 def load_model(
@@ -184,9 +202,10 @@ def load_model(
     raw = read_json(directory / "config.json", required=True)
     config = ModelConfig.from_dict(raw, str(directory / "config.json"))
     files = weight_files(directory)
-    dtype = DTYPES[precision or own_precision(files[0])]
     with torch.device("meta"):
         model = Transformer(config)
+    own = check_weights(model, directory, files)
+    dtype = DTYPES[precision or own]
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     model.lm_head.weight = model.embed_tokens.weight if config.tied_embeddings else model.lm_head.weight
     model.frequencies = gpt_spec.rope_frequencies(config).to(device)
@@ -208,35 +227,60 @@ LLAMA3_SPECIALS = [
     *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
     *("eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))),
 ]
+CHAT_CONTEXT = 8192  # tokens of an --interactive conversation, where the model has that many
 GUARD = "\ufdd0"  # a noncharacter: put inside special tokens that a user typed, so that they stay text
 
 
 class Tokenizer:
-    """Text to token ids and back. Subclasses know ordinary tokens, this class the special ones."""
+    """Text to token ids and back. Subclasses know ordinary tokens, this class the added ones.
 
-    size: int  # ids are below it, special tokens not counted
+    `specials` have no text, and only a chat template can write them; `added` are ordinary text that is one
+    token, like the <think> of Qwen3.
+    """
+
+    size: int  # ordinary ids are below it
 
     def __init__(
-        self, specials: dict[str, int], bos: str | None, eos: str | None, add_bos: bool, template: str | None
+        self,
+        specials: dict[str, int],
+        added: dict[str, int],
+        bos: str | None,
+        eos: str | None,
+        add_bos: bool,
+        template: str | None,
     ):
-        self.specials, self.bos, self.eos, self.template = specials, bos, eos, template
+        self.specials, self.added, self.bos, self.eos, self.template = specials, added, bos, eos, template
         self.add_bos = add_bos and bos in specials
         self.special_ids = set(specials.values())
+        self.added_bytes = {token: text.encode() for text, token in added.items()}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of the text, in which special tokens have no meaning."""
+        """Ids of a text without added tokens."""
         raise NotImplementedError
 
     def piece(self, token: int) -> bytes:
         """The bytes of an ordinary token."""
         raise NotImplementedError
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens have no meaning. Raises BadInput for what is no Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadInput("the text holds half a character, which UTF-8 cannot write") from None
+        tokens = []
+        for part in split_at(self.added, text):
+            tokens += [self.added[part]] if part in self.added else self.encode_ordinary(part)
+        return tokens
+
     def encode(self, text: str) -> list[int]:
-        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is four letters."""
-        return ([self.specials[self.bos]] if self.add_bos else []) + self.encode_ordinary(text)
+        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is text."""
+        return ([self.specials[self.bos]] if self.add_bos else []) + self.encode_text(text)
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to a text: nothing for special ones and ids that only pad the vocabulary."""
+        if token in self.added_bytes:
+            return self.added_bytes[token]
         return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
 
     def decode(self, tokens: list[int]) -> str:
@@ -245,25 +289,24 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation, up to where the answer begins. Special tokens come from the template alone."""
         if self.template is None:
-            raise BadInput(
-                "--chat: this checkpoint has no chat template; use an instruction-tuned model, or no --chat"
-            )
-        pattern = "|".join(re.escape(s) for s in sorted(self.specials, key=len, reverse=True)) or r"(?!)"
+            raise BadInput("--chat: this checkpoint has no chat template; use an instruction-tuned model")
 
         def guard(text: str) -> str:
-            return re.sub(pattern, lambda match: match[0][0] + GUARD + match[0][1:], text)
+            parts = split_at(self.specials, text)
+            return "".join(p[0] + GUARD + p[1:] if p in self.specials else p for p in parts)
 
-        rendered = render_chat(
-            self.template, [{**m, "content": guard(m["content"])} for m in messages], self.bos, self.eos
-        )
+        guarded = [{**message, "content": guard(message["content"])} for message in messages]
         tokens = []
-        for part in re.split(f"({pattern})", rendered):
-            tokens += (
-                [self.specials[part]]
-                if part in self.specials
-                else self.encode_ordinary(part.replace(GUARD, ""))
-            )
+        for part in split_at(self.specials, render_chat(self.template, guarded, self.bos, self.eos)):
+            plain = part.replace(GUARD, "")
+            tokens += [self.specials[part]] if part in self.specials else self.encode_text(plain)
         return tokens
+
+
+def split_at(tokens: dict[str, int], text: str) -> list[str]:
+    """The text cut before and after every token that occurs in it, longer ones first."""
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
+    return [part for part in re.split(f"({pattern})", text) if part] if pattern else [text]
 
 
 def render_chat(template: str, messages: list[dict[str, str]], bos: str | None, eos: str | None) -> str:
@@ -284,9 +327,9 @@ def render_chat(template: str, messages: list[dict[str, str]], bos: str | None, 
         return compiled.render(
             messages=messages, add_generation_prompt=True, bos_token=bos or "", eos_token=eos or ""
         )
-    except TemplateError as error:
+    except Exception as error:  # the template is a program of somebody else's
         raise BadInput(
-            f"--chat: the chat template of this checkpoint does not take the conversation: {error}"
+            f"--chat: the checkpoint's chat template does not take this conversation: {error}"
         ) from None
 
 
@@ -371,7 +414,10 @@ class LibraryTokenizer(Tokenizer):
             import tokenizers
         except ImportError:
             raise BadInput(f"{path}: {reason}; `pip install tokenizers` makes it readable") from None
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more specific
+            raise BadInput(f"{path}: not a tokenizer ({error})") from None
         self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
         self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.byte_level = "ByteLevel" in json.dumps(read_json(path).get("decoder") or {})
@@ -423,8 +469,7 @@ def read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     raw = read_json(path)
     model, normalizer = raw.get("model") or {}, raw.get("normalizer")
     pattern = split_pattern(raw)
-    added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
-    settings["specials"] = added | settings["specials"]
+    sort_added(settings, {token["id"]: token for token in raw.get("added_tokens") or []})
     if settings["add_bos"] is None:  # then the post-processor says whether texts begin with BOS
         settings["add_bos"] = settings["bos"] is not None and f'"{settings["bos"]}"' in json.dumps(
             raw.get("post_processor")
@@ -462,15 +507,25 @@ def read_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none."""
     directory = Path(path)
+    try:
+        return read_tokenizer(directory)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{directory}: its tokenizer files make no sense ({error!r})") from None
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
     raw = read_json(directory / "tokenizer_config.json")
-    added = {token["content"]: int(i) for i, token in (raw.get("added_tokens_decoder") or {}).items()}
     settings = {
-        "specials": added,
+        "specials": {},
+        "added": {},
         "bos": special_name(raw.get("bos_token")),
         "eos": special_name(raw.get("eos_token")),
         "add_bos": raw.get("add_bos_token"),
         "template": chat_template(directory, raw),
     }
+    sort_added(settings, raw.get("added_tokens_decoder") or {})
     model = directory / "tokenizer.model"
     if model.exists():
         with open(model, "rb") as file:
@@ -479,6 +534,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     if (directory / "tokenizer.json").exists():
         return read_tokenizer_json(directory / "tokenizer.json", settings)
     return None
+
+
+def sort_added(settings: dict[str, Any], tokens: dict[Any, dict[str, Any]]) -> None:
+    """Put added tokens, by id, with the special ones or with those that are text."""
+    for token, entry in tokens.items():
+        settings["specials" if entry.get("special", True) else "added"][entry["content"]] = int(token)
 
 
 def special_name(value: Any) -> str | None:
@@ -529,6 +590,7 @@ class TextStream:
         found = [place for place in found if place >= 0]
         if found:
             self.text = self.text[: min(found)]
+            self.decoder.reset()  # half a character may have followed
         self.ends.append(len(self.text))
         return bool(found)
 
@@ -695,18 +757,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--stop is empty; give the text before which to stop")
     if args.system is not None and not (args.chat or args.interactive):
         raise BadInput("--system needs --chat or --interactive")
-    if args.interactive and (args.json or args.prompts or args.prompt_ids or args.num_samples > 1):
-        raise BadInput(
-            "--interactive reads a conversation from standard input; leave out --json, --prompts and the like"
-        )
-    if args.profile and not Path(args.profile).absolute().parent.is_dir():
-        raise BadInput(f"--profile: the directory of {args.profile} does not exist")
+    one_text = args.prompts or args.prompt_ids or args.prompt or args.num_samples > 1
+    if args.interactive and (args.json or one_text):
+        raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
+    if args.chat and args.prompt_ids:
+        raise BadInput("--chat needs a text to put into the template, not --prompt_ids")
+    if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
+        raise BadInput(f"--profile: {args.profile} is no file that can be written")
+    check_device(args.device)
+
+
+def check_device(name: str) -> None:
     try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device: {args.device} is not usable here ({reason}); cpu always is") from None
+        usable = torch.empty(0, device=name).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise BadInput(f"--device: {name} is not usable here; cpu always is, cuda with an NVIDIA GPU")
 
 
 @dataclass
@@ -730,10 +797,9 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     """(method, drafter) of the flags. Which drafter a method needs is settled here and nowhere else."""
     shipped = args.checkpoint_path is None
     method = args.method or ("sequential" if shipped or args.draft_checkpoint_path else "autoregressive")
-    if args.draft_checkpoint_path and method != "sequential":
-        raise BadInput(
-            f"--draft_checkpoint_path: method {method} has no draft model; use --method sequential"
-        )
+    for flag in ("draft_checkpoint_path", "draft_precision", "draft_confidence"):
+        if getattr(args, flag) and method != "sequential":
+            raise BadInput(f"--{flag}: method {method} has no draft model; use --method sequential")
     if method == "autoregressive":
         return method, Drafter()
     if method == "lookup":
@@ -777,7 +843,7 @@ def read_text(value: str) -> str:
     try:
         if value == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+        return Path(value[1:]).read_bytes().decode("utf-8") if value.startswith("@") else value
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
 
@@ -806,11 +872,13 @@ def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) 
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise BadInput("prompt_ids is not a list of integers")
         return ids
-    texts = [entry.get("prompt"), entry.get("question"), *(entry.get("turns") or [])[:1]]
-    text = next((text for text in texts if isinstance(text, str)), None)
-    if text is None:
+    key = next((key for key in ("prompt", "question", "turns") if key in entry), None)
+    if key is None:
         raise BadInput("has none of prompt, prompt_ids, turns and question")
-    return encode_prompt(text, args, tokenizer)
+    turns = entry[key] if key == "turns" else [entry[key]]
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        raise BadInput(f"{key} is not a text" if key != "turns" else "turns is not a list of texts")
+    return encode_prompt(turns[0], args, tokenizer)
 
 
 def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
@@ -823,13 +891,10 @@ def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
             outputs.append(Output(ids, stream, finish_reason="error" if error else None, error=error))
 
     if args.prompts is None:
-        ids = read_ids(args.prompt_ids) if args.prompt_ids is not None else None
-        prompt = DEFAULT_PROMPT if args.prompt is None else read_text(args.prompt)
-        add(encode_prompt(prompt, args, target.tokenizer) if ids is None else ids)
-        check_length(outputs[0].prompt_ids, args, target)
+        add(read_prompt(args, target))
         return outputs
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.prompts).read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompts: {args.prompts} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -845,11 +910,21 @@ def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
     return outputs
 
 
-def read_ids(text: str) -> list[int]:
+def read_prompt(args: argparse.Namespace, target: Target) -> list[int]:
+    """The token ids of --prompt, --prompt_ids or the default prompt."""
+    flag = "--prompt" if args.prompt_ids is None else "--prompt_ids"
     try:
-        return [int(part) for part in text.split(",")]
+        if args.prompt_ids is not None:
+            ids = [int(part) for part in args.prompt_ids.split(",")]
+        else:
+            text = DEFAULT_PROMPT if args.prompt is None else read_text(args.prompt)
+            ids = encode_prompt(text, args, target.tokenizer)
+        check_length(ids, args, target)
+    except BadInput as error:
+        raise BadInput(str(error) if str(error).startswith("--") else f"{flag}: {error}") from None
     except ValueError:
-        raise BadInput(f"--prompt_ids: {text!r} is not a list of integers like 1,2,3") from None
+        raise BadInput(f"{flag}: {args.prompt_ids!r} is not a list of integers like 1,2,3") from None
+    return ids
 
 
 def check_length(ids: list[int], args: argparse.Namespace, target: Target) -> None:
@@ -868,6 +943,7 @@ def decode_all(
 ) -> None:
     """Run all prompts that are in order, and show what is new after every step."""
     todo = [output for output in outputs if output.error is None]
+    seeds = [args.seed + i for i, output in enumerate(outputs) if output.error is None]
     explain_to = sys.stderr if args.json else sys.stdout
     screen = Screen(outputs, args.explain, explain_to) if args.explain or not args.json else None
 
@@ -875,9 +951,9 @@ def decode_all(
         return todo[prompt].stream.add(token)
 
     prompts = [output.prompt_ids for output in todo]
-    for emissions in decoder.run(prompts, args.max_new_tokens, stops, should_stop, stats, reuse):
+    for emissions in decoder.run(prompts, args.max_new_tokens, stops, should_stop, stats, reuse, seeds):
         for emission in emissions:
-            todo[emission.prompt].add(emission)
+            todo[emission.prompt_index].add(emission)
         if screen:
             screen.update()
     if screen:
@@ -894,8 +970,8 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         line = sys.stdin.readline()
         if not line:
             return
-        output = Output(history.ask(line), TextStream(tokenizer, args.stop))
         try:
+            output = Output(history.ask(line), TextStream(tokenizer, args.stop))
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             output.finish("stop")
@@ -915,9 +991,10 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system is not None else []
 
     def ask(self, line: str) -> list[int]:
+        """The prompt that ends with this line of the user's."""
         if self.tokenizer.template is None:
             self.ids = self.ids + (
-                self.tokenizer.encode_ordinary(line) if self.ids else self.tokenizer.encode(line)
+                self.tokenizer.encode_text(line) if self.ids else self.tokenizer.encode(line)
             )
             return self.ids
         self.messages.append({"role": "user", "content": line.rstrip("\n")})
@@ -982,28 +1059,44 @@ def can_compile(args: argparse.Namespace) -> bool:
     """Inductor's CPU code needs a C++ compiler; without one decoding runs eagerly, and says so."""
     if args.compile == "none":
         return False
-    if args.device.startswith("cpu") and not any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
-    ):
-        print("no C++ compiler found: running without torch.compile", file=sys.stderr)
-        return False
-    return True
+    if not args.device.startswith("cpu"):
+        return True
+    from torch._inductor.cpp_builder import get_cpp_compiler  # raises where it finds none that works
+
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    try:
+        missing = None if get_cpp_compiler() and headers.exists() else f"{headers}, of the Python headers,"
+    except Exception:
+        missing = "a C++ compiler"
+    if missing:
+        print(f"{missing} is missing: running without torch.compile, which is slower", file=sys.stderr)
+    return missing is None
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    except BadInput as error:  # it begins with the name of the field, which is that of the flag
+        raise BadInput(f"--{error}") from None
     target = load_target(args)
     method, drafter = build_drafter(args, target)
     config = target.model.config
     if args.interactive and target.tokenizer is None:
         raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")
     outputs = [] if args.interactive else read_prompts(args, target)
-    longest = max((len(output.prompt_ids) for output in outputs), default=8192) + args.max_new_tokens
+    longest = max((len(output.prompt_ids) for output in outputs), default=CHAT_CONTEXT) + args.max_new_tokens
     window = config.sliding_window or config.max_context
     max_length = gpt_spec.cache_length(config, min(longest, config.max_context, window))
-    decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, can_compile(args))
+    for model in drafter.models:
+        gpt_spec.check_window(model.config, max_length)
+    compile = can_compile(args)
+    try:
+        decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, compile)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--batch_size {args.batch_size}: the caches cannot be allocated ({reason})") from None
     stats = Stats(compile_seconds=decoder.warm_up())
     if args.explain:
         print(Screen.legend(), file=sys.stderr, flush=True)

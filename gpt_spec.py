@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +37,14 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context. `kind` is `default`, `linear` or
-    `llama3`."""
+    """How RoPE frequencies are stretched beyond the trained context."""
 
-    kind: str = "default"
+    kind: str = "default"  # or "linear" or "llama3"
     factor: float = 1.0
-    low_freq_factor: float = (
-        1.0  # llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`,
-    )
-    high_freq_factor: float = 4.0  # those below original_context / high_freq_factor are left alone
+    # Of llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`, those below
+    # original_context / high_freq_factor are left alone.
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     original_context: int = 8192
 
 
@@ -88,18 +87,18 @@ class ModelConfig:
                 f"{where}: hidden_act {raw['hidden_act']!r} is not supported; SwiGLU models have 'silu'"
             )
         try:
-            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+            heads, hidden = integer(raw, "num_attention_heads"), integer(raw, "hidden_size")
             theta, scaling = read_rope(raw, where)
             bias = bool(raw.get("attention_bias", False))
             config = ModelConfig(
-                vocab_size=int(raw["vocab_size"]),
+                vocab_size=integer(raw, "vocab_size"),
                 hidden_size=hidden,
-                intermediate_size=int(raw["intermediate_size"]),
-                num_layers=int(raw["num_hidden_layers"]),
+                intermediate_size=integer(raw, "intermediate_size"),
+                num_layers=integer(raw, "num_hidden_layers"),
                 num_heads=heads,
-                num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-                head_dim=int(raw.get("head_dim") or hidden // heads),
-                max_context=int(raw.get("max_position_embeddings", 2048)),
+                num_kv_heads=integer(raw, "num_key_value_heads", heads),
+                head_dim=integer(raw, "head_dim", hidden // heads),
+                max_context=integer(raw, "max_position_embeddings", 2048),
                 norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=theta,
                 rope_scaling=scaling,
@@ -112,8 +111,10 @@ class ModelConfig:
             )
         except KeyError as error:
             raise BadInput(f"{where}: the key {error} is missing") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise error if isinstance(error, BadInput) else BadInput(f"{where}: {error}") from None
+        except BadInput:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise BadInput(f"{where}: {error}") from None
         config.check(where)
         return config
 
@@ -126,8 +127,21 @@ class ModelConfig:
             raise BadInput(
                 f"{where}: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} kv heads"
             )
+        if not (0 < self.rope_theta < math.inf and 0 < self.rope_scaling.factor < math.inf):
+            raise BadInput(
+                f"{where}: the RoPE base is {self.rope_theta}, its factor {self.rope_scaling.factor}"
+            )
         if self.head_dim % 2:
             raise BadInput(f"{where}: head_dim is {self.head_dim}; RoPE needs an even one")
+
+
+def integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number of the configuration; `default`, if there is one, stands for a missing or null value."""
+    value = raw[name] if default is None else raw.get(name)
+    value = default if value is None else value
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    return value
 
 
 def read_rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
@@ -402,17 +416,19 @@ def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """-inf outside the `top_k` largest and the smallest set with `top_p` of the softmax. [..., V]"""
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]  # [..., 1]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if sampling.top_p < 1:
-        ordered = logits.sort(dim=-1, descending=True).values
-        share = (ordered / sampling.temperature).softmax(dim=-1)
-        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
-        kept = (before < sampling.top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # [..., 1]
-        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -math.inf)
-    return logits
+    """-inf outside the `top_k` largest and the smallest set with `top_p` of their softmax. float32 [..., V]
+
+    Of equal logits the one with the lower index counts as larger, so that exactly `top_k` stay.
+    """
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return logits
+    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    kept = rank < (sampling.top_k or logits.shape[-1])
+    share = torch.where(kept, ordered / sampling.temperature, -math.inf).softmax(dim=-1)
+    before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
+    kept = kept & ((before < sampling.top_p) | (rank == 0))
+    return torch.full_like(logits, -math.inf).scatter(-1, token, torch.where(kept, ordered, -math.inf))
 
 
 def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
@@ -500,18 +516,17 @@ def accept(
 # Drafters
 # --------------------------------------------------------------------------------------------------
 
-PREFILL_CHUNK = 512  # tokens of a prompt per forward: bounds memory; boundaries depend on the prompt alone
+PREFILL_CHUNK = (
+    512  # tokens of a prompt per forward: bounds memory; where chunks end depends on the row alone
+)
 
 
 def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -> Tensor:
-    """Continue B texts of `length` int64 [B] by the chain `tokens` int64 [B, n] -> features [B, n,
-    hidden]."""
+    """Continue texts of `length` int64 [B] by chains of tokens int64 [B, n] -> features [B, n, hidden]."""
     n = tokens.shape[1]
-    positions = length[:, None] + torch.arange(
-        n, device=tokens.device
-    )  # in a chain, slot and position are one number
+    slots = positions = length[:, None] + torch.arange(n, device=tokens.device)  # in a chain they coincide
     ancestors = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().expand(len(tokens), -1, -1)
-    return model(tokens, positions, partial(cache.attend, positions, ancestors, length))
+    return model(tokens, positions, partial(cache.attend, slots, ancestors, length))
 
 
 def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start: int) -> Tensor:
@@ -732,6 +747,11 @@ class Stats:
         steps = self.accepted_histogram
         return [sum(steps[i + 1 :]) / self.target_forwards for i in range(len(steps) - 1)]
 
+    def count_prefill(self, seconds: float, since_start: float) -> None:
+        self.outputs += 1
+        self.prefill_seconds += seconds
+        self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
+
     def count_step(self, drafted: int, accepted: int, max_depth: int) -> None:
         self.target_forwards += 1
         self.drafted_tokens += drafted
@@ -744,7 +764,7 @@ class Stats:
 class Emission:
     """New tokens of one prompt; the first `accepted` were drafted, the others are the target's own."""
 
-    prompt: int  # index in the list of prompts
+    prompt_index: int  # in the list of prompts
     tokens: list[int]
     accepted: int = 0
     finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
@@ -754,9 +774,18 @@ class Emission:
 class Row:
     """The host's view of a text in a row of the batch."""
 
-    prompt: int
+    prompt_index: int
     budget: int  # new tokens it may still emit
-    length: int  # tokens of the text so far, the prompt's included
+    text_length: int  # tokens so far, prompt and root included
+
+
+class Verified(NamedTuple):
+    """What the target made of one row of a draft."""
+
+    accepted: int  # draft tokens kept
+    drafted: int  # draft tokens verified, root and padding not counted
+    moves: bool  # the accepted path is not where it belongs yet
+    tokens: list[int]  # accepted + 1 new tokens
 
 
 class Decoder:
@@ -782,15 +811,14 @@ class Decoder:
 
     @torch.no_grad()
     def warm_up(self) -> float:
-        """Compile every size that decoding will meet -> seconds. Rows are frozen, so nothing changes."""
+        """Compile every size that decoding will meet -> seconds. For a decoder that holds no text yet."""
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
         if not self.setup.compile:
             return time.perf_counter() - started
         self.drafter.warm_up(self.state)
         for n in self.drafter.draft_sizes():
-            tokens = self.state.tokens.new_zeros(self.setup.batch_size, n)
-            self.run_verify(Draft.chain(tokens))
+            self.commit(Draft.chain(self.state.tokens.new_zeros(self.setup.batch_size, n)))
         return time.perf_counter() - started
 
     @torch.no_grad()
@@ -800,13 +828,13 @@ class Decoder:
         start = self.shared_prefix(row, tokens) if reuse else 0
         state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
         prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
+        state.tokens[row, :length] = prompt
         feature = prefill(self.model, self.cache, row, prompt, start)
         self.drafter.prefill(row, prompt, start)
-        state.seed[row], state.length[row], state.active[row] = seed, length, True
-        position = state.length[row : row + 1, None]  # [1, 1]
-        first = pick(self.model.lm_head(feature), position, state.seed[row : row + 1], self.setup.sampling)
-        state.tokens[row, :length] = prompt
+        position, key = (torch.tensor([value], device=device) for value in (length, seed))  # [1] each
+        first = pick(self.model.lm_head(feature), position[None], key, self.setup.sampling)  # [1, 1]
         state.tokens[row, length] = first[0, 0]
+        state.length[row], state.seed[row], state.active[row] = length, seed, True
         return int(first)
 
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
@@ -816,55 +844,44 @@ class Decoder:
         pairs = zip(old, tokens[:-1])
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
 
-    def verify(
-        self,
-        tokens: Tensor,
-        parent: Tensor,
-        max_depth: int,
-        text: Tensor,
-        length: Tensor,
-        seed: Tensor,
-        active: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward of the target over a draft int64 [B, n]; its choices are written into `text` behind the
-        root.
+    def verify(self, draft: Draft, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward of the target over a draft; its choices are written behind the root of every text.
 
-        Returns the new length [B], the path [B, max_depth + 1], and what the host reads, in one tensor:
-        accepted length, drafted tokens, whether the path has to move, and the emitted tokens, [B, 3 +
-        max_depth + 1].
+        Returns the new length [B], the path [B, max_depth + 1] and the report that the host reads [B, 3 +
+        max_depth + 1]: accepted length, drafted tokens, whether the path has to move, tokens.
         """
-        nodes = torch.arange(tokens.shape[1], device=tokens.device)
-        ancestors, depth = tree_geometry(parent, max_depth)
+        length, max_depth = state.length, draft.max_depth
+        nodes = torch.arange(draft.tokens.shape[1], device=length.device)
+        ancestors, depth = tree_geometry(draft.parent, max_depth)
         slots, positions = length[:, None] + nodes, length[:, None] + depth  # [B, n] each
-        features = self.model(tokens, positions, partial(self.cache.attend, slots, ancestors, length))
-        choice = pick(self.model.lm_head(features), positions + 1, seed, self.setup.sampling)  # [B, n]
-        path, accepted = accept(tokens, parent, choice, ancestors, depth, max_depth)
-        emitted = choice.gather(
-            1, path
-        )  # [B, max_depth + 1]: accepted drafts, then the bonus, then repetitions
+        features = self.model(draft.tokens, positions, partial(self.cache.attend, slots, ancestors, length))
+        choice = pick(self.model.lm_head(features), positions + 1, state.seed, self.setup.sampling)  # [B, n]
+        path, accepted = accept(draft.tokens, draft.parent, choice, ancestors, depth, max_depth)
+        emitted = choice.gather(1, path)  # [B, max_depth + 1]: accepted drafts, the bonus, repetitions of it
         level = nodes[: max_depth + 1]
-        text.scatter_(1, length[:, None] + 1 + level, emitted)
+        state.tokens.scatter_(1, length[:, None] + 1 + level, emitted)
         moves = ((path != level) & (level <= accepted[:, None])).any(dim=1)
-        drafted = (parent >= 0).sum(dim=1)
+        drafted = (draft.parent >= 0).sum(dim=1)
         report = torch.cat((torch.stack((accepted, drafted, moves), dim=1), emitted), dim=1)
-        return torch.where(active, length + accepted + 1, length), path, report
+        return torch.where(state.active, length + accepted + 1, length), path, report
 
-    def run_verify(self, draft: Draft) -> list[list[int]]:
-        """Verify a draft, commit what was accepted -> per row: accepted, drafted, moved, emitted tokens."""
-        s, old_length = self.state, self.state.length
-        s.length, path, report = self.verify_step(
-            draft.tokens, draft.parent, draft.max_depth, s.tokens, old_length, s.seed, s.active
-        )
-        rows = report.tolist()  # the one host read of a step
-        if any(row[2] for row in rows):  # never for a chain: its path is in place
+    @torch.no_grad()
+    def commit(self, draft: Draft) -> list[Verified]:
+        """Verify a draft and keep what was accepted -> what became of every row."""
+        old_length = self.state.length
+        self.state.length, path, report = self.verify_step(draft, self.state)
+        rows = [
+            Verified(*row[:3], row[3 : 4 + row[0]]) for row in report.tolist()
+        ]  # the one host read of a step
+        if any(row.moves for row in rows):  # never for a chain: its path is in place
             self.cache.keep(path, old_length)
         return rows
 
     @torch.no_grad()
-    def step(self) -> tuple[list[list[int]], int]:
-        """One turn of the loop: propose, verify, accept -> the rows of `run_verify`, depth of the draft."""
+    def step(self) -> tuple[Draft, list[Verified]]:
+        """One turn of the loop: propose, verify, accept."""
         draft = self.drafter.propose(self.state)
-        return self.run_verify(draft), draft.max_depth
+        return draft, self.commit(draft)
 
     def run(
         self,
@@ -874,18 +891,21 @@ class Decoder:
         should_stop: Callable[[int, int], bool] | None = None,
         stats: Stats | None = None,
         reuse: bool = False,
+        seeds: list[int] | None = None,
     ) -> Iterator[list[Emission]]:
-        """Decode all prompts, yielding what every step emits; a row whose text is finished takes the next
-        prompt at once.
+        """Decode all prompts, yielding what every step emits; a finished row takes the next prompt at once.
 
-        `should_stop(prompt index, token)` is asked about every token in order and ends the text with that
-        token. `reuse` continues a conversation: what the new prompt shares with the row's last text is not
-        computed again.
+        `should_stop(prompt index, token)` is asked about every token in order; true ends the text with it.
+        `reuse` continues a conversation: what a prompt shares with the row's last text is not computed again.
+        `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
         """
         stats, stop_ids = stats if stats is not None else Stats(), frozenset(stop_ids)
+        if max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
+        seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
         waiting = deque(range(len(prompts)))
         rows: list[Row | None] = [None] * self.setup.batch_size
         started = time.perf_counter()
@@ -894,10 +914,11 @@ class Decoder:
             row = rows[b]
             emission = cut(row, tokens, accepted, stop_ids, should_stop)
             row.budget -= len(emission.tokens)
-            row.length += len(emission.tokens)
+            row.text_length += len(emission.tokens)
             stats.new_tokens += len(emission.tokens)
             if emission.finish_reason:
-                self.state.active[b], self.state.length[b] = False, row.length - 1  # forget what was cut off
+                self.state.active[b] = False
+                self.state.length[b] = row.text_length - 1  # forget what was cut off
                 rows[b] = None
             return emission
 
@@ -907,22 +928,18 @@ class Decoder:
                     i, begin = waiting.popleft(), time.perf_counter()
                     room = self.max_length - len(prompts[i])
                     rows[b] = Row(i, min(max_new_tokens, room), len(prompts[i]))
-                    first = self.prefill(b, prompts[i], self.setup.sampling.seed + i, reuse)
-                    stats.prefill_seconds += time.perf_counter() - begin
-                    stats.time_to_first_token_seconds = (
-                        stats.time_to_first_token_seconds or time.perf_counter() - started
-                    )
-                    stats.outputs += 1
+                    first = self.prefill(b, prompts[i], seeds[i], reuse)
+                    stats.count_prefill(time.perf_counter() - begin, time.perf_counter() - started)
                     yield [emit(b, [first], 0)]
             if not any(rows):
                 continue
             begin = time.perf_counter()
-            reports, max_depth = self.step()
+            draft, verified = self.step()
             emissions = []
-            for b, (accepted, drafted, _, *tokens) in enumerate(reports):
+            for b, result in enumerate(verified):
                 if rows[b] is not None:
-                    emissions.append(emit(b, tokens[: accepted + 1], accepted))
-                    stats.count_step(drafted, emissions[-1].accepted, max_depth)
+                    emissions.append(emit(b, result.tokens, result.accepted))
+                    stats.count_step(result.drafted, emissions[-1].accepted, draft.max_depth)
             stats.decode_seconds += time.perf_counter() - begin
             yield emissions
 
@@ -930,32 +947,35 @@ class Decoder:
 def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:
     """The new tokens of a text up to and including the one that ends it."""
     for i, token in enumerate(tokens, start=1):
-        if token in stop_ids or (should_stop is not None and should_stop(row.prompt, token)):
-            return Emission(row.prompt, tokens[:i], min(accepted, i), "stop")
+        if token in stop_ids or (should_stop is not None and should_stop(row.prompt_index, token)):
+            return Emission(row.prompt_index, tokens[:i], min(accepted, i), "stop")
         if i == row.budget:
-            return Emission(row.prompt, tokens[:i], min(accepted, i), "length")
-    return Emission(row.prompt, tokens, accepted)
+            return Emission(row.prompt_index, tokens[:i], min(accepted, i), "length")
+    return Emission(row.prompt_index, tokens, accepted)
 
 
 def cache_length(config: ModelConfig, longest: int) -> int:
-    """Tokens to allocate a cache for, when the longest text needs `longest`: rounded up, so that most prompts
-    share one set of compiled shapes, but never beyond what the model was trained for."""
-    window = config.sliding_window
-    if window is not None and longest > window:
+    """Tokens to allocate a cache for, when the longest text needs `longest`.
+
+    Rounded up, so that most prompts share one set of compiled shapes, but never beyond the model's context.
+    """
+    check_window(config, longest)
+    return min(-(-longest // 512) * 512, config.max_context, config.sliding_window or config.max_context)
+
+
+def check_window(config: ModelConfig, longest: int) -> None:
+    """Raise BadInput where a sliding window, which is not implemented, would make a difference."""
+    if config.sliding_window is not None and longest > config.sliding_window:
         raise BadInput(
-            f"this model's sliding window of {window} tokens is not implemented; prompt and new tokens are "
-            f"{longest}: shorten the prompt or lower --max_new_tokens"
+            f"the model's sliding window of {config.sliding_window} tokens is not implemented, and the text "
+            f"may grow to {longest}: shorten the prompt or lower --max_new_tokens"
         )
-    return min(-(-longest // 512) * 512, config.max_context, window or config.max_context)
 
 
 def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
-    """Raise BadInput for a prompt that cannot be decoded. int list; `max_length` counts at least one new
-    token."""
+    """Raise BadInput for a prompt that cannot be decoded; `max_length` counts at least one new token."""
     if not tokens:
-        raise BadInput(
-            "the prompt is empty; this model has no beginning-of-text token, so it needs at least one token"
-        )
+        raise BadInput("the prompt is empty; at least one token is needed")
     if len(tokens) >= max_length:
         raise BadInput(
             f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one"
@@ -975,15 +995,15 @@ def generate(
     compile: bool = True,
     **options,
 ) -> Iterator[list[Emission]]:
-    """Decode one prompt or several, a step at a time: the engine in one call. `options` are those of
-    `Decoder.run`.
+    """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`.
 
     stats = Stats()
     for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
         print(emissions[0].tokens)
     """
     prompts = [prompt_ids] if not prompt_ids or isinstance(prompt_ids[0], int) else prompt_ids
-    max_length = cache_length(model.config, max(map(len, prompts)) + max_new_tokens)
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    max_length = cache_length(model.config, longest)
     decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
     stats = options.setdefault("stats", Stats())
     stats.compile_seconds += decoder.warm_up()

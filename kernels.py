@@ -15,16 +15,22 @@ from torch import Tensor
 
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
-    """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`."""
-    m, lengths = ancestors.shape[-1], length.tolist()
-    valid = max(lengths) + m  # the only slots anybody may look at
-    seen = ancestors.new_zeros(len(q), 1, q.shape[1], valid)  # [B, 1, n, valid]
-    for b, past in enumerate(lengths):
-        seen[b, 0, :, :past] = True
-        seen[b, 0, :, past : past + m] = ancestors[b]
-    q, keys, values = q.transpose(1, 2), keys[:, :valid].transpose(1, 2), values[:, :valid].transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)  # [B, H, n, D]
-    return out.transpose(1, 2).contiguous()
+    """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
+
+    A row at a time: no row pays for the length of another, or reads beyond its own.
+    """
+    n, m, out = q.shape[1], ancestors.shape[-1], torch.empty_like(q)
+    for b, past in enumerate(length.tolist()):
+        seen = ancestors.new_ones(n, past + m)
+        seen[:, past:] = ancestors[b]
+        k, v = (
+            cache[b : b + 1, : past + m].transpose(1, 2) for cache in (keys, values)
+        )  # [1, G, past + m, D]
+        row = F.scaled_dot_product_attention(
+            q[b : b + 1].transpose(1, 2), k, v, attn_mask=seen, enable_gqa=True
+        )
+        out[b] = row[0].transpose(0, 1)  # [H, n, D] -> [n, H, D]
+    return out
 
 
 library = torch.library.Library("gpt_spec", "DEF")

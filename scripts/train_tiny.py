@@ -55,7 +55,7 @@ SHAPES = {
 FOLDERS = {"target": ROOT / "models" / "python-7m", "small": ROOT / "models" / "python-1m"}
 STEPS = {"target": 6000, "small": 4000}
 
-# Modules no model has seen; neither have their tests (test_<name>.py) been.
+# Modules that no model has seen; files test_<name>.py are left out as well.
 HELD_OUT = [
     *(
         "argparse",
@@ -311,7 +311,12 @@ def save_shipped(kind: str, model: Transformer) -> None:
         "torch_dtype": "bfloat16",
     }
     tokenizer = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    files = {"config": config, "generation_config": {"eos_token_id": EOS}, "tokenizer_config": tokenizer}
+    # In the training text it is the BOS of the next module that ends a module.
+    files = {
+        "config": config,
+        "generation_config": {"eos_token_id": [BOS, EOS]},
+        "tokenizer_config": tokenizer,
+    }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")

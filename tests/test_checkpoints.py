@@ -88,6 +88,26 @@ def test_sharded_equals_single(checkpoint):
     assert all(torch.equal(single[name], sharded[name]) for name in single)
 
 
+def test_a_tensor_in_two_shards(checkpoint):
+    shard(checkpoint)
+    tensors = load_file(checkpoint / "model-00001-of-00002.safetensors")
+    other = load_file(checkpoint / "model-00002-of-00002.safetensors")
+    save_file(other | dict([tensors.popitem()]), checkpoint / "model-00002-of-00002.safetensors")
+    assert_refused(checkpoint, "already")
+
+
+def test_integer_weights_are_never_cast(checkpoint):
+    edit_weights(checkpoint, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
+    for precision in (None, "fp32"):
+        with pytest.raises(BadInput, match="model.norm.weight is I8"):
+            load_model(checkpoint, precision)
+
+
+def test_an_impossible_size_costs_nothing(checkpoint):
+    edit_config(checkpoint, vocab_size=10**11)
+    assert_refused(checkpoint, "config.json asks for (100000000000, 48)")
+
+
 def test_a_missing_tensor_is_named(checkpoint):
     edit_weights(checkpoint, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     assert_refused(checkpoint, "model.layers.1.mlp.up_proj.weight", "lack")

@@ -9,6 +9,7 @@ import torch
 from conftest import noisy_copy, random_model, random_prompts
 
 from gpt_spec import (
+    BadInput,
     Decoder,
     Draft,
     Drafter,
@@ -82,7 +83,7 @@ def texts(model, prompts, drafter=None, sampling=GREEDY, max_new_tokens=40, **op
     options.setdefault("compile", False)
     for emissions in generate(model, prompts, drafter, sampling, max_new_tokens, **options):
         for emission in emissions:
-            out[emission.prompt] += emission.tokens
+            out[emission.prompt_index] += emission.tokens
     return out
 
 
@@ -141,26 +142,31 @@ def test_drafters_cover_low_mixed_and_full_acceptance(target, name, low, high):
     assert low <= stats.acceptance_by_position[0] <= high
 
 
+def assert_caches_are_fresh(decoder: Decoder, texts_so_far: list[list[int]]) -> None:
+    """Both caches of every active row, whichever of the texts it holds."""
+    for row in decoder.state.active.nonzero().flatten().tolist():
+        length = int(decoder.state.length[row])
+        text = decoder.state.tokens[row, : length + 1].tolist()
+        assert text in texts_so_far  # all that was emitted, up to and including the root
+        assert_cache_is_fresh(decoder.model, decoder.cache, row, text, length)
+        if isinstance(decoder.drafter, SequentialDrafter):
+            assert_cache_is_fresh(decoder.drafter.model, decoder.drafter.cache, row, text, length - 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", NAMES)
-def test_caches_equal_a_recomputation_after_every_step(target, name, sampling):
-    drafter = drafters(target)[name]
-    decoder = Decoder(target, drafter, sampling, max_length=128, batch_size=3, compile=False)
-    text = dict(enumerate(map(list, PROMPTS[:3])))  # row b has prompt b
-    moved = 0
-    for emissions in decoder.run(PROMPTS[:3], max_new_tokens=30):
+def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, batch_size):
+    """Five prompts of different lengths; with fewer rows, rows are refilled."""
+    decoder = Decoder(target, drafters(target)[name], sampling, 128, batch_size, compile=False)
+    so_far = [list(prompt) for prompt in PROMPTS]
+    steps = 0
+    for emissions in decoder.run(PROMPTS, max_new_tokens=20):
         for emission in emissions:
-            text[emission.prompt] += emission.tokens
-        for row in {emission.prompt for emission in emissions if emission.finish_reason is None}:
-            length = int(decoder.state.length[row])
-            assert length == len(text[row]) - 1  # all but the root
-            assert decoder.state.tokens[row, : length + 1].tolist() == text[row]
-            assert_cache_is_fresh(target, decoder.cache, row, text[row], length)
-            small = getattr(drafter, "oracle", drafter)
-            if isinstance(small, SequentialDrafter) and small is drafter:
-                assert_cache_is_fresh(small.model, small.cache, row, text[row], length - 1)
-        moved += len(emissions)
-    assert moved > 10
+            so_far[emission.prompt_index] += emission.tokens
+        assert_caches_are_fresh(decoder, so_far)
+        steps += 1
+    assert steps > 5
 
 
 def test_a_stale_cache_is_seen(target, monkeypatch):
@@ -173,7 +179,21 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
 
     monkeypatch.setattr(SequentialDrafter, "write", feed_one)
     with pytest.raises(AssertionError):
-        test_caches_equal_a_recomputation_after_every_step(target, "itself", GREEDY)
+        test_caches_equal_a_recomputation_after_every_step(target, "itself", GREEDY, 1)
+
+
+def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
+    """Text equality cannot see that a drafter kept the cache of another text; the recomputation does."""
+    whole = SequentialDrafter.prefill
+    first = []
+
+    def only_once(self, row, tokens, start):
+        if not first:
+            first.append(whole(self, row, tokens, start))
+
+    monkeypatch.setattr(SequentialDrafter, "prefill", only_once)
+    with pytest.raises(AssertionError):
+        test_caches_equal_a_recomputation_after_every_step(target, "noisy", GREEDY, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,9 +257,10 @@ def test_a_conversation_reuses_the_cache(target, name):
     history = PROMPTS[0]
     for turn in random_prompts([3, 1, 8]):
         history = history + turn
-        answer = [
-            t for emissions in decoder.run([history], 12, reuse=True) for e in emissions for t in e.tokens
-        ]
+        answer = []
+        for emissions in decoder.run([history], 12, reuse=True):
+            answer += emissions[0].tokens
+            assert_caches_are_fresh(decoder, [history + answer])
         assert [answer] == texts(target, [history], max_new_tokens=12)
         history = history + answer
     assert decoder.shared_prefix(0, history + [1]) >= len(history) - 3  # nearly all of it would be reused
@@ -255,7 +276,7 @@ def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampli
     with torch.compiler.set_stance("fail_on_recompile"):
         for emissions in decoder.run(PROMPTS[:3], 40):
             for emission in emissions:
-                out[emission.prompt] += emission.tokens
+                out[emission.prompt_index] += emission.tokens
     assert out == expected
 
 
@@ -385,3 +406,31 @@ def test_stats_add_up(target):
     shares = stats.acceptance_by_position
     assert len(shares) == 3 and shares == sorted(shares, reverse=True)
     assert sum(shares) * stats.target_forwards == pytest.approx(stats.accepted_tokens)
+
+
+def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, monkeypatch):
+    decoder = Decoder(target, SequentialDrafter(noisy_copy(target)), max_length=80, compile=False)
+    first, second = random_prompts([20, 25])
+    list(decoder.run([first], 5))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gpt_spec.pick", interrupt)
+        list(decoder.run([second], 5, reuse=True))
+    assert list(decoder.run([first[:12]], 5, reuse=True))
+    row_text = decoder.state.tokens[0, :17].tolist()
+    assert_cache_is_fresh(target, decoder.cache, 0, row_text, 16)
+    assert [row_text[12:]] == texts(target, [first[:12]], max_new_tokens=5)
+
+
+def test_impossible_requests_are_refused(target):
+    for prompts, options, words in [
+        ([[]], {}, "empty"),
+        ([[1] * 300], {}, "300 tokens"),
+        ([[61]], {}, "token id 61"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+    ]:
+        with pytest.raises(BadInput, match=words):
+            texts(target, prompts, **options)

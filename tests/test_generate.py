@@ -11,7 +11,9 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, random_model, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 import generate
 
@@ -64,16 +66,15 @@ def tiny(tmp_path_factory):
 # ---- what it prints ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("draft_precision", ["fp32", "bf16"])  # it cannot change the text either
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_every_method_prints_the_same_text(capsys, temperature, precision):
+def test_every_method_prints_the_same_text(capsys, temperature, draft_precision):
     flags = [*SHORT, "--precision", "fp32", "--temperature", temperature, "--top_p", "0.9"]
-    if precision == "bf16":
-        flags += ["--draft_precision", "bf16"]  # the drafter's precision cannot change the text either
     expected = run_json(capsys, *flags, "--method", "autoregressive")
     assert expected["outputs"][0]["token_ids"]
     for method in generate.METHODS[1:]:
-        result = run_json(capsys, *flags, "--method", method)
+        drafter = ["--draft_precision", draft_precision] if method == "sequential" else []
+        result = run_json(capsys, *flags, "--method", method, *drafter)
         assert result["outputs"] == expected["outputs"]
         assert result["method"] == method
         assert result["stats"]["target_forwards"] <= expected["stats"]["target_forwards"]
@@ -150,8 +151,8 @@ def test_num_samples_use_seed_plus_i(capsys):
 
 
 def test_a_prompt_is_used_as_it_is(capsys, tmp_path, monkeypatch):
-    text = "  def f(x):\n\treturn x  \n\n"
-    (tmp_path / "prompt.txt").write_text(text)
+    text = "  def f(x):\r\n\treturn x  \n\n"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
     direct = run_json(capsys, *SHORT, "--prompt", text)["outputs"]
     assert run_json(capsys, *SHORT, "--prompt", f"@{tmp_path}/prompt.txt")["outputs"] == direct
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -218,6 +219,31 @@ def test_a_bad_line_fails_alone(capsys, tmp_path):
         assert outputs[number - 1]["error"] in err
     good = run_json(capsys, *SHORT, "--prompt", "def a(\n")["outputs"][0]
     assert outputs[0] == good
+
+
+def test_a_bad_line_leaves_the_noise_of_the_others_alone(capsys, tmp_path):
+    good = {"prompt": "def a(\n"}
+    file = write_prompts(tmp_path / "p.jsonl", good, "{bad", {"prompt": "class B:\n"})
+    flags = [*SHORT, "--temperature", "1"]
+    status, out, _ = run(capsys, *flags, "--json", "--prompts", file, "--seed", "10")
+    alone = run_json(capsys, *flags, "--prompt", "class B:\n", "--seed", "12")["outputs"][0]
+    assert status == 2 and json.loads(out)["outputs"][2] == alone
+
+
+def test_lines_that_are_nearly_right(capsys, tmp_path):
+    wrong = [
+        {"turns": 5},
+        {"turns": {"a": 1}},
+        {"turns": "hello"},
+        {"turns": []},
+        {"prompt": 5, "question": "x"},
+    ]
+    lone_surrogate, separators = r'{"prompt": "\ud800"}', '{"prompt": "one\u2028line\u0085"}'
+    file = write_prompts(tmp_path / "p.jsonl", *wrong, lone_surrogate, separators)
+    status, out, _ = run(capsys, *SHORT, "--json", "--prompts", file)
+    outputs = json.loads(out)["outputs"]
+    assert status == 2 and [o["finish_reason"] == "error" for o in outputs] == [True] * 6 + [False]
+    assert all(f"line {i + 1}:" in o["error"] for i, o in enumerate(outputs[:-1]))
 
 
 # ---- conversations -------------------------------------------------------------------------------
@@ -303,6 +329,14 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
         (["--chat"], ["--chat", "chat template"]),
         (["--system", "x"], ["--system", "--chat"]),
         (["--interactive", "--json"], ["--interactive", "--json"]),
+        (["--interactive", "--prompt", "x"], ["--interactive", "--prompt"]),
+        (["--chat", "--prompt_ids", "1,2"], ["--chat", "--prompt_ids"]),
+        (["--batch_size", "10000000000"], ["--batch_size", "allocated"]),
+        (["--device", "meta"], ["--device", "meta"]),
+        (["--profile", "/tmp"], ["--profile", "/tmp"]),
+        (["--method", "lookup", "--draft_precision", "fp32"], ["--draft_precision", "lookup"]),
+        (["--method", "autoregressive", "--draft_confidence", "0.5"], ["--draft_confidence"]),
+        (["--prompt", "x\ud800"], ["--prompt", "half a character"]),
         (["--profile", "/no/such/dir/trace.json"], ["--profile"]),
         (["--checkpoint_path", "/no/such/dir"], ["--checkpoint_path", "/no/such/dir"]),
         (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "sequential"], ["--draft_checkpoint_path"]),
@@ -322,6 +356,41 @@ def test_a_drafter_of_another_vocabulary(capsys, tiny, tmp_path):
     sentencepiece = (other / "tokenizer.model").read_bytes()
     (other / "tokenizer.model").write_bytes(sentencepiece.replace(b"return", b"nruter"))
     assert_refused(capsys, [*EAGER, "--draft_checkpoint_path", str(other)], "another vocabulary", "nruter")
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("unknown", ["unexpected tensor model.extra.weight"]),
+        ("misshapen", ["model.norm.weight", "(47,)", "(48,)"]),
+        ("missing", ["lack model.norm.weight"]),
+        ("truncated", ["model.safetensors", "cut off"]),
+        ("outside", ["index.json", "../stolen.safetensors", "outside"]),
+        ("config", ["config.json", "num_hidden_layers"]),
+    ],
+)
+def test_broken_checkpoints_get_one_line(capsys, tmp_path, fault, words):
+    directory = save_checkpoint(random_model(), tmp_path / "model")
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    changes = {
+        "unknown": {"model.extra.weight": torch.ones(3)},
+        "misshapen": {"model.norm.weight": torch.ones(47)},
+    }
+    save_file(tensors | changes.get(fault, {}), weights)
+    if fault == "missing":
+        save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, weights)
+    if fault == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    if fault == "outside":
+        index = {"weight_map": dict.fromkeys(tensors, "../stolen.safetensors")}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    if fault == "config":
+        (directory / "config.json").write_text('{"model_type": "llama"}')
+        words = ["config.json", "missing"]
+    flags = [*EAGER, "--prompt_ids", "1,2"]
+    assert_refused(capsys, [*flags, "--checkpoint_path", str(directory)], *words)
+    assert_refused(capsys, [*flags, "--draft_checkpoint_path", str(directory)], *words)
 
 
 def test_a_text_prompt_without_a_tokenizer(capsys, tiny):
@@ -380,8 +449,6 @@ def test_it_runs_from_another_directory_and_prints_soon(tmp_path):
 
 
 def test_without_a_compiler_it_says_so_and_runs(tmp_path):
-    for tool in ("env",):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
     process = start(
         "--max_new_tokens", "5", env=os.environ | {"PATH": str(tmp_path), "CXX": "no-such-compiler"}
     )

@@ -124,7 +124,7 @@ RAW = SIZES | {"model_type": "llama", "bos_token_id": 1}
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
         ({"hidden_size": 0}, "hidden_size is 0"),
-        ({"hidden_size": "wide"}, "invalid literal"),
+        ({"hidden_size": "wide"}, "must be a whole number"),
         ({"head_dim": 15}, "RoPE needs an even one"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
@@ -132,6 +132,12 @@ RAW = SIZES | {"model_type": "llama", "bos_token_id": 1}
         ),
         ({"rope_scaling": {"type": "linear"}}, "the key 'factor' is missing"),
         ({"num_attention_heads": 0}, "config.json"),
+        ({"rope_scaling": "foo"}, "config.json"),
+        ({"rope_parameters": [1]}, "config.json"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor 0"),
+        ({"rope_theta": -1}, "-1"),
+        ({"hidden_size": float("inf")}, "hidden_size is inf"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
     ],
 )
 def test_configurations_that_cannot_work(change, message):

@@ -82,7 +82,7 @@ def check_seeds(sampling: Sampling = Sampling(temperature=1.0)) -> float:
     texts = [[] for _ in range(3000)]
     for emissions in generate(model, [[3, 1]] * 3000, None, sampling, 3, batch_size=500, compile=False):
         for emission in emissions:
-            texts[emission.prompt] += emission.tokens
+            texts[emission.prompt_index] += emission.tokens
     for a, b, c in texts:
         counts[a * 36 + b * 6 + c] += 1
     return chi_square(counts, exact_joint(model, [3, 1], sampling))
@@ -231,3 +231,14 @@ def test_shared_noise_couples_two_distributions():
 def test_impossible_sampling_is_refused(values):
     with pytest.raises(BadInput, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_ties_keep_exactly_k_and_the_lower_index():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0]])
+    kept = filter_logits(logits, Sampling(1.0, top_k=2)).isfinite()
+    assert kept.tolist() == [[False, True, True, False, False]]
+    assert filter_logits(logits, Sampling(1.0, top_p=0.25)).isfinite().sum() == 1
+    greedy, one = Sampling(0.0), Sampling(2.0, top_k=1)
+    logits = torch.randint(5, (1, 200, 30)).float()  # full of ties
+    positions, seed = torch.arange(200)[None], torch.tensor([1])
+    assert torch.equal(pick(logits, positions, seed, one), pick(logits, positions, seed, greedy))

@@ -226,6 +226,46 @@ def test_added_tokens_of_a_fine_tuned_sentencepiece(tmp_path):
     assert tokenizer.token_bytes(4097) == b""
 
 
+def test_added_tokens_that_are_not_special_are_text(tmp_path):
+    """Qwen3 marks <think> so: one token, and part of the text."""
+    train_byte_level(tmp_path, LLAMA3_PATTERN)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    entry = {"id": 1500, "content": "<think>", "special": False}
+    raw["added_tokens"].append(raw["added_tokens"][0] | entry)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("a<think>b<|eos|>")
+    assert ids.count(1500) == 1 and not set(ids[1:]) & tokenizer.special_ids
+    assert tokenizer.decode(ids) == "a<think>b<|eos|>"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"type": "BPE", "merges": [["a", "b"]]}}', "{"])
+def test_a_tokenizer_json_that_makes_no_sense(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(BadInput):
+        load_tokenizer(tmp_path)
+
+
+def test_added_tokens_that_make_no_sense(tmp_path):
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "y"}}}')
+    with pytest.raises(BadInput, match="make no sense"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{% if %}"])
+def test_a_template_that_breaks_is_a_clear_error(template, tmp_path):
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadInput, match="chat template"):
+        load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+
+
+def test_half_a_character_is_no_text():
+    with pytest.raises(BadInput, match="half a character"):
+        load_tokenizer(SHIPPED_TARGET).encode("\ud800")
+
+
 def test_a_broken_tokenizer_is_a_clear_error(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no such model")
     with pytest.raises(BadInput, match="tokenizer.model"):
@@ -281,6 +321,14 @@ def test_stop_strings_are_held_back_and_cut():
             assert expected.startswith("".join(shown[:i]))  # nothing is ever taken back
     shown, whole, _ = stream_all(tokenizer, ids, ["four!"])  # begins, but does not come
     assert "".join(shown) == whole == "one two\n\nthree\n\ndef four"
+
+
+@pytest.mark.parametrize("text, stop", [("one \U0001d4b3 two", " "), ("a \u2031 b", " ")])
+def test_nothing_follows_a_stop_string_that_ends_inside_a_token(llama3, text, stop):
+    """Llama 3 has tokens that are a space and half a character."""
+    ids = llama3.encode_ordinary(text)
+    shown, whole, _ = stream_all(llama3, ids, [stop])
+    assert "".join(shown) == whole == text.partition(stop)[0]
 
 
 def test_explained_spans_belong_to_their_tokens():

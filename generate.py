@@ -64,15 +64,11 @@ def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
         raise BadInput(f"{flag}: {name} is not a directory (nor a hub repository id like owner/name)")
     from huggingface_hub import snapshot_download  # slow to import, and most runs are local
 
-    wanted, unwanted = (
-        ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
-        ["original/*", "consolidated*"],
-    )
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    unwanted = ["original/*", "consolidated*"]  # the same weights once more
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (
-        Exception
-    ) as error:  # no network, no such repository, no permission: the hub has a dozen classes for it
+    except Exception as error:  # no network, no repository, no permission: the hub has a dozen classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BadInput(
             f"{flag}: {name} is not a local directory, and the hub did not give it: {reason}"
@@ -100,11 +96,8 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.exists():
         if (directory / "model.safetensors").exists():
             return [directory / "model.safetensors"]
-        has = (
-            "only pytorch_model.bin; convert it to safetensors"
-            if list(directory.glob("*.bin"))
-            else "no weights"
-        )
+        only_bin = any(directory.glob("*.bin"))
+        has = "only pytorch_model.bin; convert it to safetensors" if only_bin else "no weights"
         raise BadInput(f"{directory}: has {has}; model.safetensors or model.safetensors.index.json is needed")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -478,9 +471,7 @@ def read_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     if pattern is None or not plain or normalizer not in (None, {"type": "NFC"}):
         return LibraryTokenizer(path, "not a byte-level BPE of the kind of Llama 3 or Qwen2", **settings)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = dict.fromkeys(
-        a + b for a, b in pairs
-    )  # in order of priority, the first of several ways to build a token
+    merged = dict.fromkeys(a + b for a, b in pairs)  # in order of priority, each token once
     singles = [text for text in model["vocab"] if len(text) == 1 and text in BYTE_OF]
     order = [text for text in [*singles, *merged] if text in model["vocab"]]
     ranks = {unmap_bytes(text): rank for rank, text in enumerate(order)}

@@ -210,11 +210,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.head_dim = (
-            (config.num_heads, config.num_kv_heads, config.num_kv_heads),
-            config.head_dim,
-        )
-        rows = sum(self.heads) * config.head_dim  # queries, keys, values
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of queries, keys, values
+        self.head_dim = config.head_dim
+        rows = sum(self.heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -505,9 +503,8 @@ def accept(
     on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
     level = torch.arange(max_depth + 1, device=tokens.device)
     node = torch.arange(tokens.shape[1], device=tokens.device)
-    at_level = on_path[:, None, :] & (
-        depth[:, None, :] == level[:, None]
-    )  # [B, max_depth + 1, n], one node a level
+    # One node a level: [B, max_depth + 1, n]
+    at_level = on_path[:, None, :] & (depth[:, None, :] == level[:, None])
     path = torch.where(at_level, node, -1).amax(dim=-1)
     return torch.where(level <= accepted[:, None], path, last[:, None]), accepted
 
@@ -516,9 +513,8 @@ def accept(
 # Drafters
 # --------------------------------------------------------------------------------------------------
 
-PREFILL_CHUNK = (
-    512  # tokens of a prompt per forward: bounds memory; where chunks end depends on the row alone
-)
+# Tokens of a prompt per forward. It bounds memory; where chunks end depends on the row alone.
+PREFILL_CHUNK = 512
 
 
 def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -> Tensor:
@@ -573,8 +569,8 @@ class Setup:
         # One function serves every number of nodes, model and batch size of a process: that is not the
         # runaway recompilation which the default limit of 8 guards against.
         torch._dynamo.config.recompile_limit = 256
-        # Round where the code says so: which roundings fusion leaves out depends on the number of rows, and a text
-        # must not.
+        # Round where the code says so: which roundings fusion leaves out depends on the number of rows, and a
+        # text must not.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 

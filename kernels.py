@@ -17,9 +17,9 @@ from torch import Tensor
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
-    A row of the batch at a time, so that none pays for the length of another or reads beyond its own. Queries are
-    filled up to a multiple of 16 and keys to one of 64: the sizes at which, measured in bf16 on a CPU, PyTorch adds
-    up a query in the same order whoever rides along.
+    A row of the batch at a time, so that none pays for the length of another or reads beyond its own. Queries
+    are filled up to a multiple of 16 and keys to one of 64: the sizes at which, measured in bf16 on a CPU with
+    AMX, PyTorch adds up a query in the same order whoever rides along.
     """
     n, m, out = q.shape[1], ancestors.shape[-1], torch.empty_like(q)
     q = F.pad(q, (0, 0, 0, 0, 0, -n % 16))

@@ -2,11 +2,14 @@
 stale."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
 import torch
-from conftest import noisy_copy, random_model, random_prompts
+from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, noisy_copy, random_model, random_prompts
+
+from generate import load_model, load_tokenizer
 
 from gpt_spec import (
     BadInput,
@@ -120,6 +123,20 @@ def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
     assert (
         texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=2) == expected
     )  # rows are refilled
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="measured on CPUs with AMX only")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_shipped_models_in_bf16(temperature):
+    """PyTorch does not promise it, but with the sizes that we ask for the texts are the same in bf16, too."""
+    model, small = load_model(SHIPPED_TARGET), load_model(SHIPPED_SMALL)
+    assert model.norm.weight.dtype == torch.bfloat16
+    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:4]
+    prompts = [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
+    sampling = Sampling(temperature)
+    expected = texts(model, prompts, sampling=sampling, max_new_tokens=100)
+    for drafter in (SequentialDrafter(small, 4), LookupDrafter(4)):
+        assert texts(model, prompts, drafter, sampling, 100) == expected
 
 
 @pytest.mark.gpu

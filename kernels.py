@@ -18,7 +18,7 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
     A row of the batch at a time, so that none pays for the length of another or reads beyond its own. Queries
-    are filled up to a multiple of 16 and keys to one of 64: the sizes at which, measured in bf16 on a CPU with
+    are filled up to a multiple of 16, keys to one of 64: sizes at which, measured in bf16 on a CPU with
     AMX, PyTorch adds up a query in the same order whoever rides along.
     """
     n, m, out = q.shape[1], ancestors.shape[-1], torch.empty_like(q)

@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, noisy_copy, random_model, random_prompts
 
 from generate import load_model, load_tokenizer
-
 from gpt_spec import (
     BadInput,
     Decoder,

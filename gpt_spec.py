@@ -423,9 +423,10 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     ordered, token = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     kept = rank < (sampling.top_k or logits.shape[-1])
-    share = torch.where(kept, ordered / sampling.temperature, -math.inf).softmax(dim=-1)
-    before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
-    kept = kept & ((before < sampling.top_p) | (rank == 0))
+    if sampling.top_p < 1:
+        share = torch.where(kept, ordered / sampling.temperature, -math.inf).softmax(dim=-1)
+        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
+        kept = kept & ((before < sampling.top_p) | (rank == 0))
     return torch.full_like(logits, -math.inf).scatter(-1, token, torch.where(kept, ordered, -math.inf))
 
 

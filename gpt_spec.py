@@ -547,10 +547,9 @@ class State:
     @staticmethod
     def allocate(batch_size: int, slots: int, device: torch.device) -> State:
         tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
-        seed = tokens[:, 0].clone()  # [B]
-        return State(
-            tokens, torch.ones_like(seed), seed, seed.bool()
-        )  # length 1: drafters look one token back
+        seed = tokens.new_zeros(batch_size)
+        length = torch.ones_like(seed)  # of a row that holds no text yet: drafters look one token back
+        return State(tokens, length, seed, seed.bool())
 
 
 @dataclass(frozen=True)

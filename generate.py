@@ -21,15 +21,18 @@ import sys
 import sysconfig
 import time
 import unicodedata
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-import torch
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # PyTorch can do without
 
-import gpt_spec
-from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer
+import torch  # noqa: E402
+
+import gpt_spec  # noqa: E402
+from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"

@@ -1,56 +1,343 @@
 """kernels.py: the operations that PyTorch alone does not do well enough. It knows tensors, not models.
 
-Every operation has one signature and is opaque to torch.compile: it may look at values (how long a text is),
-so cost follows the work there is without a recompilation. Bodies that are faster replace a body, never a
-signature.
+    linear      x W^T with 4-bit, 8-bit or bf16 weights; what comes before (norm or SwiGLU, rounding of the
+                activations) and after (bias, residual) is part of it
+    rms_norm    the norm alone
+    attention   n queries of every text over a static cache
 
-Today there is one operation, attention over a static cache, with one body: the reference, in plain PyTorch.
+Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
+which is the twin that the tests compare with; `cpu`, in kernels.cpp, compiled when it is first needed; and one
+for CUDA, which does not exist yet, so that a GPU runs the reference. `GPT_SPEC_KERNELS=reference|portable|avx2|avx512` picks the CPU body, which is otherwise the best that the
+machine has.
+
+The one idea of the CPU bodies: row i of a result is the same bits however many rows ride along, because every
+sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens at once computes
+what sixty-four steps would have computed. The reference promises nothing of the kind.
 """
 
 from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLAGS = {  # what every path of kernels.cpp is compiled with
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c".split(),
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "portable": [],
+}
+LANES = 16  # output rows that lie side by side in a packed weight
+
+
+def best_path() -> str:
+    """The fastest path that this CPU has the instructions for."""
+    if all(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("vnni", "avx512_bf16")):
+        return "avx512"
+    return "avx2" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "portable"
+
+
+PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiling and loading the CPU bodies
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load() -> bool:
+    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place?
+
+    Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
+    because there is no compiler, which is said once. ValueError for a path that does not exist.
+    """
+    if PATH not in (*FLAGS, "reference"):
+        raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}; it must be reference, {', '.join(FLAGS)} or unset")
+    if PATH == "reference":
+        return False
+    try:
+        torch.ops.load_library(str(compiled_library()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        print(f"kernels.cpp cannot be compiled or loaded, running on the slow reference: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
+def compiled_library() -> Path:
+    """The shared library of `PATH`, compiled if the cache does not have it yet."""
+    source, torch_directory = Path(__file__).with_name("kernels.cpp"), Path(torch.__file__).parent
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler; install g++")
+    options = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", *FLAGS[PATH]]
+    options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    key = " ".join([compiler, *options, torch.__version__, str(torch_directory)]).encode() + source.read_bytes()
+    name = f"kernels-{PATH}-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    library = cache_directory() / name
+    if not library.exists():
+        print(f"compiling kernels.cpp for {PATH}, once on this machine", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
+            includes = [f"-isystem{torch_directory / 'include'}"]
+            links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
+            command = [compiler, *options, *includes, str(source), "-o", f"{scratch}/{name}", *links]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(f"{scratch}/{name}", library)
+    return library
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept; a directory that only its owner can write to."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        (home / "gpt_spec").mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(home / "gpt_spec", os.W_OK):
+            return home / "gpt_spec"
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="gpt_spec"))  # compiled anew by every process
+
+
+def uses_kernels(x: Tensor, weight: Tensor) -> bool:
+    """Is this a case for the operators of the CPU? Known when a graph is compiled; float32 and training are not."""
+    both = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return both and PATH != "reference" and not weight.requires_grad
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with the
+# even input in the low nibble. The CPU bodies want blocks of 16 rows: 4 bytes of each row side by side, step by
+# step, so that 64 bytes are one vector. A block takes the room that its rows took, so packing is done in place.
+# --------------------------------------------------------------------------------------------------
+
+INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 4 bytes of a step
+
+
+def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
+    """Do the CPU bodies take this weight, in rows? Its inputs must fill the steps, its groups the vectors."""
+    if weight.device.type != "cpu" or weight.dtype not in INPUTS or PATH == "reference":
+        return False
+    inputs = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    groups = 1 if scales is None else scales.shape[1]
+    return inputs % INPUTS[weight.dtype] == 0 and (scales is None or inputs // groups % LANES == 0)
+
+
+def swap_nibbles(steps: Tensor) -> Tensor:
+    """uint8 [..., 4], from (0, 1), (2, 3), (4, 5), (6, 7) to (0, 4), (1, 5), (2, 6), (3, 7): low, high nibble."""
+    a, b, c, d = steps.unbind(-1)
+    pairs = (a & 15 | c << 4, a >> 4 | c & 240, b & 15 | d << 4, b >> 4 | d & 240)
+    return torch.stack(pairs, dim=-1)
+
+
+def restore_nibbles(steps: Tensor) -> Tensor:
+    """The inverse of `swap_nibbles`."""
+    a, b, c, d = steps.unbind(-1)
+    pairs = (a & 15 | b << 4, c & 15 | d << 4, a >> 4 | b & 240, c >> 4 | d & 240)
+    return torch.stack(pairs, dim=-1)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight in rows -> in blocks [out / 16, steps, 16, 2 bf16 or 4 bytes], out rounded up with zeros.
+
+    In place: the result lives in the memory of `weight`, unless rows had to be added.
+    """
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % LANES)).contiguous()  # [16 blocks, .]
+    bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
+    blocks = weight.view(-1, LANES, weight.shape[1] // bytes_of_step, bytes_of_step)  # [blocks, 16, steps, 2 or 4]
+    for some in blocks.split(64):
+        turned = some.transpose(1, 2)  # [., steps, 16, 2 or 4]
+        turned = swap_nibbles(turned) if weight.dtype == torch.uint8 else turned.contiguous()
+        some.view(turned.shape).copy_(turned)
+    return blocks.view(len(blocks), -1, LANES, bytes_of_step)
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """float16 [out, groups] -> [out / 16, groups, 16]."""
+    scales = F.pad(scales, (0, 0, 0, -len(scales) % LANES))
+    return scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpack(weight: Tensor) -> Tensor:
+    """What `pack` made, in rows again; rows that were added stay."""
+    blocks = restore_nibbles(weight) if weight.dtype == torch.uint8 else weight
+    return blocks.transpose(1, 2).reshape(LANES * len(weight), -1)  # [out, .]
+
+
+def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None = None) -> Tensor:
+    """float32 [out, in] of a weight in rows or in blocks; bf16 ones as they are."""
+    if weight.dim() == 4:
+        in_rows = [None if t is None else t.transpose(1, 2).flatten(0, 1) for t in (scales, zeros)]
+        weight, (scales, zeros) = unpack(weight), in_rows
+    if scales is None:
+        return weight
+    q = weight.float()
+    if weight.dtype == torch.uint8:
+        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).float()  # [out, in / 2, 2] -> [out, in]
+        q = q - (8 if zeros is None else zeros.float().repeat_interleave(q.shape[1] // zeros.shape[1], dim=1))
+    return q * scales.float().repeat_interleave(q.shape[1] // scales.shape[1], dim=1)
+
+
+def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Rows `tokens` of a weight in rows, or of a bf16 one in blocks that lm_head shares -> [..., in]."""
+    if weight.dim() == 2:
+        return F.embedding(tokens, weight)
+    return weight[tokens // LANES, :, tokens % LANES].flatten(-2)  # [..., steps, 2] -> [..., in]
+
+
+# --------------------------------------------------------------------------------------------------
+# References
+# --------------------------------------------------------------------------------------------------
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def quantize_activations(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
+    """x [..., in] as integers, float32 [..., groups, in / groups], and their scales [..., groups, 1].
+
+    8 bits: one scale for the row, -127 .. 127. 4 bits: one for each group, -7 .. 7.
+    """
+    limit, x = 2.0 ** (bits - 1) - 1, x.float().unflatten(-1, (groups, -1))
+    absmax = x.abs().amax(dim=-1, keepdim=True)  # [..., groups, 1]
+    if bits == 8:
+        absmax = absmax.amax(dim=-2, keepdim=True).expand_as(absmax)
+    factor = torch.where(absmax > 0, torch.full_like(absmax, limit) / absmax, 0.0)
+    return (x * factor).round(), absmax / limit
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    out_features: int,
+    activation_bits: int,
+    wide: bool,
+) -> Tensor:
+    """What `linear` computes, in plain PyTorch."""
+    if norm is not None:
+        x = rms_norm_reference(x, norm, eps)
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        x = (F.silu(gate.float()) * up.float()).to(x.dtype)
+    matrix, dtype = dequantize(weight, scales, zeros)[:out_features], x.dtype
+    if activation_bits < 16:
+        q, scale = quantize_activations(x, activation_bits, scales.shape[1])
+        x = (q * scale).flatten(-2)  # float32 [..., in]
+    matrix = matrix if scales is None else matrix.to(x.dtype)
+    y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    y = y.float() if wide else y.to(dtype)
+    return y if residual is None else residual + y
+
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
-    A row of the batch at a time, so that none pays for the length of another or reads beyond its own. Queries
-    are filled up to a multiple of 16, keys to one of 64: sizes at which, measured in bf16 on a CPU with
-    AMX, PyTorch adds up a query in the same order whoever rides along.
+    A row of the batch at a time, so that none pays for the length of another or reads beyond its own.
     """
     n, m, out = q.shape[1], ancestors.shape[-1], torch.empty_like(q)
-    q = F.pad(q, (0, 0, 0, 0, 0, -n % 16))
     for b, past in enumerate(length.tolist()):
         valid = past + m
-        k, v = (F.pad(cache[b : b + 1, :valid], (0, 0, 0, 0, 0, -valid % 64)) for cache in (keys, values))
-        seen = ancestors.new_zeros(q.shape[1], k.shape[1])
-        seen[:, :valid] = True
-        seen[:n, past:valid] = ancestors[b]
-        heads_first = (tensor.transpose(1, 2) for tensor in (q[b : b + 1], k, v))  # [1, heads, ., D]
-        row = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, enable_gqa=True)
-        out[b] = row[0, :, :n].transpose(0, 1)  # [H, n, D] -> [n, H, D]
+        seen = ancestors.new_ones(n, valid)
+        seen[:, past:] = ancestors[b]
+        row = (tensor[b : b + 1].transpose(1, 2) for tensor in (q, keys[:, :valid], values[:, :valid]))  # [1, heads, ., D]
+        attended = F.scaled_dot_product_attention(*row, attn_mask=seen, enable_gqa=True)
+        out[b] = attended[0].transpose(0, 1)  # [H, n, D] -> [n, H, D]
     return out
 
 
+# --------------------------------------------------------------------------------------------------
+# The operators. kernels.cpp registers the bodies for the CPU; where it is not loaded, and on other devices,
+# the reference runs.
+# --------------------------------------------------------------------------------------------------
+
 library = torch.library.Library("gpt_spec", "DEF")
+library.define(
+    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual, Tensor? norm,"
+    " float eps, bool gated, int out_features, int activation_bits, bool wide) -> Tensor"
+)
+library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
+library.impl("linear", linear_reference, "CompositeExplicitAutograd")
+library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("gpt_spec::linear")
+def _(x, weight, scales, zeros, bias, residual, norm, eps, gated, out_features, activation_bits, wide):
+    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if wide else x.dtype)
+
+
+@torch.library.register_fake("gpt_spec::rms_norm")
+def _(x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("gpt_spec::attention")
-def _(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
+def _(q, keys, values, ancestors, length):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    out_features: int | None = None,
+    activation_bits: int = 16,
+    wide: bool = False,
+) -> Tensor:
+    """residual + prepare(x) W^T + bias, of x [..., in] -> [..., out_features].
+
+    weight: float32 or bf16 [out, in]; int8 [out, in] with float16 scales [out, 1]; 4-bit uint8 [out, in / 2] with
+    scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or what `pack`
+    and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
+    prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate, up);
+    then, with 8 or 4 `activation_bits`, rounding to integers (`quantize_activations`).
+    The result has the dtype of x, or, if `wide`, is the float32 sum itself.
+    """
+    out_features = len(weight) if out_features is None else out_features
+    body = torch.ops.gpt_spec.linear if weight.dim() == 4 else linear_reference
+    extras = (bias, residual, norm, eps, gated, out_features, activation_bits, wide)
+    return body(x, weight, scales, zeros, *extras)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., size], weight: [size]."""
+    if uses_kernels(x, weight):
+        return torch.ops.gpt_spec.rms_norm(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
-    """n queries of each of B rows over a static cache; every row has its own length and its own tree.
+    """n queries of each of B texts over a static cache; every text has its own length and its own tree.
 
     q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots
     are the past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
-    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes).
-    Returns [B, n, H, D].
+    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes, parents
+    come before children). Returns [B, n, H, D]. float32 or bf16; one operator, so that a compiled graph need not
+    know the lengths.
     """
     return torch.ops.gpt_spec.attention(q, keys, values, ancestors, length)

@@ -1,0 +1,912 @@
+// kernels.cpp: the CPU bodies of the operations in kernels.py, which compiles and loads this file.
+//
+// The one idea: sixteen output rows of a weight matrix lie side by side, one in each 32-bit lane of a vector, and
+// an input is broadcast to all of them. No sum ever crosses lanes, the order of additions is the order of the
+// inputs, and how many rows of activations ride along changes nothing: row i has the same bits for every n.
+//
+// The file is compiled once for the instruction set that kernels.py picked: AVX-512 with VNNI and BF16, AVX2,
+// or none at all. The first part gives each of them the same few vector operations; the rest is written once.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/library.h>
+
+namespace {
+
+using std::int32_t, std::int64_t, std::int8_t, std::uint16_t, std::uint32_t, std::uint8_t;
+using bf16 = uint16_t;  // its bits
+
+constexpr int LANES = 16;
+constexpr int STEP = 64;  // bytes of packed weights that one step reads: 4 for each lane
+
+// ------------------------------------------------------------------------------------------------------------
+// Vector operations: Floats and Ints have 16 lanes of 32 bits; Bytes are 64 bytes as they were loaded, 4 to a
+// lane; Pairs are two bf16 numbers to a lane. An `int32_t x` stands for 4 int8 or 2 bf16 inputs, broadcast.
+// ------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+constexpr int MAX_ROWS = 8;       // rows of activations whose sums fit into the registers
+constexpr int INT8_OFFSET = 128;  // vpdpbusd wants unsigned weights
+
+struct Floats { __m512 v; };
+struct Ints { __m512i v; };
+struct Bytes { __m512i v; };
+struct Pairs { __m512i v; };
+
+inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
+inline Ints all_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where one is NaN
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Floats widen_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Floats widen(const bf16* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline void narrow(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+inline void narrow_int8(int8_t* p, Floats a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes nibbles(Bytes a, int high) {
+  return {_mm512_and_si512(high ? _mm512_srli_epi16(a.v, 4) : a.v, _mm512_set1_epi8(15))};
+}
+inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x))};
+}
+inline Bytes int8_operand(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(-128))}; }
+inline Ints dot_int8(Ints sum, Bytes w, int32_t x) { return dot_nibbles(sum, w, x); }
+
+inline Pairs load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+alignas(64) constexpr bf16 MINUS_8_TO_7[32] = {  // twice, because vpermw looks at five bits
+    0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0,
+    0x40E0, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
+    0x40C0, 0x40E0};
+inline Pairs nibble_pairs(Bytes a, int t) {  // nibble t of both 16-bit halves of every lane, less 8
+  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(a.v, 4 * t), _mm512_load_si512(MINUS_8_TO_7))};
+}
+inline Pairs int8_pairs(Bytes a, int high) {  // bytes 0 and 1 of every lane, or 2 and 3
+  __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(a.v, high ? 8 : 24), 24);
+  __m512i second = _mm512_srai_epi32(_mm512_slli_epi32(a.v, high ? 0 : 16), 24);
+  __m512i low = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(first)), 16);  // exact: 8 bits
+  __m512i kept = _mm512_castps_si512(_mm512_cvtepi32_ps(second));
+  return {_mm512_mask_blend_epi16(0xAAAAAAAA, low, kept)};
+}
+inline Floats dot(Floats sum, Pairs w, int32_t x) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(x))};
+}
+
+// 16 rows of 16 words each -> their columns.
+inline void transpose(const uint32_t* const* rows, uint32_t* out) {
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(rows[i]);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 16; j += 8) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xDD);
+    }
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_ps(out + 16 * i, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_ps(out + 16 * (i + 8), _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD));
+  }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+constexpr int MAX_ROWS = 4;
+constexpr int INT8_OFFSET = 0;
+
+struct Floats { __m256 v[2]; };
+struct Ints { __m256i v[2]; };
+struct Bytes { __m256i v[2]; };
+struct Pairs { Floats first, second; };  // widened: there is no dot product of bf16 numbers
+
+inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Ints all_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats a) {
+  _mm256_storeu_ps(p, a.v[0]);
+  _mm256_storeu_ps(p + 8, a.v[1]);
+}
+inline Floats operator+(Floats a, Floats b) { return {a.v[0] + b.v[0], a.v[1] + b.v[1]}; }
+inline Floats operator-(Floats a, Floats b) { return {a.v[0] - b.v[0], a.v[1] - b.v[1]}; }
+inline Floats operator*(Floats a, Floats b) { return {a.v[0] * b.v[0], a.v[1] * b.v[1]}; }
+inline Floats operator/(Floats a, Floats b) { return {a.v[0] / b.v[0], a.v[1] / b.v[1]}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return {_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])};
+}
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}; }
+inline Floats abs(Floats a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.v[0]), _mm256_andnot_ps(sign, a.v[1])};
+}
+inline Floats round(Floats a) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.v[0], nearest), _mm256_round_ps(a.v[1], nearest)};
+}
+inline Floats times_power_of_two(Floats a, Floats n) {
+  for (int i = 0; i < 2; i++) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v[i]), _mm256_set1_epi32(127)), 23);
+    a.v[i] = a.v[i] * _mm256_castsi256_ps(exponent);
+  }
+  return a;
+}
+inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}; }
+inline Floats widen_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+inline Floats high_halves(__m256i a, __m256i b) {
+  const __m256i mask = _mm256_set1_epi32(0xFFFF0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
+}
+inline Floats low_halves(__m256i a, __m256i b) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+}
+inline Floats widen(const bf16* p) {
+  return low_halves(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+                    _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1)));
+}
+inline void narrow(bf16* p, Floats a) {  // to nearest, ties to even; a NaN stays one
+  for (int i = 0; i < 2; i++) {
+    __m256i bits = _mm256_castps_si256(a.v[i]), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v[i], a.v[i], _CMP_UNORD_Q));
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7FC0), nan);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xD8);
+    _mm_storeu_si128((__m128i*)p + i, _mm256_castsi256_si128(bits));
+  }
+}
+inline void narrow_int8(int8_t* p, Floats a) {
+  __m256i low = _mm256_cvtps_epi32(a.v[0]), high = _mm256_cvtps_epi32(a.v[1]);
+  __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128((__m128i*)p, bytes);
+}
+
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+inline Bytes nibbles(Bytes a, int high) {
+  for (auto& v : a.v) v = _mm256_and_si256(high ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
+  return a;
+}
+inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x) {
+  for (int i = 0; i < 2; i++) {  // 2 x 15 x 127 fits into 16 bits
+    __m256i pairs = _mm256_maddubs_epi16(w.v[i], _mm256_set1_epi32(x));
+    sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  return sum;
+}
+inline Bytes int8_operand(Bytes a) { return a; }
+inline Ints dot_int8(Ints sum, Bytes w, int32_t x) {
+  for (int i = 0; i < 2; i++) {  // |w| times x with the sign of w: 2 x 128 x 127 fits
+    __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(x), w.v[i]);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w.v[i]), signed_x);
+    sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  return sum;
+}
+
+inline Pairs load_pairs(const void* p) {
+  Bytes a = load_bytes((const uint8_t*)p);
+  return {low_halves(a.v[0], a.v[1]), high_halves(a.v[0], a.v[1])};
+}
+inline Floats field(Bytes a, int shift, int bits, int offset) {  // `bits` bits of every lane, less `offset`
+  Floats out;
+  for (int i = 0; i < 2; i++) {
+    __m256i value = _mm256_and_si256(_mm256_srli_epi32(a.v[i], shift), _mm256_set1_epi32((1 << bits) - 1));
+    out.v[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(value, _mm256_set1_epi32(offset)));
+  }
+  return out;
+}
+inline Pairs nibble_pairs(Bytes a, int t) { return {field(a, 4 * t, 4, 8), field(a, 16 + 4 * t, 4, 8)}; }
+inline Pairs int8_pairs(Bytes a, int high) {
+  for (auto& v : a.v) v = _mm256_xor_si256(v, _mm256_set1_epi8(-128));
+  return {field(a, 16 * high, 8, 128), field(a, 16 * high + 8, 8, 128)};
+}
+inline Floats dot(Floats sum, Pairs w, int32_t x) {
+  __m256i both = _mm256_set1_epi32(x);
+  return fma(w.second, high_halves(both, both), fma(w.first, low_halves(both, both), sum));
+}
+
+#else  // portable: plain loops, which the compiler may turn into whatever the machine has
+
+constexpr int MAX_ROWS = 4;
+constexpr int INT8_OFFSET = 0;
+
+struct Floats { float v[LANES]; };
+struct Ints { int32_t v[LANES]; };
+struct Bytes { uint8_t v[STEP]; };
+struct Pairs { Floats first, second; };
+
+inline float widen_bits(uint32_t bf16_bits) {
+  uint32_t bits = bf16_bits << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float half_to_float(uint16_t h) {
+  float x = std::ldexp((float)(h & 0x3FF) + ((h & 0x7C00) ? 1024.0f : 0.0f), std::max((h >> 10) & 31, 1) - 25);
+  return h & 0x8000 ? -x : x;
+}
+template <class Result, class Function>
+inline Result each_lane(Function f) {
+  Result out;
+  for (int i = 0; i < LANES; i++) out.v[i] = f(i);
+  return out;
+}
+inline Floats all(float x) { return each_lane<Floats>([=](int) { return x; }); }
+inline Ints all_ints(int32_t x) { return each_lane<Ints>([=](int) { return x; }); }
+inline Floats load(const float* p) { return each_lane<Floats>([=](int i) { return p[i]; }); }
+inline void store(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Floats operator+(Floats a, Floats b) { return each_lane<Floats>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Floats operator-(Floats a, Floats b) { return each_lane<Floats>([&](int i) { return a.v[i] - b.v[i]; }); }
+inline Floats operator*(Floats a, Floats b) { return each_lane<Floats>([&](int i) { return a.v[i] * b.v[i]; }); }
+inline Floats operator/(Floats a, Floats b) { return each_lane<Floats>([&](int i) { return a.v[i] / b.v[i]; }); }
+inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats max(Floats a, Floats b) {  // b where one is NaN
+  return each_lane<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Floats min(Floats a, Floats b) {
+  return each_lane<Floats>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Floats abs(Floats a) { return each_lane<Floats>([&](int i) { return std::fabs(a.v[i]); }); }
+inline Floats round(Floats a) { return each_lane<Floats>([&](int i) { return std::nearbyint(a.v[i]); }); }
+inline Floats times_power_of_two(Floats a, Floats n) {
+  return each_lane<Floats>([&](int i) { return std::ldexp(a.v[i], (int)n.v[i]); });
+}
+inline Floats to_floats(Ints a) { return each_lane<Floats>([&](int i) { return (float)a.v[i]; }); }
+inline Floats widen_half(const uint16_t* p) { return each_lane<Floats>([=](int i) { return half_to_float(p[i]); }); }
+inline Floats widen(const bf16* p) { return each_lane<Floats>([=](int i) { return widen_bits(p[i]); }); }
+inline void narrow(bf16* p, Floats a) {  // to nearest, ties to even; a NaN stays one
+  for (int i = 0; i < LANES; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, &a.v[i], 4);
+    p[i] = a.v[i] == a.v[i] ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0;
+  }
+}
+inline void narrow_int8(int8_t* p, Floats a) {
+  for (int i = 0; i < LANES; i++) p[i] = (int8_t)std::lrint(a.v[i]);
+}
+
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes out;
+  std::memcpy(out.v, p, STEP);
+  return out;
+}
+inline Bytes nibbles(Bytes a, int high) {
+  for (auto& v : a.v) v = high ? v >> 4 : v & 15;
+  return a;
+}
+template <class Weight>
+inline Ints dot_bytes(Ints sum, const Bytes& w, int32_t x) {
+  int8_t inputs[4];
+  std::memcpy(inputs, &x, 4);
+  for (int i = 0; i < LANES; i++)
+    for (int c = 0; c < 4; c++) sum.v[i] += (Weight)w.v[4 * i + c] * inputs[c];
+  return sum;
+}
+inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x) { return dot_bytes<uint8_t>(sum, w, x); }
+inline Bytes int8_operand(Bytes a) { return a; }
+inline Ints dot_int8(Ints sum, Bytes w, int32_t x) { return dot_bytes<int8_t>(sum, w, x); }
+
+inline Pairs load_pairs(const void* p) {
+  const bf16* q = (const bf16*)p;
+  return {each_lane<Floats>([=](int i) { return widen_bits(q[2 * i]); }),
+          each_lane<Floats>([=](int i) { return widen_bits(q[2 * i + 1]); })};
+}
+inline Pairs nibble_pairs(Bytes a, int t) {
+  auto nibble = [&](int byte) { return (float)(((a.v[byte + t / 2] >> (t % 2 * 4)) & 15) - 8); };
+  return {each_lane<Floats>([&](int i) { return nibble(4 * i); }),
+          each_lane<Floats>([&](int i) { return nibble(4 * i + 2); })};
+}
+inline Pairs int8_pairs(Bytes a, int high) {
+  return {each_lane<Floats>([&](int i) { return (float)(int8_t)a.v[4 * i + 2 * high]; }),
+          each_lane<Floats>([&](int i) { return (float)(int8_t)a.v[4 * i + 2 * high + 1]; })};
+}
+inline Floats dot(Floats sum, Pairs w, int32_t x) {
+  return fma(w.second, all(widen_bits((uint32_t)x >> 16)), fma(w.first, all(widen_bits(x & 0xFFFF)), sum));
+}
+
+#endif
+
+#if !(defined(__AVX512BF16__) && defined(__AVX512VNNI__))
+inline void transpose(const uint32_t* const* rows, uint32_t* out) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[16 * j + i] = rows[i][j];
+}
+#endif
+
+inline float sum(Floats a) {
+  float v[LANES];
+  store(v, a);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+
+inline float largest(Floats a) {
+  float v[LANES];
+  store(v, a);
+  return *std::max_element(v, v + LANES);
+}
+
+// e^x for |x| <= 87 (clamped): 2^n times a polynomial in what is left, |rest| <= ln 2 / 2. A NaN stays one.
+inline Floats exp(Floats x) {
+  x = max(all(-87.0f), min(all(87.0f), x));
+  Floats n = round(x * all(1.44269504f));
+  Floats rest = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));  // ln 2 in two parts
+  Floats p = all(1.0f / 5040);
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, rest, all(c));
+  return times_power_of_two(p, n);
+}
+
+inline Floats silu(Floats x) { return x / (all(1.0f) + exp(all(0.0f) - x)); }
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ------------------------------------------------------------------------------------------------------------
+// Activations: what a linear does to a row before it multiplies. norm or SwiGLU, then the words that a weight
+// format wants: two bf16 or four int8 numbers each.
+// ------------------------------------------------------------------------------------------------------------
+
+// A row of `size` bf16 numbers as floats, filled up with zeros to full vectors.
+void widen_row(const bf16* x, int64_t size, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(out + i, widen(x + i));
+  if (i < size) {
+    bf16 tail[LANES] = {};
+    std::memcpy(tail, x + i, (size - i) * sizeof(bf16));
+    store(out + i, widen(tail));
+  }
+}
+
+inline Floats rounded(Floats a) {  // to the nearest bf16
+  bf16 bits[LANES];
+  narrow(bits, a);
+  return widen(bits);
+}
+
+// x / rms(x), rounded, times the weight, rounded, as Hugging Face does. In place; zeros stay zeros.
+void norm_row(float* x, int64_t size, const bf16* weight, float eps) {
+  Floats squares = all(0.0f);
+  for (int64_t i = 0; i < size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+  Floats scale = all(1.0f / std::sqrt(sum(squares) / size + eps));
+  for (int64_t i = 0; i < size; i += LANES) {
+    bf16 w[LANES] = {};
+    std::memcpy(w, weight + i, std::min<int64_t>(size - i, LANES) * sizeof(bf16));
+    store(x + i, rounded(rounded(load(x + i) * scale) * widen(w)));
+  }
+}
+
+// silu(gate) * up of a row [gate, up], rounded once.
+void swiglu_row(float* gate, const float* up, int64_t size) {
+  for (int64_t i = 0; i < size; i += LANES) store(gate + i, rounded(silu(load(gate + i)) * load(up + i)));
+}
+
+// A packed matrix: blocks of 16 output rows. One step of a block is 64 bytes, 4 for each row.
+struct Weight {
+  const uint8_t* bytes;
+  const uint16_t *scales, *zeros;  // float16 [blocks, groups, 16], or null
+  int64_t out, in, blocks, groups;
+  int inputs;  // in one step: 2 (bf16), 4 (int8) or 8 (4-bit)
+  int64_t steps() const { return in / inputs; }
+};
+
+// Rows of activations, ready to be multiplied. They are taken in parts of up to MAX_ROWS rows of nearly the same
+// number, whose words are interleaved: first word 0 of every row of the part, then word 1 of every row.
+struct Activations {
+  std::vector<int32_t> words;       // [n * width], part after part
+  std::vector<float> sums, scales;  // [n, groups]: sums of (quantized) inputs; activation scales
+  int64_t n, width, groups;
+
+  int64_t parts() const { return (n + MAX_ROWS - 1) / MAX_ROWS; }
+  int64_t first_row(int64_t part) const { return part * n / parts(); }
+  void put(const int32_t* row_words, int64_t row) {
+    int64_t part = row * parts() / n;
+    while (first_row(part + 1) <= row) part++;
+    int64_t first = first_row(part), rows = first_row(part + 1) - first;
+    int32_t* out = words.data() + first * width + (row - first);
+    for (int64_t k = 0; k < width; k++) out[k * rows] = row_words[k];
+  }
+};
+
+// Where input i of eight stands among the bf16 words of a 4-bit step: words hold (0, 2), (4, 6), (1, 3), (5, 7),
+// so that the nibbles that make a pair for bf16 are those that make a quadruple for int8 (see pack in kernels.py).
+constexpr int PAIR_ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+
+void prepare_16_bit(const float* x, const Weight& w, int64_t row, bf16* out, Activations& a) {
+  bf16 bits[LANES];
+  for (int64_t i = 0; i < w.in; i += LANES) {
+    narrow(bits, load(x + i));
+    int count = std::min<int64_t>(w.in - i, LANES);
+    if (w.inputs != 8)
+      std::memcpy(out + i, bits, count * sizeof(bf16));
+    else
+      for (int j = 0; j < count; j++) out[i + j] = bits[(j & 8) + PAIR_ORDER[j & 7]];
+  }
+  if (!w.zeros) return;
+  for (int64_t g = 0, size = w.in / w.groups; g < w.groups; g++) {
+    Floats total = all(0.0f);
+    for (int64_t i = g * size; i < (g + 1) * size; i += LANES) total = total + load(x + i);
+    a.sums[row * w.groups + g] = sum(total);
+  }
+}
+
+// Round to the integers of -limit .. limit: one scale for the row, or one for each group.
+void prepare_integers(const float* x, const Weight& w, int64_t row, float limit, bool by_group, int8_t* out, Activations& a) {
+  int64_t group = w.in / w.groups, span = by_group ? group : w.in;
+  for (int64_t begin = 0; begin < w.in; begin += span) {
+    Floats most = all(0.0f);
+    for (int64_t i = begin; i < begin + span; i += LANES) most = max(most, abs(load(x + i)));
+    float absmax = largest(most), factor = absmax > 0 ? limit / absmax : 0.0f;
+    for (int64_t g = begin / group; g < (begin + span) / group; g++) {
+      Floats total = all(0.0f);
+      for (int64_t i = g * group; i < (g + 1) * group; i += LANES) {
+        Floats q = round(load(x + i) * all(factor));
+        narrow_int8(out + i, q);
+        total = total + q;  // exact: integers below 2^24
+      }
+      a.sums[row * w.groups + g] = sum(total);
+      a.scales[row * w.groups + g] = absmax / limit;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------
+// Multiplication
+// ------------------------------------------------------------------------------------------------------------
+
+inline Floats to_floats(Floats a) { return a; }
+template <class Sum>
+inline Sum start(float offset);
+template <>
+inline Floats start<Floats>(float) { return all(0.0f); }
+template <>
+inline Ints start<Ints>(float offset) { return all_ints((int32_t)offset); }
+
+// Weight formats. A step is `operands` words of activations; integer weights are stored with an OFFSET.
+struct Bf16 {
+  using Sum = Floats;
+  static constexpr int operands = 1, OFFSET = 0;
+  static auto operand(const uint8_t* p, int) { return load_pairs(p); }
+  static Sum multiply(Sum sum, Pairs w, int32_t x) { return dot(sum, w, x); }
+};
+struct Int8Times16 : Bf16 {
+  static constexpr int operands = 2;
+  static auto operand(const uint8_t* p, int t) { return int8_pairs(load_bytes(p), t); }
+};
+struct Int4Times16 : Bf16 {
+  static constexpr int operands = 4;
+  static auto operand(const uint8_t* p, int t) { return nibble_pairs(load_bytes(p), t); }
+};
+struct Int8Times8 {
+  using Sum = Ints;
+  static constexpr int operands = 1, OFFSET = INT8_OFFSET;
+  static auto operand(const uint8_t* p, int) { return int8_operand(load_bytes(p)); }
+  static Sum multiply(Sum sum, Bytes w, int32_t x) { return dot_int8(sum, w, x); }
+};
+struct Int4Times8 {
+  using Sum = Ints;
+  static constexpr int operands = 2, OFFSET = 8;
+  static auto operand(const uint8_t* p, int t) { return nibbles(load_bytes(p), t); }
+  static Sum multiply(Sum sum, Bytes w, int32_t x) { return dot_nibbles(sum, w, x); }
+};
+
+// ROWS rows of activations times BLOCKS blocks of 16 output rows. Several blocks hide the latency of a sum that
+// waits for itself; every lane still adds up its inputs one after another.
+template <class Format, int ROWS, int BLOCKS>
+void multiply(const Weight& w, const Activations& a, int64_t row, int64_t block, Floats (&out)[ROWS][BLOCKS]) {
+  const int64_t steps = w.steps() / w.groups, words = steps * Format::operands;
+  for (auto& blocks : out)
+    for (auto& o : blocks) o = all(0.0f);
+  for (int64_t g = 0; g < w.groups; g++) {
+    typename Format::Sum sums[ROWS][BLOCKS];
+    for (int m = 0; m < ROWS; m++)
+      for (auto& s : sums[m])
+        s = start<typename Format::Sum>(Format::OFFSET ? -Format::OFFSET * a.sums[(row + m) * w.groups + g] : 0.0f);
+    const int32_t* x = a.words.data() + row * a.width + g * words * ROWS;  // the part begins at `row`
+    const uint8_t* p = w.bytes + (block * w.steps() + g * steps) * STEP;
+    for (int64_t step = 0; step < steps; step++, p += STEP, x += Format::operands * ROWS)
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint8_t* bytes = p + b * w.steps() * STEP;
+        __builtin_prefetch(bytes + 1024);
+        for (int t = 0; t < Format::operands; t++) {
+          auto operand = Format::operand(bytes, t);
+          for (int m = 0; m < ROWS; m++) sums[m][b] = Format::multiply(sums[m][b], operand, x[t * ROWS + m]);
+        }
+      }
+    for (int b = 0; b < BLOCKS; b++) {
+      if (!w.scales) {
+        for (int m = 0; m < ROWS; m++) out[m][b] = to_floats(sums[m][b]);
+        continue;
+      }
+      int64_t place = ((block + b) * w.groups + g) * LANES;
+      Floats scale = widen_half(w.scales + place);
+      Floats zero = w.zeros ? all(8.0f) - widen_half(w.zeros + place) : all(0.0f);  // 8 is in the weights already
+      for (int m = 0; m < ROWS; m++) {
+        int64_t i = (row + m) * w.groups + g;
+        Floats total = to_floats(sums[m][b]);
+        if (w.zeros) total = fma(zero, all(a.sums[i]), total);
+        out[m][b] = fma(total, std::is_same_v<typename Format::Sum, Ints> ? scale * all(a.scales[i]) : scale, out[m][b]);
+      }
+    }
+  }
+}
+
+// What happens to a result before it is stored: bias and residual are added in float32, then it is rounded once,
+// or, if it is to stay wide, not at all.
+struct Result {
+  bf16* y;                      // [n, out], or null
+  float* wide;                  // [n, out], or null
+  const bf16 *bias, *residual;  // [out], [n, out], or null
+  void store_lanes(Floats value, int64_t row, int64_t block, int64_t out) const {
+    int64_t place = row * out + block * LANES, count = std::min<int64_t>(LANES, out - block * LANES);
+    bf16 lanes[LANES] = {};
+    for (const bf16* more : {bias ? bias + block * LANES : nullptr, residual ? residual + place : nullptr}) {
+      if (!more) continue;
+      std::memcpy(lanes, more, count * sizeof(bf16));
+      value = value + widen(lanes);
+    }
+    if (wide) {
+      float floats[LANES];
+      store(floats, value);
+      std::memcpy(wide + place, floats, count * sizeof(float));
+    } else {
+      narrow(lanes, value);
+      std::memcpy(y + place, lanes, count * sizeof(bf16));
+    }
+  }
+};
+
+template <class Format, int ROWS, int BLOCKS>
+void tile(const Weight& w, const Activations& a, int64_t row, int64_t block, const Result& result) {
+  Floats out[ROWS][BLOCKS];
+  multiply<Format, ROWS, BLOCKS>(w, a, row, block, out);
+  for (int m = 0; m < ROWS; m++)
+    for (int b = 0; b < BLOCKS; b++) result.store_lanes(out[m][b], row + m, block + b, w.out);
+}
+
+// `count` blocks for `rows` rows, whose number becomes a constant of the innermost loop.
+template <class Format, int ROWS = MAX_ROWS>
+void tiles(const Weight& w, const Activations& a, int rows, int64_t row, int64_t block, int count, const Result& y) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return tiles<Format, ROWS - 1>(w, a, rows, row, block, count, y);
+  constexpr int TOGETHER = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  int b = 0;
+  for (; b + TOGETHER <= count; b += TOGETHER) tile<Format, ROWS, TOGETHER>(w, a, row, block + b, y);
+  for (; b < count; b++) tile<Format, ROWS, 1>(w, a, row, block + b, y);
+}
+
+constexpr int64_t UNIT = 4;  // blocks that a thread takes at a time
+
+template <class Format>
+void multiply_all(const Weight& w, const Activations& a, const Result& y) {
+  const int64_t parts = a.parts();
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < w.blocks; block += UNIT) {
+    int64_t end = std::min(block + UNIT, w.blocks);
+    // With many rows a block at a time, so that its weights stay in the cache while the rows pass by.
+    for (int64_t b = block, count = parts > 1 ? 1 : end - block; b < end; b += count)
+      for (int64_t part = 0; part < parts; part++) {
+        int64_t row = a.first_row(part);
+        tiles<Format>(w, a, a.first_row(part + 1) - row, row, b, count, y);
+      }
+  }
+}
+
+using at::Tensor;
+using OptionalTensor = const std::optional<Tensor>&;
+
+template <class T>
+const T* pointer(OptionalTensor t) { return t ? (const T*)t->const_data_ptr() : nullptr; }
+
+Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros, OptionalTensor bias,
+              OptionalTensor residual, OptionalTensor norm, double eps, bool gated, int64_t out, int64_t activation_bits,
+              bool wide) {
+  Tensor x = x_any.contiguous();
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: activations are bfloat16, not ", x.scalar_type());
+  TORCH_CHECK(packed.dim() == 4 && packed.size(2) == LANES && packed.is_contiguous(), "linear: weights are not packed");
+  TORCH_CHECK(packed.scalar_type() == at::kBFloat16 ? activation_bits == 16 : scales.has_value(), "linear: scales are missing");
+  TORCH_CHECK(!residual || residual->is_contiguous(), "linear: residual is not contiguous");
+  Weight w{(const uint8_t*)packed.const_data_ptr(), pointer<uint16_t>(scales), pointer<uint16_t>(zeros), out, 0, 0, 0, 0};
+  w.inputs = packed.scalar_type() == at::kBFloat16 ? 2 : packed.scalar_type() == at::kChar ? 4 : 8;
+  w.blocks = packed.size(0), w.in = packed.size(1) * w.inputs, w.groups = scales ? scales->size(1) : 1;
+  TORCH_CHECK(x.size(-1) == w.in * (gated ? 2 : 1), "linear: ", x.size(-1), " inputs for a weight of ", w.in);
+  TORCH_CHECK(w.inputs == 2 || w.in / w.groups % LANES == 0, "linear: groups are no multiple of 16");
+
+  int64_t n = x.numel() / std::max<int64_t>(x.size(-1), 1);
+  auto shape = x.sizes().vec();
+  shape.back() = out;
+  Tensor y = at::empty(shape, x.options().dtype(wide ? at::kFloat : at::kBFloat16));
+  void* place = y.mutable_data_ptr();
+  Result result{wide ? nullptr : (bf16*)place, wide ? (float*)place : nullptr, pointer<bf16>(bias), pointer<bf16>(residual)};
+  static thread_local Activations a;
+  a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4, a.groups = w.groups;
+  a.words.resize(n * a.width), a.sums.resize(n * w.groups), a.scales.resize(n * w.groups);
+  Activations& shared = a;  // the calling thread's, for all threads of the region
+#pragma omp parallel
+  {
+    static thread_local std::vector<float> row;
+    static thread_local std::vector<int32_t> words;
+    int64_t size = round_up(w.in, LANES);
+    row.resize(2 * size), words.resize(shared.width);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+      const bf16* input = (const bf16*)x.const_data_ptr() + i * x.size(-1);
+      widen_row(input, w.in, row.data());
+      if (norm) norm_row(row.data(), w.in, pointer<bf16>(norm), eps);
+      if (gated) {
+        widen_row(input + w.in, w.in, row.data() + size);
+        swiglu_row(row.data(), row.data() + size, w.in);
+      }
+      if (activation_bits == 16)
+        prepare_16_bit(row.data(), w, i, (bf16*)words.data(), shared);
+      else
+        prepare_integers(row.data(), w, i, activation_bits == 8 ? 127 : 7, activation_bits == 4, (int8_t*)words.data(), shared);
+      shared.put(words.data(), i);
+    }
+    if (w.inputs == 2) multiply_all<Bf16>(w, shared, result);
+    else if (activation_bits == 16 && w.inputs == 4) multiply_all<Int8Times16>(w, shared, result);
+    else if (activation_bits == 16) multiply_all<Int4Times16>(w, shared, result);
+    else if (w.inputs == 4) multiply_all<Int8Times8>(w, shared, result);
+    else multiply_all<Int4Times8>(w, shared, result);
+  }
+  return y;
+}
+
+Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
+  Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "rms_norm: not bfloat16");
+  int64_t size = x.size(-1), n = x.numel() / size;
+#pragma omp parallel for schedule(static) if (x.numel() > 16384)
+  for (int64_t i = 0; i < n; i++) {
+    static thread_local std::vector<float> row;
+    row.resize(round_up(size, LANES));
+    widen_row((const bf16*)x.const_data_ptr() + i * size, size, row.data());
+    norm_row(row.data(), size, (const bf16*)weight.const_data_ptr(), eps);
+    bf16 bits[LANES];
+    for (int64_t j = 0; j < size; j += LANES) {
+      narrow(bits, load(row.data() + j));
+      std::memcpy((bf16*)y.mutable_data_ptr() + i * size + j, bits, std::min<int64_t>(size - j, LANES) * sizeof(bf16));
+    }
+  }
+  return y;
+}
+
+// ------------------------------------------------------------------------------------------------------------
+// Attention over a static cache. A query's keys are taken in the order of their positions, 16 at a time, wherever
+// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors.
+// ------------------------------------------------------------------------------------------------------------
+
+constexpr int QUERIES = 8;  // neighbours that share the keys they have in common
+
+// Up to 16 rows of a cache, as words of 32 bits: gathered anew only where the slots differ from the last ones.
+struct Gathered {
+  int count = 0;
+  int64_t slots[LANES];
+  bool has(const int64_t* wanted, int n) const { return n <= count && std::equal(wanted, wanted + n, slots); }
+  void set(const int64_t* wanted, int n) { std::copy(wanted, wanted + (count = n), slots); }
+};
+
+// The queries of one text, and where the keys of their positions are.
+struct Text {
+  int64_t past;                // positions that every query sees, in the slots of the same number
+  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order
+  std::vector<int64_t> seen;   // [n]: positions that a query sees
+  int64_t nodes;
+
+  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes), nodes(nodes) {
+    for (int64_t i = 0; i < n; i++) {
+      int64_t count = 0;
+      for (int64_t j = 0; j < nodes; j++)
+        if (ancestors[i * nodes + j]) tails[i * nodes + count++] = past + j;
+      seen.push_back(past + count);
+    }
+  }
+  // The slots of query i's positions p, p + 1, ..., at most 16 -> how many there are.
+  int slots(int64_t i, int64_t p, int64_t* out) const {
+    int count = std::clamp<int64_t>(seen[i] - p, 0, LANES);
+    for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
+    return count;
+  }
+};
+
+// One key-value head of a text, and `heads` query heads that read it, of queries begin .. end.
+template <class T>
+struct Head {
+  const Text& text;
+  const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
+  T* out;                      // like q
+  int64_t row_stride, slot_stride, heads, size, begin, end;
+
+  int64_t positions() const {  // that any of the queries sees, in full blocks
+    return round_up(*std::max_element(text.seen.begin() + begin, text.seen.begin() + end), LANES);
+  }
+};
+
+// Calls use(query, its row of scores, position, slots, count) for every 16 positions of every query; gather(slots,
+// count) comes before, where the slots are not those of the query before.
+template <class T, class Gather, class Use>
+void for_each_block(const Head<T>& head, Gather gather, Use use) {
+  int64_t last[LANES], slots[LANES], positions = head.positions();
+  for (int64_t p = 0; p < positions; p += LANES) {
+    int gathered = 0;
+    for (int64_t i = head.begin; i < head.end; i++) {
+      int count = head.text.slots(i, p, slots);
+      if (count > gathered || !std::equal(slots, slots + count, last)) {
+        gather(slots, count);
+        std::copy(slots, slots + count, last);
+        gathered = count;
+      }
+      if (count) use(i, p, count);
+    }
+  }
+}
+
+inline void widen_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
+inline void narrow_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
+inline void narrow_row(const float* x, int64_t size, bf16* out) {  // x is filled up to full vectors
+  bf16 lanes[LANES];
+  for (int64_t i = 0; i < size; i += LANES) {
+    narrow(lanes, load(x + i));
+    std::memcpy(out + i, lanes, std::min<int64_t>(size - i, LANES) * sizeof(bf16));
+  }
+}
+inline Floats dot_word(const float*, const uint32_t* keys, uint32_t word, Floats total) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return fma(load((const float*)keys), all(x), total);
+}
+inline Floats dot_word(const bf16*, const uint32_t* keys, uint32_t word, Floats total) {
+  return dot(total, load_pairs(keys), (int32_t)word);
+}
+
+// Keys of up to 16 slots side by side, packed like weights: words of 32 bits [word of a key][16].
+template <class T>
+void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t* out) {
+  const uint32_t* rows[LANES];
+  int64_t words = head.size * sizeof(T) / 4, word = 0;
+  for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(head.keys + slots[std::min(j, count - 1)] * head.slot_stride);
+  for (; word + LANES <= words; word += LANES) {
+    transpose(rows, out + word * LANES);
+    for (auto& row : rows) row += LANES;
+  }
+  for (int64_t k = word; k < words; k++)
+    for (int j = 0; j < LANES; j++) out[k * LANES + j] = rows[j][k - word];
+}
+
+// exp(score - largest) / their sum, over `count` positions; what is beyond in the last vector becomes 0.
+void softmax(float* scores, int64_t count) {
+  int64_t end = round_up(count, LANES);
+  std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
+  Floats most = load(scores), total = all(0.0f);
+  for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
+  most = all(largest(most));
+  for (int64_t p = 0; p < end; p += LANES) store(scores + p, exp(load(scores + p) - most));
+  std::fill(scores + count, scores + end, 0.0f);
+  for (int64_t p = 0; p < end; p += LANES) total = total + load(scores + p);
+  Floats factor = all(1.0f / sum(total));
+  for (int64_t p = 0; p < end; p += LANES) store(scores + p, load(scores + p) * factor);
+}
+
+// Attention of `heads` heads of queries begin .. end: scores, softmax, weighted sum, each in the order of positions.
+template <class T>
+void attend(const Head<T>& head) {
+  static thread_local std::vector<float> room;
+  const int64_t rows = (head.end - head.begin) * head.heads, positions = head.positions();
+  const int64_t size = round_up(head.size, LANES), words = head.size * sizeof(T) / 4;
+  room.assign(rows * positions + 2 * LANES * size + rows * size, 0.0f);
+  float *scores = room.data(), *keys = scores + rows * positions, *values = keys + LANES * size, *sums = values + LANES * size;
+  const Floats scale = all(1.0f / std::sqrt((float)head.size));
+
+  auto gather_k = [&](const int64_t* slots, int count) { gather_keys(head, slots, count, (uint32_t*)keys); };
+  for_each_block(head, gather_k, [&](int64_t i, int64_t p, int) {
+    for (int64_t h = 0; h < head.heads; h++) {
+      const uint32_t* q = (const uint32_t*)(head.q + i * head.row_stride + h * head.size);
+      Floats total = all(0.0f);
+      for (int64_t k = 0; k < words; k++) total = dot_word(head.q, (uint32_t*)keys + k * LANES, q[k], total);
+      store(scores + ((i - head.begin) * head.heads + h) * positions + p, total * scale);
+    }
+  });
+  for (int64_t row = 0; row < rows; row++) softmax(scores + row * positions, head.text.seen[head.begin + row / head.heads]);
+  auto gather_v = [&](const int64_t* slots, int count) {
+    for (int j = 0; j < count; j++) widen_row(head.values + slots[j] * head.slot_stride, head.size, values + j * size);
+  };
+  for_each_block(head, gather_v, [&](int64_t i, int64_t p, int count) {
+    for (int64_t h = 0; h < head.heads; h++) {
+      int64_t row = (i - head.begin) * head.heads + h;
+      for (int64_t d = 0; d < size; d += LANES) {
+        Floats total = load(sums + row * size + d);
+        for (int j = 0; j < count; j++) total = fma(all(scores[row * positions + p + j]), load(values + j * size + d), total);
+        store(sums + row * size + d, total);
+      }
+    }
+  });
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t i = head.begin + row / head.heads, h = row % head.heads;
+    narrow_row(sums + row * size, head.size, head.out + i * head.row_stride + h * head.size);
+  }
+}
+
+template <class T>
+void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, const bool* ancestors, const int64_t* length,
+                  int64_t nodes, Tensor& out) {
+  const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2), heads = q.size(2) / kv_heads;
+  std::vector<Text> texts;
+  for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
+  const int64_t parts = (n + QUERIES - 1) / QUERIES;
+#pragma omp parallel for schedule(dynamic) collapse(3)
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t g = 0; g < kv_heads; g++) {
+        const int64_t first = b * n * q.stride(1) + g * heads * size, begin = part * QUERIES;
+        attend(Head<T>{texts[b], (const T*)q.const_data_ptr() + first,
+                       (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
+                       (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2),
+                       (T*)out.mutable_data_ptr() + first, q.stride(1), keys.stride(1), heads, size, begin,
+                       std::min(begin + QUERIES, n)});
+      }
+}
+
+Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any, const Tensor& length_any) {
+  Tensor q = q_any.contiguous(), ancestors = ancestors_any.contiguous(), length = length_any.contiguous();
+  Tensor out = at::empty(q.sizes(), q.options());
+  TORCH_CHECK(keys.strides() == values.strides() && keys.stride(3) == 1, "attention: keys and values must lie alike");
+  TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(), "attention: one dtype, please");
+  TORCH_CHECK(ancestors.scalar_type() == at::kBool && length.scalar_type() == at::kLong, "attention: ancestors bool, length int64");
+  const bool* seen = (const bool*)ancestors.const_data_ptr();
+  const int64_t *past = (const int64_t*)length.const_data_ptr(), nodes = ancestors.size(2);
+  for (int64_t b = 0; b < q.size(0); b++)
+    TORCH_CHECK(past[b] >= 0 && past[b] + nodes <= keys.size(1), "attention: ", past[b], " + ", nodes, " slots of ", keys.size(1));
+  if (q.scalar_type() == at::kBFloat16 && q.size(3) % 2 == 0)
+    attention_of<bf16>(q, keys, values, seen, past, nodes, out);
+  else {
+    TORCH_CHECK(q.scalar_type() == at::kFloat, "attention: float32 or bfloat16, not ", q.scalar_type());
+    attention_of<float>(q, keys, values, seen, past, nodes, out);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("rms_norm", rms_norm);
+  m.impl("attention", attention);
+}

@@ -22,9 +22,11 @@ import sysconfig
 import time
 import unicodedata
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from functools import partial
 from typing import Any, NoReturn
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # PyTorch can do without
@@ -32,11 +34,13 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # PyTor
 import torch  # noqa: E402
 
 import gpt_spec  # noqa: E402
+import quantize  # noqa: E402
 from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
+ALL_PRECISIONS = [*DTYPES, *quantize.PRECISIONS]
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
 DEFAULT_PROMPT = '''def load(path, mode='r', **kwargs):
     """Load a document from a file, returning a new document.
@@ -126,8 +130,30 @@ def open_weights(path: Path):
         ) from None
 
 
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """(name, function that reads it) of every tensor of a checkpoint, in order."""
+    for path in files:
+        with open_weights(path) as weights:
+            for name in weights.keys():
+                if not name.endswith("rotary_emb.inv_freq"):  # in old Llama checkpoints; follows from the config
+                    yield name, partial(weights.get_tensor, name)
+
+
+def stored_quantization(files: list[Path]) -> quantize.Quantization | None:
+    """How the weights of a checkpoint of ours are quantized, from the metadata of its files; None if they are not."""
+    metadata = {}
+    for path in files:
+        with open_weights(path) as weights:
+            metadata[path] = (weights.metadata() or {}).get("gpt_spec")
+    first = metadata[files[0]]
+    for path, text in metadata.items():
+        if text != first:
+            raise BadInput(f"{path}: is quantized otherwise than {files[0].name}")
+    return None if first is None else quantize.Quantization.from_json(first, str(files[0]))
+
+
 def check_weights(model: Transformer, directory: Path, files: list[Path]) -> str:
-    """Each tensor must have a place and each place a tensor -> the files' own precision.
+    """Each tensor must have a place and each place a tensor -> the precision that 16-bit files ask for.
 
     Only headers are read, and the model may be on the meta device: what does not fit costs nothing.
     """
@@ -135,44 +161,58 @@ def check_weights(model: Transformer, directory: Path, files: list[Path]) -> str
     for path in files:
         with open_weights(path) as weights:
             for name in weights.keys():
-                if name.endswith("rotary_emb.inv_freq"):  # in old Llama checkpoints; follows from the config
+                if name.endswith("rotary_emb.inv_freq"):
                     continue
                 if name not in places:
                     raise BadInput(f"{path}: unexpected tensor {name}; {config_hint(directory)}")
                 if name in found:
                     raise BadInput(f"{path}: {name} is in {found[name]} already")
-                header, expected = weights.get_slice(name), tuple(places[name].shape)
-                shape, kind = tuple(header.get_shape()), header.get_dtype()
-                if shape != expected:
-                    raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
-                if kind not in FILE_PRECISION:
-                    raise BadInput(f"{path}: {name} is {kind}; float32, bfloat16 and float16 are supported")
+                check_tensor(path, name, weights.get_slice(name), places[name])
                 found[name] = path.name
-                kinds.append(kind)
+                kinds.append(weights.get_slice(name).get_dtype())
     missing = sorted(set(model.checkpoint_tensors()) - set(found))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadInput(f"{directory}: the weights lack {missing[0]}{more}; {config_hint(directory)}")
-    return FILE_PRECISION[max(set(kinds), key=kinds.count)]
+    return FILE_PRECISION.get(max(set(kinds), key=kinds.count), "bf16")
+
+
+def check_tensor(path: Path, name: str, header, place: torch.Tensor) -> None:
+    """Does a tensor of a file, known by its header, fit into its place? Raises BadInput."""
+    shape, kind = tuple(header.get_shape()), header.get_dtype()
+    if shape != tuple(place.shape):
+        raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {tuple(place.shape)}")
+    fixed = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}.get(place.dtype)
+    if fixed and kind != fixed:
+        raise BadInput(f"{path}: {name} is {kind}; the format has {fixed}")
+    if not fixed and kind not in FILE_PRECISION:
+        raise BadInput(f"{path}: {name} is {kind}; float32, bfloat16 and float16 are supported")
 
 
 def weight_places(model: Transformer) -> dict[str, torch.Tensor]:
     """Where tensors of a checkpoint go; a tied model may come with a second copy of its embedding."""
     places = model.checkpoint_tensors()
-    return {"lm_head.weight": places["model.embed_tokens.weight"]} | places
+    copies = {} if "lm_head.quantized" in places else {"lm_head.weight": places["model.embed_tokens.weight"]}
+    return copies | places
 
 
-def fill_weights(model: Transformer, directory: Path, files: list[Path]) -> None:
-    """Copy every tensor of checked files into its place. What a tied model has twice must be the same."""
+def fill_weights(
+    model: Transformer, directory: Path, files: list[Path], q: quantize.Quantization | None
+) -> None:
+    """Copy every tensor of checked files into its place, quantized on the way if `q` is given.
+
+    What a tied model has twice must be the same.
+    """
     places, head = model.checkpoint_tensors(), None
-    for path in files:
-        with open_weights(path) as weights:
-            for name in weights.keys():
-                if name in places:
-                    places[name].copy_(weights.get_tensor(name))
-                elif name == "lm_head.weight":
-                    head = weights.get_tensor(name)
-    if head is not None and not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
+    for name, read in read_tensors(files):
+        tensor = read()
+        if name == "lm_head.weight" and model.config.tied_embeddings:
+            head = tensor
+        else:
+            tensors = {name: tensor} if q is None else quantize.convert(name, tensor, model, q)
+            for part, value in tensors.items():
+                places[part].copy_(value)
+    if head is not None and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
         raise BadInput(
             f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"
         )
@@ -185,28 +225,72 @@ def config_hint(directory: Path) -> str:
     return "config.json and the weights do not belong together"
 
 
-def load_model(
-    path: str | Path, precision: str | None = None, device: str = "cpu", flag: str = "--checkpoint_path"
-) -> Transformer:
-    """Load a Hugging Face directory or hub repository. `precision` is a name of `DTYPES`; None is the file's
-    own.
+@dataclass
+class Checkpoint:
+    """A directory whose headers have been checked: nothing of its weights is in memory."""
 
-    Weights go from the mapped file into place, one tensor at a time. Raises BadInput for anything that does
-    not fit.
-    """
-    directory = find_checkpoint(str(path), flag)
+    directory: Path
+    files: list[Path]
+    model: Transformer  # on the meta device, in the form of the files
+    quantization: quantize.Quantization | None
+    precision: str  # the files' own
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check a directory: its configuration, and that each weight has a place and each place a weight."""
     raw = read_json(directory / "config.json", required=True)
     config = ModelConfig.from_dict(raw, str(directory / "config.json"))
     files = weight_files(directory)
+    q = stored_quantization(files)
     with torch.device("meta"):
         model = Transformer(config)
+    if q is not None:
+        quantize.reshape(model.to(torch.bfloat16), q)
     own = check_weights(model, directory, files)
-    dtype = DTYPES[precision or own]
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    model.lm_head.weight = model.embed_tokens.weight if config.tied_embeddings else model.lm_head.weight
-    model.frequencies = gpt_spec.rope_frequencies(config).to(device)
-    fill_weights(model, directory, files)
-    return model
+    return Checkpoint(directory, files, model, q, own if q is None else f"w{q.bits}a16")
+
+
+def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
+    """Quantized weights stay what they are; only their activations are a choice."""
+    q = checkpoint.quantization
+    possible = [name for name, (bits, _) in quantize.PRECISIONS.items() if q is not None and bits == q.bits]
+    if q is not None and precision not in possible:
+        flag = flag.replace("checkpoint_path", "precision")
+        raise BadInput(
+            f"{flag}: {checkpoint.directory} has {q.bits}-bit weights; use {' or '.join(possible)}, not {precision}"
+        )
+
+
+def load_model(
+    path: str | Path,
+    precision: str | None = None,
+    device: str = "cpu",
+    flag: str = "--checkpoint_path",
+    quantization: quantize.Quantization | None = None,
+) -> Transformer:
+    """Load a Hugging Face directory or hub repository. `precision` is fp32, bf16 or a name of
+    `quantize.PRECISIONS`; None is the file's own.
+
+    Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
+    the precision asks for it (`quantization`: how). Raises BadInput for anything that does not fit.
+    """
+    checkpoint = open_checkpoint(find_checkpoint(str(path), flag))
+    precision = precision or checkpoint.precision
+    check_precision(precision, checkpoint, flag)
+    model, q = checkpoint.model, None
+    if checkpoint.quantization is None:
+        model = model.to(DTYPES.get(precision, torch.bfloat16))
+        if precision in quantize.PRECISIONS:
+            q = quantization or quantize.default_quantization(model, precision)
+            quantize.reshape(model, q)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    if model.config.tied_embeddings and model.lm_head.scales is None:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.frequencies = gpt_spec.rope_frequencies(model.config).to(device)
+    fill_weights(model, checkpoint.directory, checkpoint.files, q)
+    if precision in quantize.PRECISIONS:
+        quantize.set_precision(model, precision)
+    return model.pack()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,7 +783,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--method", choices=METHODS, help="who drafts (default: sequential where there is a drafter)"
     )
     p.add_argument(
-        "--precision", choices=list(DTYPES), help="of the target's weights (default: the file's own)"
+        "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
     )
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file")
@@ -709,7 +793,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch_size", type=int, default=1, help="texts decoded at a time")
     p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
-    p.add_argument("--draft_precision", choices=list(DTYPES), help="of the drafter (default: --precision)")
+    p.add_argument("--draft_precision", choices=ALL_PRECISIONS, help="of the drafter (default: --precision)")
     p.add_argument(
         "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
     )
@@ -783,7 +867,7 @@ class Target:
 def load_target(args: argparse.Namespace) -> Target:
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
     model = load_model(directory, args.precision, args.device)
-    precision = next(name for name, dtype in DTYPES.items() if dtype == model.norm.weight.dtype)
+    precision = quantize.precision_of(model)
     return Target(model, load_tokenizer(directory), [] if args.ignore_eos else stop_ids(directory), precision)
 
 

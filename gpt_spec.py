@@ -196,9 +196,50 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """x W^T + bias with weights of 16, 8 or 4 bits, and what stands next to it in a Llama (`kernels.linear`).
+
+    `weight` is nn.Linear's; or int8 [out, in] with `scales`; or 4-bit uint8 [out, in / 2] with `scales` and
+    perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("scales", None)
+        self.register_parameter("zeros", None)
+        self.activation_bits = 16
+
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """residual + (norm(x), or silu(gate) * up of x = (gate, up)) W^T + bias. x: [B, n, .]"""
+        scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+        weights = (self.weight, self.scales, self.zeros, self.bias)
+        extras = (residual, scale, eps, gated, self.out_features, self.activation_bits)
+        return kernels.linear(x, *weights, *extras, self.wide)
+
+    wide = False  # a result in float32, not in the dtype of x
+
+    def set_weights(self, weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> None:
+        tensors = {"weight": weight, "scales": scales, "zeros": zeros}
+        for name, tensor in tensors.items():
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, parameter)
+
+    def pack(self) -> None:
+        """Bring the weights into the order of the CPU kernels, in place, where these can take them."""
+        if self.weight.dim() == 2 and kernels.can_pack(self.weight, self.scales):
+            scales = [None if t is None else kernels.pack_scales(t.detach()) for t in (self.scales, self.zeros)]
+            self.set_weights(kernels.pack(self.weight.detach()), *scales)
+
+
+class LanguageHead(Linear):
+    """Logits are float32: rounded to bf16, the best tokens of a large vocabulary often tie."""
+
+    wide = True
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -213,14 +254,14 @@ class Attention(nn.Module):
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of queries, keys, values
         self.head_dim = config.head_dim
         rows = sum(self.heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, n, hidden] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
+        heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
         q, k, v = heads.split(self.heads, dim=2)
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
@@ -228,12 +269,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + down(silu(gate) * up), where gate and up are two projections of norm(x). x: [B, n, hidden]"""
+        return self.down_proj(self.gate_up_proj(x, norm), gated=True, residual=x)
 
 
 class Layer(nn.Module):
@@ -246,9 +287,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         """x: [B, n, hidden]. `attend(q, k, v)` returns [B, n, H, D]; where keys come from is its business."""
-        attended = attend(*self.self_attn.project(self.input_layernorm(x), cos, sin))
-        x = x + self.self_attn.o_proj(attended.flatten(2))  # [B, n, H D] -> [B, n, hidden]
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = attend(*self.self_attn.project(x, self.input_layernorm, cos, sin))
+        x = self.self_attn.o_proj(attended.flatten(2), residual=x)  # [B, n, H D] -> [B, n, hidden]
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Transformer(nn.Module):
@@ -260,7 +301,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
@@ -270,25 +311,43 @@ class Transformer(nn.Module):
         angles = positions[..., None, None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its Hugging Face name, as a view: loading copies in, saving copies out.
+    def parts(self, path: str, rows: int) -> dict[str, int]:
+        """Hugging Face module paths that the module at `path` stands for, with their numbers of output rows.
 
-        q, k, v and gate, up are rows of one fused matrix each; a tied lm_head has no name of its own.
+        q, k, v and gate, up are rows of one fused matrix each.
         """
         c, kv_rows = self.config, self.config.num_kv_heads * self.config.head_dim
         fused = {
             "qkv_proj": {"q_proj": c.num_heads * c.head_dim, "k_proj": kv_rows, "v_proj": kv_rows},
             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
         }
-        named = {}
+        parent, _, leaf = path.rpartition(".")
+        prefix = "" if path == "lm_head" else f"model.{parent}." if parent else "model."
+        return {prefix + part: count for part, count in fused.get(leaf, {leaf: rows}).items()}
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Every weight under its name in a checkpoint, as a view: loading copies in, saving copies out.
+
+        A tied lm_head has no name of its own. For weights in rows: not after `pack`.
+        """
+        names, named = {torch.int8: "quantized", torch.uint8: "packed"}, {}
         for name, tensor in self.named_parameters():
-            module, kind = name.rsplit(".", 1)  # ("layers.0.mlp.gate_up_proj", "weight")
-            parent, _, leaf = module.rpartition(".")
-            prefix = "" if module == "lm_head" else "model."
-            parts = fused.get(leaf, {leaf: tensor.shape[0]})
+            path, kind = name.rsplit(".", 1)  # ("layers.0.mlp.gate_up_proj", "weight")
+            parts = self.parts(path, tensor.shape[0])
             for part, view in zip(parts, tensor.detach().split(tuple(parts.values()))):
-                named[prefix + ".".join(filter(None, (parent, part, kind)))] = view
+                named[f"{part}.{names.get(tensor.dtype, kind)}"] = view
         return named
+
+    def pack(self) -> Transformer:
+        """Bring all weights into the order of the CPU kernels, in place; a loader does it last -> self."""
+        kernels.load()
+        tied = self.lm_head.weight is self.embed_tokens.weight
+        for linear in self.modules():
+            if isinstance(linear, Linear):
+                linear.pack()
+        if tied:
+            self.embed_tokens.weight = self.lm_head.weight
+        return self
 
     def forward(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Features, [B, n, hidden]: the hidden state after the final norm, which `lm_head` turns into logits.
@@ -297,7 +356,7 @@ class Transformer(nn.Module):
         (with its first arguments bound) continues a cached text, `causal_attention` needs no cache.
         """
         cos, sin = self.rope(positions)
-        x = self.embed_tokens(tokens)  # [B, n, hidden]
+        x = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, partial(attend, i))
         return self.norm(x)
@@ -800,6 +859,7 @@ class Decoder:
         batch_size: int = 1,
         compile: bool = True,
     ):
+        kernels.load()
         self.model, self.drafter, self.max_length = model, drafter or Drafter(), max_length
         like = model.norm.weight
         self.setup = Setup(sampling, batch_size, max_length + self.drafter.max_nodes, compile)

@@ -3,20 +3,26 @@
     python bench.py cost        # T(n): one target forward over n tokens, and one step of the drafter
     python bench.py methods     # every method on held-out prompts: tokens/s, tokens per step, speedup
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
+    python bench.py exact       # every method in every precision: is each text the autoregressive one?
+    python bench.py perplexity  # of every precision, on held-out modules
+    python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's
+    python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
 
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
 in one process, interleaved, and given as a ratio: absolute times change with the machine's mood, ratios less.
-Run it on an otherwise idle machine.
+Run it on an otherwise idle machine. The last line of the output is the results as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +30,20 @@ import torch
 from torch import Tensor
 
 import generate
-from gpt_spec import Decoder, Draft, Drafter, LookupDrafter, Sampling, SequentialDrafter, Stats, Transformer
+import kernels
+import quantize
+from gpt_spec import (
+    Decoder,
+    Draft,
+    Drafter,
+    LookupDrafter,
+    ModelConfig,
+    Sampling,
+    SequentialDrafter,
+    Stats,
+    Transformer,
+    rope_frequencies,
+)
 
 HELD_OUT = generate.MODELS / "held_out.jsonl"
 
@@ -49,6 +68,20 @@ def read_prompts(count: int) -> list[list[int]]:
     tokenizer = generate.load_tokenizer(generate.SHIPPED_TARGET)
     lines = HELD_OUT.read_text(encoding="utf-8").splitlines()
     return [tokenizer.encode(json.loads(lines[i * len(lines) // count])["prompt"]) for i in range(count)]
+
+
+def shipped(precision: str) -> tuple[Transformer, Transformer]:
+    paths = (generate.SHIPPED_TARGET, generate.SHIPPED_SMALL)
+    target, small = (generate.load_model(path, precision) for path in paths)
+    return target, small
+
+
+def decode_all(decoder: Decoder, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    texts = [[] for _ in prompts]
+    for emissions in decoder.run(prompts, tokens):
+        for emission in emissions:
+            texts[emission.prompt_index] += emission.tokens
+    return texts
 
 
 def decode(decoder: Decoder, prompt: list[int], tokens: int, stats: Stats) -> list[int]:
@@ -83,15 +116,16 @@ def measure_cost(target: Transformer, small: Transformer, sizes: list[int]) -> d
         return interleave(functions, 100)
 
 
-def report_cost(target: Transformer, small: Transformer, args: argparse.Namespace) -> dict:
-    cost = measure_cost(target, small, [1, 2, 3, 5, 9, 17, 33, 65])
+def report_cost(args: argparse.Namespace) -> dict:
+    cost = measure_cost(*shipped(args.precision), [1, 2, 3, 5, 9, 17, 33, 65])
     for name, seconds in cost.items():
         print(f"{name:16} {seconds * 1e3:7.3f} ms   {seconds / cost['T(1)']:5.2f} T(1)")
     return {name: {"seconds": seconds, "relative": seconds / cost["T(1)"]} for name, seconds in cost.items()}
 
 
-def report_methods(target: Transformer, small: Transformer, args: argparse.Namespace) -> dict:
+def report_methods(args: argparse.Namespace) -> dict:
     """Tokens/s of every method over the same prompts; a speedup is the median of the prompts' ratios."""
+    target, small = shipped(args.precision)
     sampling = Sampling(args.temperature, top_p=args.top_p)
     drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
     drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
@@ -128,8 +162,9 @@ def report_methods(target: Transformer, small: Transformer, args: argparse.Names
     return rows
 
 
-def report_noise(target: Transformer, small: Transformer, args: argparse.Namespace) -> dict:
+def report_noise(args: argparse.Namespace) -> dict:
     """Share of steps that accepted the first draft token, and tokens per step, by temperature and noise."""
+    target, small = shipped(args.precision)
     kinds = {"shared": SequentialDrafter, "independent": IndependentDrafter, "greedy draft": GreedyDrafter}
     rows, prompts = {}, read_prompts(args.prompts)
     for temperature in (0.0, 0.3, 0.7, 1.0):
@@ -147,7 +182,240 @@ def report_noise(target: Transformer, small: Transformer, args: argparse.Namespa
     return rows
 
 
-REPORTS = {"cost": report_cost, "methods": report_methods, "noise": report_noise}
+def report_exact(args: argparse.Namespace) -> dict:
+    """Texts that differ from autoregressive decoding, of every method, precision and temperature. None should."""
+    rows, prompts = {}, read_prompts(args.prompts)
+    for precision in ["bf16", *quantize.PRECISIONS]:
+        target = generate.load_model(generate.SHIPPED_TARGET, precision)
+        small = generate.load_model(generate.SHIPPED_SMALL, precision)
+        for temperature in (0.0, 1.0):
+            sampling = Sampling(temperature)
+            expected = None
+            for name, (drafter, batch_size) in {
+                "autoregressive": (Drafter(), 1),
+                "autoregressive, batch of 4": (Drafter(), 4),
+                "lookup": (LookupDrafter(4), 1),
+                "sequential": (SequentialDrafter(small, 4), 1),
+                "sequential, batch of 4": (SequentialDrafter(small, 4), 4),
+            }.items():
+                decoder = Decoder(target, drafter, sampling, 1024, batch_size)
+                decoder.warm_up()
+                texts = decode_all(decoder, prompts, args.max_new_tokens)
+                expected = expected or texts
+                different = sum(ours != base for ours, base in zip(texts, expected))
+                rows[f"{precision} T={temperature} {name}"] = {"texts": len(texts), "different": different}
+                print(f"{precision:6} T = {temperature}  {name:28} {different} of {len(texts)} differ", flush=True)
+    return rows
+
+
+def report_perplexity(args: argparse.Namespace) -> dict:
+    """Perplexity of the shipped target on held-out modules, in every precision."""
+    tokenizer = generate.load_tokenizer(generate.SHIPPED_TARGET)
+    texts, rows = [tokenizer.encode(text) for text in quantize.held_out_texts()], {}
+    for precision in generate.ALL_PRECISIONS:
+        model = generate.load_model(generate.SHIPPED_TARGET, precision)
+        perplexity = math.exp(quantize.mean_loss(model, texts, args.tokens))
+        rows[precision] = {"perplexity": perplexity, "weight_bytes": generate.weight_bytes([model])}
+        print(f"{precision:6} perplexity {perplexity:.3f}   {rows[precision]['weight_bytes'] / 1e6:.1f} MB", flush=True)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels, and whole models of random weights
+# --------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "llama-3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=5e5, tied_embeddings=True),
+    "llama-3-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
+    "llama-3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=5e5),
+}
+LARGER_THAN_CACHE = 200e6  # bytes of weights that take turns, so that none waits in a cache
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that this machine reads: the best of three ways to sum up 400 MB."""
+    numbers = torch.ones(10**8, dtype=torch.int32)
+    ways = {
+        "sum of float32": numbers.view(torch.float32).sum,
+        "sum of int64": numbers.view(torch.int64).sum,
+        "largest float32": numbers.view(torch.float32).amax,
+    }
+    return numbers.nbytes / min(interleave(ways, 9).values())
+
+
+def random_weight(out: int, inputs: int, precision: str) -> tuple[Tensor, Tensor | None]:
+    """Packed weights with plausible scales: groups of 128 for 4 bits."""
+    if precision == "bf16":
+        return kernels.pack((torch.randn(out, inputs) / inputs**0.5).bfloat16()), None
+    four = precision.startswith("w4")
+    shape, kind = ((out, inputs // 2), torch.uint8) if four else ((out, inputs), torch.int8)
+    weight = torch.randint(0, 256, shape, dtype=torch.uint8).view(kind)
+    groups, size = (inputs // 128, 5) if four else (1, 74)  # size: of such integers, root mean square
+    return kernels.pack(weight), kernels.pack_scales(torch.full((out, groups), 1 / size / inputs**0.5).half())
+
+
+def contestants(out: int, inputs: int) -> dict[str, tuple[list, Callable]]:
+    """Name -> copies of a weight, larger than the cache together, and how to multiply x [n, in] with one."""
+
+    def copies(make: Callable) -> list:
+        first = make()
+        size = sum(t.nbytes for t in (first if isinstance(first, tuple) else (first,)) if t is not None)
+        return [first] + [make() for _ in range(int(LARGER_THAN_CACHE / size))]
+
+    def ours(precision: str) -> tuple[list, Callable]:
+        bits = 16 if precision == "bf16" else quantize.PRECISIONS[precision][1]
+        weights = copies(lambda: random_weight(out, inputs, precision))
+        return weights, lambda x, w: kernels.linear(x, *w, out_features=out, activation_bits=bits)
+
+    def torch_int4() -> tuple[Tensor, Tensor]:
+        packed = torch._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (out, inputs), dtype=torch.int32), 1)
+        return packed, torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16)
+
+    entries = {precision: ours(precision) for precision in ("bf16", *quantize.PRECISIONS)}
+    entries["torch bf16"] = (
+        copies(lambda: (torch.randn(out, inputs) / inputs**0.5).bfloat16()),
+        torch.nn.functional.linear,
+    )
+    entries["torch int4"] = (
+        copies(torch_int4),
+        lambda x, w: torch._weight_int4pack_mm_for_cpu(x, w[0], 128, w[1]),
+    )
+    entries["torch int8 x int8"] = (
+        copies(lambda: torch.randint(-127, 128, (inputs, out), dtype=torch.int8)),
+        lambda x, w: torch._int_mm(x.to(torch.int8), w),
+    )
+    return entries
+
+
+def measure_linear(out: int, inputs: int, sizes: list[int], repeats: int) -> dict[str, dict]:
+    """Seconds of every contestant for every number of rows, taking turns, and the bytes of its weight."""
+    entries, rows = contestants(out, inputs), {}
+    for n in sizes:
+        x = torch.randn(n, inputs).bfloat16()
+
+        def once(name: str, turn=iter(range(10**9)), x=x) -> None:
+            weights, multiply = entries[name]
+            multiply(x, weights[next(turn) % len(weights)])
+
+        seconds = interleave({name: partial(once, name) for name in entries}, repeats)
+        for name, (weights, _) in entries.items():
+            one = weights[0] if isinstance(weights[0], tuple) else (weights[0],)
+            nbytes = sum(t.nbytes for t in one if t is not None)
+            rows.setdefault(name, {"bytes": nbytes, "seconds": {}})["seconds"][n] = seconds[name]
+    return rows
+
+
+def report_kernels(args: argparse.Namespace) -> dict:
+    """Every linear of real models, n = 1 to 64: time, share of the read bandwidth, T(n) / T(1)."""
+    kernels.load()
+    sizes, results = [1, 2, 4, 8, 16, 32, 64], {}
+    for shape in args.shapes.split(","):
+        c = SHAPES[shape]
+        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        linears = {"qkv": (heads, c.hidden_size), "o": (c.hidden_size, c.num_heads * c.head_dim)}
+        linears |= {"gate_up": (2 * c.intermediate_size, c.hidden_size), "down": (c.hidden_size, c.intermediate_size)}
+        for name, (out, inputs) in linears.items():
+            bandwidth = read_bandwidth()
+            rows = measure_linear(out, inputs, sizes, args.repeats)
+            print(f"\n{shape} {name}: {out} x {inputs}, reading {bandwidth / 1e9:.1f} GB/s")
+            print(f"{'':18}{'MB':>7}{'ms, n=1':>9}{'of reading':>11}   T(n) / T(1), n = {sizes[1:]}")
+            for kind, row in rows.items():
+                first = row["seconds"][1]
+                row["share_of_bandwidth"] = row["bytes"] / first / bandwidth
+                row["relative"] = {n: t / first for n, t in row["seconds"].items()}
+                ratios = " ".join(f"{row['relative'][n]:6.2f}" for n in sizes[1:])
+                print(f"{kind:18}{row['bytes'] / 1e6:7.1f}{first * 1e3:9.3f}{row['share_of_bandwidth']:11.2f}   {ratios}")
+            results[f"{shape} {name}"] = {"out": out, "in": inputs, "bandwidth": bandwidth, "linears": rows}
+    results["overhead_seconds"] = call_overhead()
+    print(f"\na call of the smallest linear takes {results['overhead_seconds'] * 1e6:.1f} microseconds")
+    return results
+
+
+def call_overhead() -> float:
+    """Seconds of a linear of 16 x 16: what a call costs before there is work."""
+    x, weight = torch.randn(1, 16).bfloat16(), random_weight(16, 16, "bf16")
+    operator = torch.ops.gpt_spec.linear.default
+    arguments = (x, *weight, None, None, None, None, 0.0, False, 16, 16, False)
+    return interleave({"call": lambda: [operator(*arguments) for _ in range(1000)]}, 9)["call"] / 1000
+
+
+def random_model(config: ModelConfig, precision: str) -> Transformer:
+    """A model of random weights in the given precision; nothing larger than it is ever in memory."""
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16)
+        if precision in quantize.PRECISIONS:
+            quantize.reshape(model, quantize.default_quantization(model, precision))
+    model = model.to_empty(device="cpu").requires_grad_(False)
+    model.frequencies = rope_frequencies(config)
+    for name, tensor in model.checkpoint_tensors().items():
+        if tensor.dtype in (torch.uint8, torch.int8):
+            tensor.view(torch.uint8).random_(0, 256)
+        elif name.endswith("scales"):
+            tensor.fill_(1 / (5 if tensor.shape[1] > 1 else 74) / config.hidden_size**0.5)
+        else:
+            tensor.normal_(std=config.hidden_size**-0.5) if tensor.dim() > 1 else tensor.fill_(1.0)
+    if model.config.tied_embeddings and model.lm_head.scales is None:
+        model.lm_head.weight = model.embed_tokens.weight
+    if precision in quantize.PRECISIONS:
+        quantize.set_precision(model, precision)
+    return model.pack()
+
+
+def report_decode(args: argparse.Namespace) -> dict:
+    """Autoregressive decoding of a whole random model, against reading its weights once per token."""
+    model = random_model(SHAPES[args.shape], args.precision)
+    decoder = Decoder(model, max_length=512)
+    decoder.warm_up()
+    tokens = {id(p): p.nbytes for module in (model.layers, model.lm_head) for p in module.parameters()}
+    nbytes = sum(tokens.values())  # of the embedding only one row is read
+    bandwidth, speeds = [read_bandwidth()], []
+    for turn in range(5):
+        stats = Stats()
+        decode(decoder, list(range(3, 35)), args.max_new_tokens, stats)
+        bandwidth.append(read_bandwidth())
+        speeds += [stats.decode_tokens_per_second] if turn else []
+    speed, rate = median(speeds), median(bandwidth)
+    result = {"bytes_per_token": nbytes, "bandwidth": rate, "tokens_per_second": speed}
+    result |= {"share_of_floor": speed * nbytes / rate, "operators": profile(decoder)}
+    print(f"{args.shape} {args.precision}: {nbytes / 1e6:.0f} MB per token, reading {rate / 1e9:.1f} GB/s")
+    print(f"{speed:.2f} tokens/s, {result['share_of_floor']:.2f} of {rate / nbytes:.2f}")
+    for name, share in result["operators"].items():
+        print(f"    {share:6.1%}  {name}")
+    return result
+
+
+def profile(decoder: Decoder) -> dict[str, float]:
+    """Share of a step's time that each operator takes, the largest first."""
+    decoder.prefill(0, list(range(3, 35)), seed=0)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        for _ in range(5):
+            decoder.step()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        ours = event.key.startswith("gpt_spec::linear")
+        key = f"{event.key} {16 * event.input_shapes[1][0]} x {event.input_shapes[0][-1]}" if ours else event.key
+        times[key] = times.get(key, 0.0) + event.self_cpu_time_total
+    total = sum(times.values())
+    return {key: t / total for key, t in sorted(times.items(), key=lambda entry: -entry[1])[:10]}
+
+
+REPORTS = {
+    **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
+    **{"perplexity": report_perplexity, "kernels": report_kernels, "decode": report_decode},
+}
+
+
+def about(args: argparse.Namespace) -> dict:
+    return {
+        "report": args.report,
+        "settings": vars(args),
+        "date": str(date.today()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "kernels": kernels.PATH,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:
@@ -155,28 +423,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", choices=REPORTS)
-    parser.add_argument("--precision", choices=list(generate.DTYPES), default="bf16")
+    parser.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16")
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts to use")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")
+    parser.add_argument("--repeats", type=int, default=7, help="kernels: measurements, of which the median counts")
     parser.add_argument("--output", help="write the results as JSON to this file")
     args = parser.parse_args()
-    target = generate.load_model(generate.SHIPPED_TARGET, args.precision)
-    small = generate.load_model(generate.SHIPPED_SMALL, args.precision)
-    results = REPORTS[args.report](target, small, args)
+    results = about(args) | {"results": REPORTS[args.report](args)}
     if args.output:
-        about = {
-            "report": args.report,
-            "settings": vars(args),
-            "date": str(date.today()),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-            "threads": torch.get_num_threads(),
-        }
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // kernels.cpp: the CPU bodies of the operations in kernels.py, which compiles and loads this file.
 //
-// The one idea: sixteen output rows of a weight matrix lie side by side, one in each 32-bit lane of a vector, and
-// an input is broadcast to all of them. No sum ever crosses lanes, the order of additions is the order of the
+// The one idea: output rows of a weight matrix lie side by side, one in each 32-bit lane of a vector, and an input
+// is broadcast to all of them. No sum ever crosses lanes, the order of additions is the order of the
 // inputs, and how many rows of activations ride along changes nothing: row i has the same bits for every n.
 //
 // The file is compiled once for the instruction set that kernels.py picked: AVX-512 with VNNI and BF16, AVX2,
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -29,7 +30,9 @@ using std::int32_t, std::int64_t, std::int8_t, std::uint16_t, std::uint32_t, std
 using bf16 = uint16_t;  // its bits
 
 constexpr int LANES = 16;
-constexpr int STEP = 64;  // bytes of packed weights that one step reads: 4 for each lane
+constexpr int VECTOR = 64;  // bytes of packed weights in a vector: 4 for each lane
+constexpr int BLOCK = 64;   // output rows that lie side by side: 4 vectors, read as one stream
+constexpr int PREFETCH = 8192;  // bytes ahead, into the second cache: in the first one it would displace the activations
 
 // ------------------------------------------------------------------------------------------------------------
 // Vector operations: Floats and Ints have 16 lanes of 32 bits; Bytes are 64 bytes as they were loaded, 4 to a
@@ -38,16 +41,16 @@ constexpr int STEP = 64;  // bytes of packed weights that one step reads: 4 for 
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
-constexpr int MAX_ROWS = 8;       // rows of activations whose sums fit into the registers
+constexpr int MAX_ROWS = 8, MAX_SUMS = 12;  // rows of activations at a time, and vectors of sums in registers
 constexpr int INT8_OFFSET = 128;  // vpdpbusd wants unsigned weights
 
 struct Floats { __m512 v; };
-struct Ints { __m512i v; };
+struct Ints { __v16si v; };  // not __m512i, of which GCC makes 64-bit numbers: it would copy every sum twice a step
 struct Bytes { __m512i v; };
 struct Pairs { __m512i v; };
 
 inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
-inline Ints all_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints all_ints(int32_t x) { return {(__v16si)_mm512_set1_epi32(x)}; }
 inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -60,7 +63,7 @@ inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps((__m512i)a.v)}; }
 inline Floats widen_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline Floats widen(const bf16* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -76,7 +79,7 @@ inline Bytes nibbles(Bytes a, int high) {
   return {_mm512_and_si512(high ? _mm512_srli_epi16(a.v, 4) : a.v, _mm512_set1_epi8(15))};
 }
 inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x) {
-  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x))};
+  return {(__v16si)_mm512_dpbusd_epi32((__m512i)sum.v, w.v, _mm512_set1_epi32(x))};
 }
 inline Bytes int8_operand(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(-128))}; }
 inline Ints dot_int8(Ints sum, Bytes w, int32_t x) { return dot_nibbles(sum, w, x); }
@@ -127,7 +130,7 @@ inline void transpose(const uint32_t* const* rows, uint32_t* out) {
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-constexpr int MAX_ROWS = 4;
+constexpr int MAX_ROWS = 4, MAX_SUMS = 4;
 constexpr int INT8_OFFSET = 0;
 
 struct Floats { __m256 v[2]; };
@@ -246,12 +249,12 @@ inline Floats dot(Floats sum, Pairs w, int32_t x) {
 
 #else  // portable: plain loops, which the compiler may turn into whatever the machine has
 
-constexpr int MAX_ROWS = 4;
+constexpr int MAX_ROWS = 4, MAX_SUMS = 4;
 constexpr int INT8_OFFSET = 0;
 
 struct Floats { float v[LANES]; };
 struct Ints { int32_t v[LANES]; };
-struct Bytes { uint8_t v[STEP]; };
+struct Bytes { uint8_t v[VECTOR]; };
 struct Pairs { Floats first, second; };
 
 inline float widen_bits(uint32_t bf16_bits) {
@@ -306,7 +309,7 @@ inline void narrow_int8(int8_t* p, Floats a) {
 
 inline Bytes load_bytes(const uint8_t* p) {
   Bytes out;
-  std::memcpy(out.v, p, STEP);
+  std::memcpy(out.v, p, VECTOR);
   return out;
 }
 inline Bytes nibbles(Bytes a, int high) {
@@ -419,21 +422,29 @@ void swiglu_row(float* gate, const float* up, int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) store(gate + i, rounded(silu(load(gate + i)) * load(up + i)));
 }
 
-// A packed matrix: blocks of 16 output rows. One step of a block is 64 bytes, 4 for each row.
+// A packed matrix: blocks of 64 output rows. One step of a block is 256 bytes, 4 for each row.
 struct Weight {
   const uint8_t* bytes;
-  const uint16_t *scales, *zeros;  // float16 [blocks, groups, 16], or null
+  const uint16_t *scales, *zeros;  // float16 [blocks, groups, 64], or null
   int64_t out, in, blocks, groups;
-  int inputs;  // in one step: 2 (bf16), 4 (int8) or 8 (4-bit)
-  int64_t steps() const { return in / inputs; }
+  int inputs;             // in one step: 2 (bf16), 4 (int8) or 8 (4-bit)
+  int64_t chunk, chunks;  // inputs that are added up together, a part of a group: 16 or 32 steps, if they come out even
+
+  Weight(const at::Tensor& packed, const uint16_t* scales, const uint16_t* zeros, int64_t out, int64_t groups)
+      : bytes((const uint8_t*)packed.const_data_ptr()), scales(scales), zeros(zeros), out(out), groups(groups) {
+    inputs = packed.scalar_type() == at::kBFloat16 ? 2 : packed.scalar_type() == at::kChar ? 4 : 8;
+    blocks = packed.size(0), in = packed.size(1) * inputs;
+    chunk = std::gcd(in / groups, inputs == 4 ? 128 : 16 * inputs), chunks = in / chunk;
+  }
 };
 
 // Rows of activations, ready to be multiplied. They are taken in parts of up to MAX_ROWS rows of nearly the same
 // number, whose words are interleaved: first word 0 of every row of the part, then word 1 of every row.
 struct Activations {
   std::vector<int32_t> words;       // [n * width], part after part
-  std::vector<float> sums, scales;  // [n, groups]: sums of (quantized) inputs; activation scales
-  int64_t n, width, groups;
+  std::vector<float> sums, scales;  // [n, chunks], [n, groups]: sums of (quantized) inputs; scales of 4-bit ones,
+                                    // and at the beginning of a row that of 8-bit ones
+  int64_t n, width;
 
   int64_t parts() const { return (n + MAX_ROWS - 1) / MAX_ROWS; }
   int64_t first_row(int64_t part) const { return part * n / parts(); }
@@ -461,29 +472,29 @@ void prepare_16_bit(const float* x, const Weight& w, int64_t row, bf16* out, Act
       for (int j = 0; j < count; j++) out[i + j] = bits[(j & 8) + PAIR_ORDER[j & 7]];
   }
   if (!w.zeros) return;
-  for (int64_t g = 0, size = w.in / w.groups; g < w.groups; g++) {
+  for (int64_t begin = 0, chunk = w.chunk; begin < w.in; begin += chunk) {
     Floats total = all(0.0f);
-    for (int64_t i = g * size; i < (g + 1) * size; i += LANES) total = total + load(x + i);
-    a.sums[row * w.groups + g] = sum(total);
+    for (int64_t i = begin; i < begin + chunk; i += LANES) total = total + load(x + i);
+    a.sums[row * w.chunks + begin / chunk] = sum(total);
   }
 }
 
 // Round to the integers of -limit .. limit: one scale for the row, or one for each group.
 void prepare_integers(const float* x, const Weight& w, int64_t row, float limit, bool by_group, int8_t* out, Activations& a) {
-  int64_t group = w.in / w.groups, span = by_group ? group : w.in;
+  const int64_t group = w.in / w.groups, span = by_group ? group : w.in, chunk = w.chunk;
   for (int64_t begin = 0; begin < w.in; begin += span) {
     Floats most = all(0.0f);
     for (int64_t i = begin; i < begin + span; i += LANES) most = max(most, abs(load(x + i)));
     float absmax = largest(most), factor = absmax > 0 ? limit / absmax : 0.0f;
-    for (int64_t g = begin / group; g < (begin + span) / group; g++) {
+    a.scales[row * w.groups + begin / group] = absmax / limit;
+    for (int64_t c = begin; c < begin + span; c += chunk) {
       Floats total = all(0.0f);
-      for (int64_t i = g * group; i < (g + 1) * group; i += LANES) {
+      for (int64_t i = c; i < c + chunk; i += LANES) {
         Floats q = round(load(x + i) * all(factor));
         narrow_int8(out + i, q);
-        total = total + q;  // exact: integers below 2^24
+        total = total + q;  // exact: small integers
       }
-      a.sums[row * w.groups + g] = sum(total);
-      a.scales[row * w.groups + g] = absmax / limit;
+      a.sums[row * w.chunks + c / chunk] = sum(total);
     }
   }
 }
@@ -493,80 +504,93 @@ void prepare_integers(const float* x, const Weight& w, int64_t row, float limit,
 // ------------------------------------------------------------------------------------------------------------
 
 inline Floats to_floats(Floats a) { return a; }
-template <class Sum>
-inline Sum start(float offset);
-template <>
-inline Floats start<Floats>(float) { return all(0.0f); }
-template <>
-inline Ints start<Ints>(float offset) { return all_ints((int32_t)offset); }
 
-// Weight formats. A step is `operands` words of activations; integer weights are stored with an OFFSET.
+// Weight formats. A step is `operands` words of activations. Integer weights are stored with an offset, which is
+// taken back where a sum starts.
 struct Bf16 {
-  using Sum = Floats;
-  static constexpr int operands = 1, OFFSET = 0;
+  static constexpr int operands = 1;
+  static constexpr bool scaled = false, scales_by_group = false;
+  static Floats start(float) { return all(0.0f); }
   static auto operand(const uint8_t* p, int) { return load_pairs(p); }
-  static Sum multiply(Sum sum, Pairs w, int32_t x) { return dot(sum, w, x); }
+  static Floats multiply(Floats sum, Pairs w, int32_t x) { return dot(sum, w, x); }
 };
 struct Int8Times16 : Bf16 {
   static constexpr int operands = 2;
+  static constexpr bool scaled = true;
   static auto operand(const uint8_t* p, int t) { return int8_pairs(load_bytes(p), t); }
 };
-struct Int4Times16 : Bf16 {
+struct Int4Times16 : Int8Times16 {
   static constexpr int operands = 4;
   static auto operand(const uint8_t* p, int t) { return nibble_pairs(load_bytes(p), t); }
 };
 struct Int8Times8 {
-  using Sum = Ints;
-  static constexpr int operands = 1, OFFSET = INT8_OFFSET;
+  static constexpr int operands = 1;
+  static constexpr bool scaled = true, scales_by_group = false;
+  static Ints start(float sum) { return all_ints(-INT8_OFFSET * (int32_t)sum); }
   static auto operand(const uint8_t* p, int) { return int8_operand(load_bytes(p)); }
-  static Sum multiply(Sum sum, Bytes w, int32_t x) { return dot_int8(sum, w, x); }
+  static Ints multiply(Ints sum, Bytes w, int32_t x) { return dot_int8(sum, w, x); }
 };
 struct Int4Times8 {
-  using Sum = Ints;
-  static constexpr int operands = 2, OFFSET = 8;
+  static constexpr int operands = 2;
+  static constexpr bool scaled = true, scales_by_group = false;
+  static Ints start(float sum) { return all_ints(-8 * (int32_t)sum); }
   static auto operand(const uint8_t* p, int t) { return nibbles(load_bytes(p), t); }
-  static Sum multiply(Sum sum, Bytes w, int32_t x) { return dot_nibbles(sum, w, x); }
+  static Ints multiply(Ints sum, Bytes w, int32_t x) { return dot_nibbles(sum, w, x); }
+};
+struct Int4Times4 : Int4Times8 {
+  static constexpr bool scales_by_group = true;
 };
 
-// ROWS rows of activations times BLOCKS blocks of 16 output rows. Several blocks hide the latency of a sum that
-// waits for itself; every lane still adds up its inputs one after another.
-template <class Format, int ROWS, int BLOCKS>
-void multiply(const Weight& w, const Activations& a, int64_t row, int64_t block, Floats (&out)[ROWS][BLOCKS]) {
-  const int64_t steps = w.steps() / w.groups, words = steps * Format::operands;
-  for (auto& blocks : out)
-    for (auto& o : blocks) o = all(0.0f);
-  for (int64_t g = 0; g < w.groups; g++) {
-    typename Format::Sum sums[ROWS][BLOCKS];
-    for (int m = 0; m < ROWS; m++)
-      for (auto& s : sums[m])
-        s = start<typename Format::Sum>(Format::OFFSET ? -Format::OFFSET * a.sums[(row + m) * w.groups + g] : 0.0f);
-    const int32_t* x = a.words.data() + row * a.width + g * words * ROWS;  // the part begins at `row`
-    const uint8_t* p = w.bytes + (block * w.steps() + g * steps) * STEP;
-    for (int64_t step = 0; step < steps; step++, p += STEP, x += Format::operands * ROWS)
-      for (int b = 0; b < BLOCKS; b++) {
-        const uint8_t* bytes = p + b * w.steps() * STEP;
-        __builtin_prefetch(bytes + 1024);
-        for (int t = 0; t < Format::operands; t++) {
-          auto operand = Format::operand(bytes, t);
-          for (int m = 0; m < ROWS; m++) sums[m][b] = Format::multiply(sums[m][b], operand, x[t * ROWS + m]);
-        }
-      }
-    for (int b = 0; b < BLOCKS; b++) {
-      if (!w.scales) {
-        for (int m = 0; m < ROWS; m++) out[m][b] = to_floats(sums[m][b]);
-        continue;
-      }
-      int64_t place = ((block + b) * w.groups + g) * LANES;
-      Floats scale = widen_half(w.scales + place);
-      Floats zero = w.zeros ? all(8.0f) - widen_half(w.zeros + place) : all(0.0f);  // 8 is in the weights already
-      for (int m = 0; m < ROWS; m++) {
-        int64_t i = (row + m) * w.groups + g;
-        Floats total = to_floats(sums[m][b]);
-        if (w.zeros) total = fma(zero, all(a.sums[i]), total);
-        out[m][b] = fma(total, std::is_same_v<typename Format::Sum, Ints> ? scale * all(a.scales[i]) : scale, out[m][b]);
+constexpr int VECTORS = BLOCK / LANES;
+
+// Adds to `out` a chunk of ROWS rows of activations times TOGETHER vectors of a block, from `first` on. Sums side by
+// side hide the latency of each, which waits for itself; every lane adds up its inputs one after another.
+template <class Format, int ROWS, int TOGETHER>
+inline void add_chunk(const Weight& w, const Activations& a, int64_t row, int64_t block, int64_t chunk, int64_t group,
+                      int first, Floats (&out)[ROWS][VECTORS]) {
+  const int64_t steps = w.chunk / w.inputs, chunks = w.chunks;
+  const int32_t* x = a.words.data() + row * a.width + chunk * steps * Format::operands * ROWS;  // the part begins at `row`
+  const uint8_t* p = w.bytes + ((block * chunks + chunk) * steps * VECTORS + first) * VECTOR;
+  decltype(Format::start(0)) sums[ROWS][TOGETHER];
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < TOGETHER; v++)
+      if constexpr (Format::scaled)
+        sums[m][v] = Format::start(a.sums[(row + m) * chunks + chunk]);
+      else
+        sums[m][v] = out[m][first + v];
+  for (int64_t step = 0; step < steps; step++, p += VECTORS * VECTOR, x += Format::operands * ROWS)
+    for (int v = 0; v < TOGETHER; v++) {
+      __builtin_prefetch(p + v * VECTOR + PREFETCH, 0, 2);
+      for (int t = 0; t < Format::operands; t++) {
+        auto operand = Format::operand(p + v * VECTOR, t);
+        for (int m = 0; m < ROWS; m++) sums[m][v] = Format::multiply(sums[m][v], operand, x[t * ROWS + m]);
       }
     }
+  for (int v = 0; v < TOGETHER; v++) {
+    const int64_t place = (block * w.groups + group) * BLOCK + (first + v) * LANES;
+    const Floats scale = Format::scaled ? widen_half(w.scales + place) : all(1.0f);
+    for (int m = 0; m < ROWS; m++) {
+      Floats total = to_floats(sums[m][v]);
+      if (w.zeros) total = fma(all(8.0f) - widen_half(w.zeros + place), all(a.sums[(row + m) * chunks + chunk]), total);
+      if constexpr (Format::scales_by_group) total = total * all(a.scales[(row + m) * w.groups + group]);
+      out[m][first + v] = Format::scaled ? fma(total, scale, out[m][first + v]) : total;
+    }
   }
+}
+
+// ROWS rows of activations times a block of weights.
+template <class Format, int ROWS>
+void multiply(const Weight& w, const Activations& a, int64_t row, int64_t block, Floats (&out)[ROWS][VECTORS]) {
+  constexpr int TOGETHER = ROWS * 4 <= MAX_SUMS ? 4 : ROWS * 2 <= MAX_SUMS ? 2 : 1;
+  for (auto& vectors : out)
+    for (auto& o : vectors) o = all(0.0f);
+  const int64_t chunks_of_group = w.chunks / w.groups;
+  for (int64_t group = 0; group < w.groups; group++)
+    for (int64_t chunk = group * chunks_of_group; chunk < (group + 1) * chunks_of_group; chunk++)
+      for (int v = 0; v < VECTORS; v += TOGETHER) add_chunk<Format, ROWS, TOGETHER>(w, a, row, block, chunk, group, v, out);
+  if (std::is_same_v<decltype(Format::start(0)), Ints> && !Format::scales_by_group)
+    for (int m = 0; m < ROWS; m++)
+      for (auto& o : out[m]) o = o * all(a.scales[(row + m) * w.groups]);
 }
 
 // What happens to a result before it is stored: bias and residual are added in float32, then it is rounded once,
@@ -575,10 +599,11 @@ struct Result {
   bf16* y;                      // [n, out], or null
   float* wide;                  // [n, out], or null
   const bf16 *bias, *residual;  // [out], [n, out], or null
-  void store_lanes(Floats value, int64_t row, int64_t block, int64_t out) const {
-    int64_t place = row * out + block * LANES, count = std::min<int64_t>(LANES, out - block * LANES);
+  void store_lanes(Floats value, int64_t row, int64_t column, int64_t out) const {
+    int64_t place = row * out + column, count = std::min<int64_t>(LANES, out - column);
+    if (count <= 0) return;
     bf16 lanes[LANES] = {};
-    for (const bf16* more : {bias ? bias + block * LANES : nullptr, residual ? residual + place : nullptr}) {
+    for (const bf16* more : {bias ? bias + column : nullptr, residual ? residual + place : nullptr}) {
       if (!more) continue;
       std::memcpy(lanes, more, count * sizeof(bf16));
       value = value + widen(lanes);
@@ -594,40 +619,25 @@ struct Result {
   }
 };
 
-template <class Format, int ROWS, int BLOCKS>
-void tile(const Weight& w, const Activations& a, int64_t row, int64_t block, const Result& result) {
-  Floats out[ROWS][BLOCKS];
-  multiply<Format, ROWS, BLOCKS>(w, a, row, block, out);
-  for (int m = 0; m < ROWS; m++)
-    for (int b = 0; b < BLOCKS; b++) result.store_lanes(out[m][b], row + m, block + b, w.out);
-}
-
-// `count` blocks for `rows` rows, whose number becomes a constant of the innermost loop.
+// A block for `rows` rows, whose number becomes a constant of the innermost loop.
 template <class Format, int ROWS = MAX_ROWS>
-void tiles(const Weight& w, const Activations& a, int rows, int64_t row, int64_t block, int count, const Result& y) {
+void multiply_block(const Weight& w, const Activations& a, int rows, int64_t row, int64_t block, const Result& result) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return tiles<Format, ROWS - 1>(w, a, rows, row, block, count, y);
-  constexpr int TOGETHER = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
-  int b = 0;
-  for (; b + TOGETHER <= count; b += TOGETHER) tile<Format, ROWS, TOGETHER>(w, a, row, block + b, y);
-  for (; b < count; b++) tile<Format, ROWS, 1>(w, a, row, block + b, y);
+    if (rows < ROWS) return multiply_block<Format, ROWS - 1>(w, a, rows, row, block, result);
+  Floats out[ROWS][VECTORS];
+  multiply<Format, ROWS>(w, a, row, block, out);
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < VECTORS; v++) result.store_lanes(out[m][v], row + m, block * BLOCK + v * LANES, w.out);
 }
-
-constexpr int64_t UNIT = 4;  // blocks that a thread takes at a time
 
 template <class Format>
-void multiply_all(const Weight& w, const Activations& a, const Result& y) {
-  const int64_t parts = a.parts();
+void multiply_all(const Weight& w, const Activations& a, const Result& result) {
 #pragma omp for schedule(static)
-  for (int64_t block = 0; block < w.blocks; block += UNIT) {
-    int64_t end = std::min(block + UNIT, w.blocks);
-    // With many rows a block at a time, so that its weights stay in the cache while the rows pass by.
-    for (int64_t b = block, count = parts > 1 ? 1 : end - block; b < end; b += count)
-      for (int64_t part = 0; part < parts; part++) {
-        int64_t row = a.first_row(part);
-        tiles<Format>(w, a, a.first_row(part + 1) - row, row, b, count, y);
-      }
-  }
+  for (int64_t block = 0; block < w.blocks; block++)  // its weights stay in the cache while the rows pass by
+    for (int64_t part = 0; part < a.parts(); part++) {
+      int64_t row = a.first_row(part);
+      multiply_block<Format>(w, a, a.first_row(part + 1) - row, row, block, result);
+    }
 }
 
 using at::Tensor;
@@ -641,12 +651,10 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
               bool wide) {
   Tensor x = x_any.contiguous();
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: activations are bfloat16, not ", x.scalar_type());
-  TORCH_CHECK(packed.dim() == 4 && packed.size(2) == LANES && packed.is_contiguous(), "linear: weights are not packed");
+  TORCH_CHECK(packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: weights are not packed");
   TORCH_CHECK(packed.scalar_type() == at::kBFloat16 ? activation_bits == 16 : scales.has_value(), "linear: scales are missing");
   TORCH_CHECK(!residual || residual->is_contiguous(), "linear: residual is not contiguous");
-  Weight w{(const uint8_t*)packed.const_data_ptr(), pointer<uint16_t>(scales), pointer<uint16_t>(zeros), out, 0, 0, 0, 0};
-  w.inputs = packed.scalar_type() == at::kBFloat16 ? 2 : packed.scalar_type() == at::kChar ? 4 : 8;
-  w.blocks = packed.size(0), w.in = packed.size(1) * w.inputs, w.groups = scales ? scales->size(1) : 1;
+  const Weight w(packed, pointer<uint16_t>(scales), pointer<uint16_t>(zeros), out, scales ? scales->size(1) : 1);
   TORCH_CHECK(x.size(-1) == w.in * (gated ? 2 : 1), "linear: ", x.size(-1), " inputs for a weight of ", w.in);
   TORCH_CHECK(w.inputs == 2 || w.in / w.groups % LANES == 0, "linear: groups are no multiple of 16");
 
@@ -657,8 +665,8 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   void* place = y.mutable_data_ptr();
   Result result{wide ? nullptr : (bf16*)place, wide ? (float*)place : nullptr, pointer<bf16>(bias), pointer<bf16>(residual)};
   static thread_local Activations a;
-  a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4, a.groups = w.groups;
-  a.words.resize(n * a.width), a.sums.resize(n * w.groups), a.scales.resize(n * w.groups);
+  a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4;
+  a.words.resize(n * a.width), a.sums.resize(n * w.chunks), a.scales.resize(n * w.groups);
   Activations& shared = a;  // the calling thread's, for all threads of the region
 #pragma omp parallel
   {
@@ -685,7 +693,8 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
     else if (activation_bits == 16 && w.inputs == 4) multiply_all<Int8Times16>(w, shared, result);
     else if (activation_bits == 16) multiply_all<Int4Times16>(w, shared, result);
     else if (w.inputs == 4) multiply_all<Int8Times8>(w, shared, result);
-    else multiply_all<Int4Times8>(w, shared, result);
+    else if (activation_bits == 8) multiply_all<Int4Times8>(w, shared, result);
+    else multiply_all<Int4Times4>(w, shared, result);
   }
   return y;
 }

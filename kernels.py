@@ -35,7 +35,8 @@ FLAGS = {  # what every path of kernels.cpp is compiled with
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "portable": [],
 }
-LANES = 16  # output rows that lie side by side in a packed weight
+LANES = 16  # groups of inputs are multiples of it
+BLOCK = 64  # output rows that lie side by side in a packed weight
 
 
 def best_path() -> str:
@@ -115,8 +116,8 @@ def uses_kernels(x: Tensor, weight: Tensor) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with the
-# even input in the low nibble. The CPU bodies want blocks of 16 rows: 4 bytes of each row side by side, step by
-# step, so that 64 bytes are one vector. A block takes the room that its rows took, so packing is done in place.
+# even input in the low nibble. The CPU bodies want blocks of 64 rows: 4 bytes of each row side by side, step by
+# step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its rows took, so packing is done in place.
 # --------------------------------------------------------------------------------------------------
 
 INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 4 bytes of a step
@@ -146,30 +147,30 @@ def restore_nibbles(steps: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight in rows -> in blocks [out / 16, steps, 16, 2 bf16 or 4 bytes], out rounded up with zeros.
+    """A weight in rows -> in blocks [out / 64, steps, 64, 2 bf16 or 4 bytes], out rounded up with zeros.
 
     In place: the result lives in the memory of `weight`, unless rows had to be added.
     """
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % LANES)).contiguous()  # [16 blocks, .]
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK)).contiguous()  # [64 blocks, .]
     bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
-    blocks = weight.view(-1, LANES, weight.shape[1] // bytes_of_step, bytes_of_step)  # [blocks, 16, steps, 2 or 4]
-    for some in blocks.split(64):
-        turned = some.transpose(1, 2)  # [., steps, 16, 2 or 4]
+    blocks = weight.view(-1, BLOCK, weight.shape[1] // bytes_of_step, bytes_of_step)  # [blocks, 64, steps, 2 or 4]
+    for some in blocks.split(16):
+        turned = some.transpose(1, 2)  # [., steps, 64, 2 or 4]
         turned = swap_nibbles(turned) if weight.dtype == torch.uint8 else turned.contiguous()
         some.view(turned.shape).copy_(turned)
-    return blocks.view(len(blocks), -1, LANES, bytes_of_step)
+    return blocks.view(len(blocks), -1, BLOCK, bytes_of_step)
 
 
 def pack_scales(scales: Tensor) -> Tensor:
-    """float16 [out, groups] -> [out / 16, groups, 16]."""
-    scales = F.pad(scales, (0, 0, 0, -len(scales) % LANES))
-    return scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
+    """float16 [out, groups] -> [out / 64, groups, 64]."""
+    scales = F.pad(scales, (0, 0, 0, -len(scales) % BLOCK))
+    return scales.view(-1, BLOCK, scales.shape[1]).transpose(1, 2).contiguous()
 
 
 def unpack(weight: Tensor) -> Tensor:
     """What `pack` made, in rows again; rows that were added stay."""
     blocks = restore_nibbles(weight) if weight.dtype == torch.uint8 else weight
-    return blocks.transpose(1, 2).reshape(LANES * len(weight), -1)  # [out, .]
+    return blocks.transpose(1, 2).reshape(BLOCK * len(weight), -1)  # [out, .]
 
 
 def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None = None) -> Tensor:
@@ -190,7 +191,7 @@ def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
     """Rows `tokens` of a weight in rows, or of a bf16 one in blocks that lm_head shares -> [..., in]."""
     if weight.dim() == 2:
         return F.embedding(tokens, weight)
-    return weight[tokens // LANES, :, tokens % LANES].flatten(-2)  # [..., steps, 2] -> [..., in]
+    return weight[tokens // BLOCK, :, tokens % BLOCK].flatten(-2)  # [..., steps, 2] -> [..., in]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # PyTor
 import torch  # noqa: E402
 
 import gpt_spec  # noqa: E402
+import kernels  # noqa: E402
 import quantize  # noqa: E402
 from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer  # noqa: E402
 
@@ -1154,6 +1155,10 @@ def can_compile(args: argparse.Namespace) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
+    try:
+        kernels.load()
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except BadInput as error:  # it begins with the name of the field, which is that of the flag

@@ -640,6 +640,8 @@ void multiply_all(const Weight& w, const Activations& a, const Result& result) {
     }
 }
 
+constexpr int64_t SMALL = 1 << 15;  // multiplications or numbers for which waking up threads would take longer
+
 using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
 
@@ -668,7 +670,7 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4;
   a.words.resize(n * a.width), a.sums.resize(n * w.chunks), a.scales.resize(n * w.groups);
   Activations& shared = a;  // the calling thread's, for all threads of the region
-#pragma omp parallel
+#pragma omp parallel if (n * w.in * w.out > SMALL)
   {
     static thread_local std::vector<float> row;
     static thread_local std::vector<int32_t> words;
@@ -703,7 +705,7 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
   Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "rms_norm: not bfloat16");
   int64_t size = x.size(-1), n = x.numel() / size;
-#pragma omp parallel for schedule(static) if (x.numel() > 16384)
+#pragma omp parallel for schedule(static) if (x.numel() > SMALL)
   for (int64_t i = 0; i < n; i++) {
     static thread_local std::vector<float> row;
     row.resize(round_up(size, LANES));

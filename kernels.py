@@ -146,12 +146,18 @@ def restore_nibbles(steps: Tensor) -> Tensor:
     return torch.stack(pairs, dim=-1)
 
 
+def fill_up(rows: Tensor) -> Tensor:
+    """Rows of zeros up to a whole number of blocks; the tensor itself, if it has one."""
+    missing = -len(rows) % BLOCK
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 def pack(weight: Tensor) -> Tensor:
     """A weight in rows -> in blocks [out / 64, steps, 64, 2 bf16 or 4 bytes], out rounded up with zeros.
 
     In place: the result lives in the memory of `weight`, unless rows had to be added.
     """
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK)).contiguous()  # [64 blocks, .]
+    weight = fill_up(weight).contiguous()
     bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
     blocks = weight.view(-1, BLOCK, weight.shape[1] // bytes_of_step, bytes_of_step)  # [blocks, 64, steps, 2 or 4]
     for some in blocks.split(16):
@@ -163,7 +169,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def pack_scales(scales: Tensor) -> Tensor:
     """float16 [out, groups] -> [out / 64, groups, 64]."""
-    scales = F.pad(scales, (0, 0, 0, -len(scales) % BLOCK))
+    scales = fill_up(scales)
     return scales.view(-1, BLOCK, scales.shape[1]).transpose(1, 2).contiguous()
 
 

@@ -1,43 +1,246 @@
-"""Attention over the static cache, against loops over heads, rows and slots."""
+"""Every operation against its slow twin, on every path of this CPU, and its rows bitwise equal for every n."""
 
 import math
+import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
+import bench
 import kernels
+from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
+
+FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
+# out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups
+SHAPES = [(192, 256, 128), (100, 96, 32), (37, 80, 80), (1, 64, 64), (70, 1024, 64)]
+ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 100]
+PATHS = ["portable", "avx2", "avx512"]
+
+
+def random_weights(form: str, out: int, inputs: int, group: int):
+    """(weight, scales, zeros) in rows, and the bits of the activations."""
+    torch.manual_seed(out + inputs)
+    activation_bits = int(form.split()[0][3:]) if form != "bf16" else 16
+    if form == "bf16":
+        return torch.randn(out, inputs).bfloat16(), None, None, activation_bits
+    if form.startswith("w8"):
+        weight = torch.randint(-128, 128, (out, inputs), dtype=torch.int8)
+        return weight, torch.rand(out, 1).half(), None, activation_bits
+    weight = torch.randint(0, 256, (out, inputs // 2), dtype=torch.uint8)
+    zeros = (15 * torch.rand(out, inputs // group)).half() if "asymmetric" in form else None
+    return weight, torch.rand(out, inputs // group).half(), zeros, activation_bits
+
+
+def packed(weight, scales, zeros):
+    return kernels.pack(weight.clone()), *(None if t is None else kernels.pack_scales(t) for t in (scales, zeros))
+
+
+def unpack_by_definition(weight, scales, zeros):
+    """The slow twin of `dequantize`: w = (q - zero) * scale in float64, the even input in the low nibble."""
+    if scales is None:
+        return weight.double()
+    rows = []
+    for r in range(len(weight)):
+        q = [int(x) for x in weight[r]]
+        if weight.dtype == torch.uint8:
+            q = [nibble for byte in q for nibble in (byte % 16, byte // 16)]
+        group = len(q) // scales.shape[1]
+        zero = [0.0 if weight.dtype == torch.int8 else 8.0] * scales.shape[1] if zeros is None else zeros[r].tolist()
+        rows.append([(q[i] - zero[i // group]) * float(scales[r, i // group]) for i in range(len(q))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_bodies():
+    if not kernels.load() and kernels.PATH != "reference":
+        pytest.fail("kernels.cpp was not compiled")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path(path):
+    """This file once more, with the path forced."""
+    if "GPT_SPEC_KERNELS" in os.environ:
+        pytest.skip("a path is forced already")
+    if PATHS.index(path) > PATHS.index(kernels.best_path()):
+        pytest.skip(f"this CPU has no {path}")
+    if path == kernels.PATH:
+        pytest.skip("the other tests of this file have run on it")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not compiled", __file__]
+    ran = subprocess.run(
+        command, env=os.environ | {"GPT_SPEC_KERNELS": path}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:]
+
+
+# ---- linear ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("out, inputs, group", SHAPES)
+def test_linear_against_float64(form, out, inputs, group):
+    *weights, bits = random_weights(form, out, inputs, group)
+    blocks, exact = packed(*weights), unpack_by_definition(*weights)
+    assert torch.equal(kernels.dequantize(*weights).double(), exact.float().double())
+    assert torch.equal(kernels.dequantize(*blocks)[:out].double(), exact.float().double())
+    x = torch.randn(max(ROWS), inputs).bfloat16()
+    quantized = x.double()
+    if bits < 16:
+        q, scale = kernels.quantize_activations(x, bits, 1 if weights[1] is None else weights[1].shape[1])
+        assert q.abs().max() <= 2 ** (bits - 1) - 1 and torch.equal(q, q.round())
+        quantized = (q.double() * scale.double()).flatten(-2)
+    expected = quantized @ exact.T
+    multiply = partial(kernels.linear, out_features=out, activation_bits=bits, wide=True)
+    for n in ROWS:
+        assert error(multiply(x[:n], *blocks), expected[:n]) < (5e-3 if bits == 16 else 1e-5)
+    tolerance = 1e-2 if form == "bf16" else 5e-3 if bits == 16 else 1e-5  # bf16: the reference rounds its sum
+    assert error(multiply(x, *weights), expected) < tolerance
+    narrow = kernels.linear(x, *blocks, out_features=out, activation_bits=bits)
+    assert torch.equal(narrow, multiply(x, *blocks).bfloat16())
+
+
+@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("out, inputs, group", [*SHAPES, (256, 4096, 128)])
+def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
+    *weights, bits = random_weights(form, out, inputs, group)
+    blocks = packed(*weights)
+    x, residual = torch.randn(max(ROWS), 2 * inputs).bfloat16(), torch.randn(max(ROWS), out).bfloat16()
+    norm, bias = torch.rand(inputs).bfloat16(), torch.randn(out).bfloat16()
+    for gated, norm in ((False, norm), (True, None)):
+        x = x if gated else x[:, :inputs].contiguous()
+        full = None
+        for n in reversed(ROWS):
+            y = kernels.linear(x[:n], *blocks, bias, residual[:n], norm, 1e-5, gated, out, bits)
+            full = y if full is None else full
+            assert torch.equal(y, full[:n]), n
+        x = torch.randn(max(ROWS), 2 * inputs).bfloat16()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("what", ["norm", "gated", "bias", "residual"])
+def test_what_stands_next_to_a_linear(form, what):
+    """Prologue and epilogue against the reference, fed with weights in rows, in float32 where that is exact."""
+    out, inputs, group = 100, 160, 32
+    *weights, bits = random_weights(form, out, inputs, group)
+    x = torch.randn(2, 3, 2 * inputs if what == "gated" else inputs).bfloat16()
+    options = {
+        "norm": {"norm": torch.rand(inputs).bfloat16(), "eps": 1e-5},
+        "gated": {"gated": True},
+        "bias": {"bias": torch.randn(out).bfloat16()},
+        "residual": {"residual": 30 * torch.randn(2, 3, out).bfloat16()},
+    }[what]
+    ours = kernels.linear(x, *packed(*weights), out_features=out, activation_bits=bits, **options)
+    reference = kernels.linear(x, *weights, activation_bits=bits, **options)
+    assert ours.shape == (2, 3, out) and ours.dtype == torch.bfloat16
+    assert error(ours, reference.double()) < 1e-2  # a rounding of an activation may go the other way
+
+
+def test_zeros_and_huge_rows_are_quantized_without_nan():
+    *weights, _ = random_weights("w4a8", 64, 64, 32)
+    x = torch.stack((torch.zeros(64), torch.full((64,), 1e30))).bfloat16()
+    for bits in (8, 4):
+        y = kernels.linear(x, *packed(*weights), out_features=64, activation_bits=bits, wide=True)
+        assert torch.equal(y[0], torch.zeros(64))
+        assert not y.isnan().any()
+
+
+def test_nan_in_a_row_stays_in_its_row():
+    weights, scales, zeros, _ = random_weights("bf16", 64, 64, 64)
+    x = torch.randn(3, 64).bfloat16()
+    clean = kernels.linear(x, kernels.pack(weights.clone()), out_features=64)
+    x[1, 5] = torch.nan
+    y = kernels.linear(x, kernels.pack(weights.clone()), out_features=64)
+    assert y[1].isnan().all() and torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_packing_is_a_permutation_in_place(form):
+    weight, _, _, _ = random_weights(form, 128, 256, 64)
+    place, before = weight.data_ptr(), weight.clone()
+    blocks = kernels.pack(weight)
+    assert blocks.data_ptr() == place and blocks.numel() == before.numel()
+    assert torch.equal(kernels.unpack(blocks), before)
+
+
+def test_an_embedding_may_share_the_packed_weight_of_the_head():
+    weight, tokens = torch.randn(100, 48).bfloat16(), torch.tensor([[0, 63, 64], [99, 5, 31]])
+    assert torch.equal(kernels.embedding(kernels.pack(weight.clone()), tokens), weight[tokens])
+    assert torch.equal(kernels.embedding(weight, tokens), weight[tokens])
+
+
+@pytest.mark.skipif(kernels.PATH == "reference", reason="the operator's own checks")
+def test_wrong_shapes_are_refused():
+    blocks = kernels.pack(torch.randn(64, 64).bfloat16())
+    for x in (torch.randn(1, 32).bfloat16(), torch.randn(1, 64)):
+        with pytest.raises(RuntimeError, match="linear: "):
+            kernels.linear(x, blocks, out_features=64)
+    with pytest.raises(RuntimeError, match="scales are missing"):
+        kernels.linear(torch.randn(1, 64).bfloat16(), kernels.pack(torch.zeros(64, 64, dtype=torch.int8)))
+    assert not kernels.can_pack(torch.zeros(64, 63).bfloat16())
+    assert not kernels.can_pack(torch.zeros(64, 12, dtype=torch.uint8), torch.zeros(64, 1).half())
+
+
+# ---- norm ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 100, 256, 4096])
+def test_rms_norm_against_its_definition_and_rows(size):
+    torch.manual_seed(size)
+    x, weight = 3 * torch.randn(64, size).bfloat16(), torch.rand(size).bfloat16()
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    y = kernels.rms_norm(x, weight, 1e-5)
+    assert error(y, exact) < 5e-3
+    assert error(kernels.rms_norm_reference(x, weight, 1e-5), exact) < 5e-3
+    if kernels.PATH != "reference":
+        for n in (1, 2, 8, 63):
+            assert torch.equal(kernels.rms_norm(x[:n], weight, 1e-5), y[:n])
+
+
+# ---- attention -------------------------------------------------------------------------------------------
 
 
 def attention_by_definition(q, keys, values, ancestors, length):
-    """The slow twin: one query at a time, over the slots it may see, in order."""
+    """The slow twin: one query at a time, over the slots it may see, in order, in float64."""
     batch, n, heads, size = q.shape
     m, group = ancestors.shape[-1], heads // keys.shape[2]
-    out = torch.zeros_like(q)
+    out = torch.zeros(q.shape, dtype=torch.float64)
     for b in range(batch):
         for i in range(n):
             past = list(range(int(length[b])))
             seen = past + [int(length[b]) + j for j in range(m) if ancestors[b, i, j]]
             for h in range(heads):
-                k, v = keys[b, seen, h // group], values[b, seen, h // group]
-                out[b, i, h] = (k @ q[b, i, h] / math.sqrt(size)).softmax(0) @ v
+                k, v = keys[b, seen, h // group].double(), values[b, seen, h // group].double()
+                out[b, i, h] = (k @ q[b, i, h].double() / math.sqrt(size)).softmax(0) @ v
     return out
 
 
-def random_case(n: int, m: int, lengths: list[int], seed: int = 0):
+def random_case(n: int, m: int, lengths: list[int], dtype=torch.float32, size: int = 8, seed: int = 0):
     torch.manual_seed(seed)
     batch, slots = len(lengths), max(lengths) + m + 7
-    q = torch.randn(batch, n, 4, 8)
-    keys, values = torch.randn(2, batch, slots, 2, 8)
+    q = torch.randn(batch, n, 4, size, dtype=dtype)
+    keys, values = torch.randn(2, batch, slots, 2, size, dtype=dtype)
     ancestors = torch.rand(batch, n, m) < 0.5
     ancestors[:, torch.arange(n), torch.arange(m - n, m)] = True  # every query sees itself
     return q, keys, values, ancestors, torch.tensor(lengths)
 
 
-@pytest.mark.parametrize("n, m", [(1, 1), (1, 5), (4, 4), (3, 9)])
-@pytest.mark.parametrize("lengths", [[0], [13], [3, 0, 11]])
-def test_attention_against_its_definition(n, m, lengths):
-    case = random_case(n, m, lengths)
-    torch.testing.assert_close(kernels.attention(*case), attention_by_definition(*case), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 12, 64, 80])
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 5), (4, 4), (3, 9), (20, 20)])
+@pytest.mark.parametrize("lengths", [[0], [13], [3, 0, 45]])
+def test_attention_against_its_definition(n, m, lengths, size, dtype):
+    case = random_case(n, m, lengths, dtype, size)
+    exact = attention_by_definition(*case)
+    assert error(kernels.attention(*case), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_slots_that_nobody_may_see_change_nothing():
@@ -47,6 +250,42 @@ def test_slots_that_nobody_may_see_change_nothing():
         keys[b, end:] = torch.nan  # skipped, not multiplied by nothing
         values[b, end:] = torch.nan
     assert torch.equal(kernels.attention(q, keys, values, ancestors, length), before)
+
+
+@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_reduces_over_positions_not_slots(dtype):
+    """A path that lies scattered among the nodes of a tree, a chain, and a text that has them all below `length`
+    are the same keys at the same positions: the same bits."""
+    torch.manual_seed(1)
+    length, path = 37, [0, 3, 4, 9, 17]  # nodes of a tree of 20
+    q = torch.randn(1, 20, 4, 64, dtype=dtype)
+    keys, values = torch.randn(2, 1, 80, 2, 64, dtype=dtype)
+    parent = torch.arange(20) - 1
+    parent[torch.tensor(path)] = torch.tensor([-1, *path[:-1]])
+    parent[[1, 5, 10, 18]] = torch.tensor([0, 3, 4, 9])  # branches that leave it
+    ancestors, _ = tree_geometry(parent[None], 19)
+    tree = kernels.attention(q, keys, values, ancestors, torch.tensor([length]))
+    order = [*range(length), *(length + node for node in path)]
+    straight = [cache[:, order + [0] * 20] for cache in (keys, values)]
+    for count, node in enumerate(path, start=1):
+        for past in (length, length + count - 1):  # all nodes as a draft, or all but the last one as the past
+            m = length + count - past
+            ones = torch.ones(1, 1, m, dtype=torch.bool)
+            alone = kernels.attention(q[:, node : node + 1], *straight, ones, torch.tensor([past]))
+            assert torch.equal(alone, tree[:, node : node + 1])
+
+
+@pytest.mark.skipif(kernels.PATH == "reference", reason="the operator's own checks")
+def test_attention_refuses_what_does_not_fit():
+    q, keys, values, ancestors, length = random_case(3, 5, [4, 9])
+    with pytest.raises(RuntimeError, match="slots"):
+        kernels.attention(q, keys, values, ancestors, length + 100)
+    with pytest.raises(RuntimeError, match="dtype"):
+        kernels.attention(q, keys.bfloat16(), values.bfloat16(), ancestors, length)
+
+
+# ---- operators in graphs ---------------------------------------------------------------------------------
 
 
 def test_attention_is_one_operator_in_a_compiled_graph():
@@ -60,5 +299,89 @@ def test_attention_is_one_operator_in_a_compiled_graph():
             torch.testing.assert_close(compiled(*case), kernels.attention(*case) * 2)
 
 
-def test_the_fake_has_the_shape_of_the_real_one():
+def test_the_fakes_have_the_shapes_of_the_real_ones():
     torch.library.opcheck(torch.ops.gpt_spec.attention.default, random_case(3, 5, [4, 9]))
+    x, norm = torch.randn(2, 3, 96).bfloat16(), torch.rand(96).bfloat16()
+    torch.library.opcheck(torch.ops.gpt_spec.rms_norm.default, (x, norm, 1e-5))
+    *weights, bits = random_weights("w4a8", 100, 96, 32)
+    for wide in (False, True):
+        arguments = (x, *packed(*weights), None, None, norm, 1e-5, False, 100, bits, wide)
+        torch.library.opcheck(torch.ops.gpt_spec.linear.default, arguments)
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path):
+    script = "import torch, kernels; print(kernels.load()); w = kernels.pack(torch.eye(64).bfloat16());"
+    script += "print(kernels.linear(torch.ones(1, 64).bfloat16(), w, out_features=64).sum().item())"
+    changes = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "CXX": "", "GPT_SPEC_KERNELS": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | changes, capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.stdout.split() == ["False", "64.0"], ran.stderr
+    assert "running on the slow reference: there is no C++ compiler" in ran.stderr
+
+
+def test_a_path_that_does_not_exist_is_named():
+    command = [sys.executable, "generate.py", "--max_new_tokens", "1"]
+    environment = os.environ | {"GPT_SPEC_KERNELS": "avx1024"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2 and ran.stderr.startswith("error: GPT_SPEC_KERNELS is 'avx1024'; it must be")
+
+
+# ---- whole forwards --------------------------------------------------------------------------------------
+
+WIDE = ModelConfig(512, 4096, 1024, 1, 32, 8, 128, 1024)
+PAST = 101
+
+
+def spread_out(n: int) -> torch.Tensor:
+    """Parents of a tree [1, n]: a path on the even nodes, and a leaf next to each of them on the odd ones."""
+    node = torch.arange(n)
+    return torch.where(node % 2 == 0, node - 2, node - 1).clamp(min=-1)[None]
+
+
+@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@pytest.mark.parametrize("precision", ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4"])
+@torch.no_grad()
+def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
+    """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a chain
+    and spread out over a tree, alone and in a batch of eight."""
+    torch.manual_seed(2)
+    model = bench.random_model(WIDE, precision)
+    text = torch.randint(512, (1, PAST + 64))
+
+    def run(tokens, positions, slots, ancestors, length, keys, values):
+        features = model(tokens, positions, partial(KVCache(keys, values).attend, slots, ancestors, length))
+        return features, model.lm_head(features)
+
+    forward = Setup(Sampling(), 1, 0, compile=True).compiled(run)
+    start = KVCache.allocate(WIDE, 1, 256, model.norm.weight)
+    extend(model, start, text[:, :PAST], torch.tensor([0]))
+
+    def decode(tokens, parent, past: int, cache: KVCache):
+        length = torch.full((len(tokens),), past)
+        ancestors, depth = tree_geometry(parent, parent.shape[1] - 1)
+        slots = length[:, None] + torch.arange(parent.shape[1])
+        return forward(tokens, length[:, None] + depth, slots, ancestors, length, cache.keys, cache.values)
+
+    def copies(count: int) -> KVCache:
+        return KVCache(*([t.repeat(count, 1, 1, 1) for t in tensors] for tensors in (start.keys, start.values)))
+
+    one, steps = copies(1), []
+    for t in range(PAST, PAST + 64):
+        root = text[:, t : t + 1]
+        steps.append(decode(root, Draft.chain(root).parent, t, one))
+    expected = [torch.cat(parts, dim=1) for parts in zip(*steps)]  # features, logits: [1, 64, .]
+    assert len(expected[1][0].argmax(-1).unique()) > 5  # something worth comparing
+    for batch in (1, 8):
+        for n in (2, 8, 64):
+            tree = spread_out(n).expand(batch, -1)
+            chain = Draft.chain(text[:, PAST : PAST + n]).parent.expand(batch, -1)
+            for parent, on_path in ((chain, torch.arange(n)), (tree, torch.arange(0, n, 2))):
+                tokens = torch.randint(512, (batch, n))
+                tokens[:, on_path] = text[:, PAST : PAST + len(on_path)]
+                cache = copies(batch)
+                for ours, theirs in zip(decode(tokens, parent, PAST, cache), expected):
+                    assert torch.equal(ours[:, on_path], theirs[:, : len(on_path)].expand_as(ours[:, on_path]))
+                for ours, theirs in zip((*cache.keys, *cache.values), (*one.keys, *one.values)):
+                    written = ours[:, PAST + on_path]
+                    assert torch.equal(written, theirs[:, PAST : PAST + len(on_path)].expand_as(written))

@@ -183,7 +183,7 @@ def report_noise(args: argparse.Namespace) -> dict:
 
 
 def report_exact(args: argparse.Namespace) -> dict:
-    """Texts that differ from autoregressive decoding, of every method, precision and temperature. None should."""
+    """Texts that are not the autoregressive one, by method, precision and temperature: none should be."""
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in ["bf16", *quantize.PRECISIONS]:
         target = generate.load_model(generate.SHIPPED_TARGET, precision)
@@ -204,7 +204,10 @@ def report_exact(args: argparse.Namespace) -> dict:
                 expected = expected or texts
                 different = sum(ours != base for ours, base in zip(texts, expected))
                 rows[f"{precision} T={temperature} {name}"] = {"texts": len(texts), "different": different}
-                print(f"{precision:6} T = {temperature}  {name:28} {different} of {len(texts)} differ", flush=True)
+                print(
+                    f"{precision:6} T = {temperature}  {name:28} {different} of {len(texts)} differ",
+                    flush=True,
+                )
     return rows
 
 
@@ -216,7 +219,10 @@ def report_perplexity(args: argparse.Namespace) -> dict:
         model = generate.load_model(generate.SHIPPED_TARGET, precision)
         perplexity = math.exp(quantize.mean_loss(model, texts, args.tokens))
         rows[precision] = {"perplexity": perplexity, "weight_bytes": generate.weight_bytes([model])}
-        print(f"{precision:6} perplexity {perplexity:.3f}   {rows[precision]['weight_bytes'] / 1e6:.1f} MB", flush=True)
+        print(
+            f"{precision:6} perplexity {perplexity:.3f}   {rows[precision]['weight_bytes'] / 1e6:.1f} MB",
+            flush=True,
+        )
     return rows
 
 
@@ -225,7 +231,9 @@ def report_perplexity(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "llama-3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=5e5, tied_embeddings=True),
+    "llama-3.2-1b": ModelConfig(
+        128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=5e5, tied_embeddings=True
+    ),
     "llama-3-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
     "llama-3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=5e5),
 }
@@ -233,8 +241,11 @@ LARGER_THAN_CACHE = 200e6  # bytes of weights that take turns, so that none wait
 
 
 def read_all(tensors: Iterable[Tensor | None]) -> None:
-    """Read every byte and do next to nothing with it: what a kernel cannot beat. On virtual machines bandwidth
-    is a property of the pages, so it is measured on the very tensors that a kernel reads."""
+    """Read every byte and do next to nothing with it: what a kernel cannot beat.
+
+    On virtual machines bandwidth is a property of the pages, so it is measured on the very tensors that a
+    kernel reads.
+    """
     for tensor in tensors:
         if tensor is not None:
             tensor.flatten().view(torch.int64).sum()
@@ -265,7 +276,9 @@ def contestants(out: int, inputs: int) -> dict[str, tuple[list, Callable]]:
         return weights, lambda x, w: kernels.linear(x, *w, out_features=out, activation_bits=bits)
 
     def torch_int4() -> tuple[Tensor, Tensor]:
-        packed = torch._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (out, inputs), dtype=torch.int32), 1)
+        packed = torch._convert_weight_to_int4pack_for_cpu(
+            torch.randint(0, 16, (out, inputs), dtype=torch.int32), 1
+        )
         return packed, torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16)
 
     entries = {precision: ours(precision) for precision in ("bf16", *quantize.PRECISIONS)}
@@ -299,10 +312,10 @@ def measure_linear(out: int, inputs: int, sizes: list[int], repeats: int) -> dic
             rows.setdefault(name, {"seconds": {}})["seconds"][n] = seconds[name]
     for name, (weights, multiply) in entries.items():
         tensors = [w if isinstance(w, tuple) else (w,) for w in weights]
-        turn, x = iter(range(10**9)), torch.randn(1, inputs).bfloat16()
+        turn, one_row = iter(range(10**9)), torch.randn(1, inputs).bfloat16()
         pair = {
             "read": lambda t=tensors, turn=turn: read_all(t[next(turn) % len(t)]),
-            "multiply": lambda w=weights, m=multiply, turn=turn: m(x, w[next(turn) % len(w)]),
+            "multiply": lambda w=weights, x=one_row, m=multiply, turn=turn: m(x, w[next(turn) % len(w)]),
         }
         seconds = interleave(pair, repeats if len(weights) > 1 else 3 * repeats)
         rows[name]["bytes"] = sum(t.nbytes for t in tensors[0] if t is not None)
@@ -319,11 +332,16 @@ def report_kernels(args: argparse.Namespace) -> dict:
         c = SHAPES[shape]
         heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         linears = {"qkv": (heads, c.hidden_size), "o": (c.hidden_size, c.num_heads * c.head_dim)}
-        linears |= {"gate_up": (2 * c.intermediate_size, c.hidden_size), "down": (c.hidden_size, c.intermediate_size)}
+        linears |= {
+            "gate_up": (2 * c.intermediate_size, c.hidden_size),
+            "down": (c.hidden_size, c.intermediate_size),
+        }
         for name, (out, inputs) in linears.items():
             rows = measure_linear(out, inputs, sizes, args.repeats)
             print(f"\n{shape} {name}: {out} x {inputs}")
-            print(f"{'':18}{'MB':>7}{'GB/s':>7}{'ms, n=1':>9}{'of reading':>11}   T(n) / T(1), n = {sizes[1:]}")
+            print(
+                f"{'':18}{'MB':>7}{'GB/s':>7}{'ms, n=1':>9}{'of reading':>11}   T(n) / T(1), n = {sizes[1:]}"
+            )
             for kind, row in rows.items():
                 first = row["seconds"][1]
                 row["relative"] = {n: t / first for n, t in row["seconds"].items()}
@@ -403,7 +421,11 @@ def profile(decoder: Decoder) -> dict[str, float]:
     times: dict[str, float] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         ours = event.key.startswith("gpt_spec::linear")
-        key = f"{event.key} {kernels.BLOCK * event.input_shapes[1][0]} x {event.input_shapes[0][-1]}" if ours else event.key
+        key = (
+            f"{event.key} {kernels.BLOCK * event.input_shapes[1][0]} x {event.input_shapes[0][-1]}"
+            if ours
+            else event.key
+        )
         times[key] = times.get(key, 0.0) + event.self_cpu_time_total
     total = sum(times.values())
     return {key: t / total for key, t in sorted(times.items(), key=lambda entry: -entry[1])[:10]}
@@ -441,7 +463,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")
-    parser.add_argument("--repeats", type=int, default=7, help="kernels: measurements, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="kernels: measurements, of which the median counts"
+    )
     parser.add_argument("--output", help="write the results as JSON to this file")
     args = parser.parse_args()
     results = about(args) | {"results": REPORTS[args.report](args)}

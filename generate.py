@@ -25,8 +25,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # PyTorch can do without
@@ -136,12 +136,14 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], torch.Te
     for path in files:
         with open_weights(path) as weights:
             for name in weights.keys():
-                if not name.endswith("rotary_emb.inv_freq"):  # in old Llama checkpoints; follows from the config
+                if not name.endswith(
+                    "rotary_emb.inv_freq"
+                ):  # in old Llama checkpoints; follows from the config
                     yield name, partial(weights.get_tensor, name)
 
 
 def stored_quantization(files: list[Path]) -> quantize.Quantization | None:
-    """How the weights of a checkpoint of ours are quantized, from the metadata of its files; None if they are not."""
+    """How the weights are quantized, from the metadata of files of ours; None if they are not."""
     metadata = {}
     for path in files:
         with open_weights(path) as weights:
@@ -246,7 +248,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     with torch.device("meta"):
         model = Transformer(config)
     if q is not None:
-        quantize.reshape(model.to(torch.bfloat16), q)
+        try:
+            quantize.reshape(model.to(torch.bfloat16), q)
+        except BadInput as error:
+            raise BadInput(f"{files[0]}: {error}") from None
     own = check_weights(model, directory, files)
     return Checkpoint(directory, files, model, q, own if q is None else f"w{q.bits}a16")
 
@@ -258,7 +263,8 @@ def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
     if q is not None and precision not in possible:
         flag = flag.replace("checkpoint_path", "precision")
         raise BadInput(
-            f"{flag}: {checkpoint.directory} has {q.bits}-bit weights; use {' or '.join(possible)}, not {precision}"
+            f"{flag}: {checkpoint.directory} has {q.bits}-bit weights; "
+            f"use {' or '.join(possible)}, not {precision}"
         )
 
 

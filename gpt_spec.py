@@ -232,7 +232,9 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Bring the weights into the order of the CPU kernels, in place, where these can take them."""
         if self.weight.dim() == 2 and kernels.can_pack(self.weight, self.scales):
-            scales = [None if t is None else kernels.pack_scales(t.detach()) for t in (self.scales, self.zeros)]
+            scales = [
+                None if t is None else kernels.pack_scales(t.detach()) for t in (self.scales, self.zeros)
+            ]
             self.set_weights(kernels.pack(self.weight.detach()), *scales)
 
 

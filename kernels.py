@@ -6,13 +6,13 @@
     attention   n queries of every text over a static cache
 
 Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
-which is the twin that the tests compare with; `cpu`, in kernels.cpp, compiled when it is first needed; and one
-for CUDA, which does not exist yet, so that a GPU runs the reference. `GPT_SPEC_KERNELS=reference|portable|avx2|avx512` picks the CPU body, which is otherwise the best that the
-machine has.
+which is the twin that the tests compare with; `cpu`, in kernels.cpp, compiled when it is first needed; and
+one for CUDA, which does not exist yet, so that a GPU runs the reference. The CPU body is the best that the
+machine has, or that of GPT_SPEC_KERNELS=reference|portable|avx2|avx512.
 
 The one idea of the CPU bodies: row i of a result is the same bits however many rows ride along, because every
-sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens at once computes
-what sixty-four steps would have computed. The reference promises nothing of the kind.
+sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens at once
+computes what sixty-four steps would have computed. The reference promises nothing of the kind.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLAGS = {  # what every path of kernels.cpp is compiled with
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx2 -mfma -mf16c".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
+        *("-mfma", "-mf16c"),
+    ],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
 LANES = 16  # groups of inputs are multiples of it
@@ -69,7 +72,10 @@ def load() -> bool:
         torch.ops.load_library(str(compiled_library()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        print(f"kernels.cpp cannot be compiled or loaded, running on the slow reference: {reason}", file=sys.stderr)
+        print(
+            f"kernels.cpp cannot be compiled or loaded, running on the slow reference: {reason}",
+            file=sys.stderr,
+        )
         return False
     return True
 
@@ -82,7 +88,9 @@ def compiled_library() -> Path:
         raise OSError("there is no C++ compiler; install g++")
     options = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", *FLAGS[PATH]]
     options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-    key = " ".join([compiler, *options, torch.__version__, str(torch_directory)]).encode() + source.read_bytes()
+    key = (
+        " ".join([compiler, *options, torch.__version__, str(torch_directory)]).encode() + source.read_bytes()
+    )
     name = f"kernels-{PATH}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     library = cache_directory() / name
     if not library.exists():
@@ -109,15 +117,16 @@ def cache_directory() -> Path:
 
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:
-    """Is this a case for the operators of the CPU? Known when a graph is compiled; float32 and training are not."""
+    """Is this a case for the operators of the CPU? float32 and training are not. Known at compile time."""
     both = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
     return both and PATH != "reference" and not weight.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with the
-# even input in the low nibble. The CPU bodies want blocks of 64 rows: 4 bytes of each row side by side, step by
-# step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its rows took, so packing is done in place.
+# Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with
+# the even input in the low nibble. The CPU bodies want blocks of 64 rows: 4 bytes of each row side by side,
+# step by step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its rows
+# took, so packing is done in place.
 # --------------------------------------------------------------------------------------------------
 
 INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 4 bytes of a step
@@ -133,7 +142,7 @@ def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
 
 
 def swap_nibbles(steps: Tensor) -> Tensor:
-    """uint8 [..., 4], from (0, 1), (2, 3), (4, 5), (6, 7) to (0, 4), (1, 5), (2, 6), (3, 7): low, high nibble."""
+    """uint8 [..., 4]: low, high nibbles 0, 1; 2, 3; 4, 5; 6, 7 become 0, 4; 1, 5; 2, 6; 3, 7."""
     a, b, c, d = steps.unbind(-1)
     pairs = (a & 15 | c << 4, a >> 4 | c & 240, b & 15 | d << 4, b >> 4 | d & 240)
     return torch.stack(pairs, dim=-1)
@@ -159,7 +168,9 @@ def pack(weight: Tensor) -> Tensor:
     """
     weight = fill_up(weight).contiguous()
     bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
-    blocks = weight.view(-1, BLOCK, weight.shape[1] // bytes_of_step, bytes_of_step)  # [blocks, 64, steps, 2 or 4]
+    blocks = weight.view(
+        -1, BLOCK, weight.shape[1] // bytes_of_step, bytes_of_step
+    )  # [blocks, 64, steps, 2 or 4]
     for some in blocks.split(16):
         turned = some.transpose(1, 2)  # [., steps, 64, 2 or 4]
         turned = swap_nibbles(turned) if weight.dtype == torch.uint8 else turned.contiguous()
@@ -188,7 +199,9 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None = Non
         return weight
     q = weight.float()
     if weight.dtype == torch.uint8:
-        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).float()  # [out, in / 2, 2] -> [out, in]
+        q = (
+            torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).float()
+        )  # [out, in / 2, 2] -> [out, in]
         q = q - (8 if zeros is None else zeros.float().repeat_interleave(q.shape[1] // zeros.shape[1], dim=1))
     return q * scales.float().repeat_interleave(q.shape[1] // scales.shape[1], dim=1)
 
@@ -264,7 +277,9 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
         valid = past + m
         seen = ancestors.new_ones(n, valid)
         seen[:, past:] = ancestors[b]
-        row = (tensor[b : b + 1].transpose(1, 2) for tensor in (q, keys[:, :valid], values[:, :valid]))  # [1, heads, ., D]
+        row = (
+            tensor[b : b + 1].transpose(1, 2) for tensor in (q, keys[:, :valid], values[:, :valid])
+        )  # [1, heads, ., D]
         attended = F.scaled_dot_product_attention(*row, attn_mask=seen, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)  # [H, n, D] -> [n, H, D]
     return out
@@ -277,8 +292,8 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
 
 library = torch.library.Library("gpt_spec", "DEF")
 library.define(
-    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual, Tensor? norm,"
-    " float eps, bool gated, int out_features, int activation_bits, bool wide) -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual,"
+    " Tensor? norm, float eps, bool gated, int out_features, int activation_bits, bool wide) -> Tensor"
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
@@ -318,11 +333,11 @@ def linear(
 ) -> Tensor:
     """residual + prepare(x) W^T + bias, of x [..., in] -> [..., out_features].
 
-    weight: float32 or bf16 [out, in]; int8 [out, in] with float16 scales [out, 1]; 4-bit uint8 [out, in / 2] with
-    scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or what `pack`
-    and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
-    prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate, up);
-    then, with 8 or 4 `activation_bits`, rounding to integers (`quantize_activations`).
+    weight: float32 or bf16 [out, in]; int8 [out, in] with float16 scales [out, 1]; 4-bit uint8 [out, in / 2]
+    with scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or
+    what `pack` and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
+    prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate,
+    up); then, with 8 or 4 `activation_bits`, rounding to integers (`quantize_activations`).
     The result has the dtype of x, or, if `wide`, is the float32 sum itself.
     """
     out_features = len(weight) if out_features is None else out_features
@@ -343,8 +358,8 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
 
     q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots
     are the past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
-    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes, parents
-    come before children). Returns [B, n, H, D]. float32 or bf16; one operator, so that a compiled graph need not
-    know the lengths.
+    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes, and
+    parents come before children). Returns [B, n, H, D]. float32 or bf16; one operator, so that a compiled
+    graph need not know the lengths.
     """
     return torch.ops.gpt_spec.attention(q, keys, values, ancestors, length)

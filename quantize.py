@@ -4,8 +4,8 @@
     python quantize.py --checkpoint_path DIR --precision w4a8 --evaluate      # perplexity before and after
 
 The one idea: a 4-bit weight is w = (q - zero) * scale with one scale (and perhaps one zero) for each group of
-neighbouring inputs, and nothing else has to be decided but the scale. No data is needed: of sixteen scales that
-clip the largest weights of a group more and more, the one with the smallest error is kept.
+neighbouring inputs, and nothing else has to be decided but the scale. No data is needed: of sixteen scales
+that clip the largest weights of a group more and more, the one with the smallest error is kept.
 
 A file has, for a linear with the Hugging Face module path NAME:
 
@@ -65,7 +65,7 @@ class Quantization:
 
     @staticmethod
     def from_json(text: str, where: str) -> Quantization:
-        """Read the metadata of a file. Raises BadInput, naming `where`, for what this version does not know."""
+        """Read the metadata of a file. BadInput, naming `where`, for what this version does not know."""
         try:
             raw = json.loads(text)
             q = Quantization(**raw | {"modules_16_bit": tuple(raw.get("modules_16_bit", ()))})
@@ -106,7 +106,7 @@ def best_group(inputs: list[int]) -> int:
 
 
 def default_quantization(model: Transformer, precision: str) -> Quantization:
-    """What `--precision` means for a checkpoint that is not quantized: symmetric, groups of 128, 8-bit lm_head."""
+    """What `--precision` means for a 16-bit checkpoint: symmetric, groups of 128, lm_head in 8 bits."""
     bits, _ = PRECISIONS[precision]
     inputs = [m.in_features for m in model.layers.modules() if isinstance(m, Linear)]
     return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=8)
@@ -133,7 +133,7 @@ def reshape(model: Transformer, q: Quantization) -> None:
 
 
 def set_precision(model: Transformer, precision: str) -> None:
-    """Choose the activations of a quantized model. 8-bit weights (of lm_head) never meet 4-bit activations."""
+    """Choose the activations of a quantized model. 8-bit weights, like lm_head, never meet 4-bit ones."""
     _, activation_bits = PRECISIONS[precision]
     for linear in model.modules():
         if isinstance(linear, Linear) and linear.scales is not None:
@@ -168,11 +168,17 @@ def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Ten
     low, high = w.amin(dim=1, keepdim=True), w.amax(dim=1, keepdim=True)  # [groups, 1] each
     scale = shrink * (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15)
     scale = scale.half().float().clamp(min=2.0**-24)  # what the file will say; the smallest float16
-    zero = torch.full_like(scale, 8.0) if symmetric else (-shrink * low / scale).clamp(-60000, 60000).half().float()
+    zero = (
+        torch.full_like(scale, 8.0)
+        if symmetric
+        else (-shrink * low / scale).clamp(-60000, 60000).half().float()
+    )
     return (w / scale + zero).round().clamp(0, 15), scale, zero
 
 
-def quantize_4_bit(weight: Tensor, group: int, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_4_bit(
+    weight: Tensor, group: int, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """[out, in] -> packed uint8 [out, in / 2], float16 scales and, if asymmetric, zeros [out, in / group].
 
     Of the ranges of SHRINK, each group keeps the one with the smallest sum of squared errors.
@@ -195,7 +201,7 @@ def quantize_4_bit(weight: Tensor, group: int, symmetric: bool = True) -> tuple[
 
 
 def quantize_weight(module: str, weight: Tensor, q: Quantization) -> dict[str, Tensor]:
-    """The tensors that stand for NAME.weight [out, in] in a file. Raises BadInput for weights that are not finite."""
+    """What stands for NAME.weight [out, in] in a file. Raises BadInput for weights that are not finite."""
     if not weight.isfinite().all():
         raise BadInput(f"{module}.weight holds infinities or NaN, which cannot be quantized")
     bits = q.bits_of(module)
@@ -295,8 +301,10 @@ class ShardWriter:
             (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def write_checkpoint(output: Path, source: Path, q: Quantization, tensors: Iterable[dict[str, Tensor]]) -> int:
-    """Write a directory that appears when it is complete, with the small files of `source` -> bytes of weights."""
+def write_checkpoint(
+    output: Path, source: Path, q: Quantization, tensors: Iterable[dict[str, Tensor]]
+) -> int:
+    """Write a directory that appears when it is whole, with the small files of `source` -> weight bytes."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -342,13 +350,15 @@ def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Quantize a checkpoint, without data.", allow_abbrev=False)
     p.add_argument("--checkpoint_path", required=True, help="a Hugging Face directory or hub repository id")
     p.add_argument("--precision", choices=list(PRECISIONS), default="w4a16", help="default: w4a16")
-    p.add_argument("--group_size", type=int, choices=[*GROUP_SIZES, -1], help="inputs that share a scale; -1: a row")
+    p.add_argument(
+        "--group_size", type=int, choices=[*GROUP_SIZES, -1], help="inputs that share a scale; -1: a row"
+    )
     p.add_argument("--asymmetric", action="store_true", help="a zero for each group, not 8")
     p.add_argument("--lm_head_bits", type=int, choices=[8, 16], default=8, help="default: 8")
     p.add_argument("--keep_16_bit", metavar="REGEX", help="modules that are not quantized")
     p.add_argument("--output", help="the directory to write; it must not exist yet")
     p.add_argument("--evaluate", type=int, nargs="?", const=16384, metavar="TOKENS",
-                   help="perplexity before and after on held-out Python modules (default: of 16384 tokens)")  # fmt: skip
+                   help="perplexity before and after on held-out Python modules (16384)")  # fmt: skip
     return p
 
 
@@ -369,7 +379,9 @@ def run(args: argparse.Namespace) -> None:
         from tqdm import tqdm
 
         total = len(checkpoint.model.checkpoint_tensors())
-        tensors = tqdm(generate.read_tensors(checkpoint.files), "quantizing", total, unit="tensor", disable=None)
+        tensors = tqdm(
+            generate.read_tensors(checkpoint.files), "quantizing", total, unit="tensor", disable=None
+        )
         converted = (convert(name, read(), checkpoint.model, q) for name, read in tensors)
         written = write_checkpoint(Path(args.output), directory, q, converted)
         before = sum(path.stat().st_size for path in checkpoint.files)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, noisy_copy, random_model, random_prompts
 
+import kernels
 from generate import load_model, load_tokenizer
 from gpt_spec import (
     BadInput,
@@ -26,6 +27,7 @@ from gpt_spec import (
     generate,
     tree_geometry,
 )
+from quantize import PRECISIONS
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 PROMPTS = random_prompts([5, 1, 17, 9, 30])
@@ -124,18 +126,31 @@ def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
     )  # rows are refilled
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="measured on CPUs with AMX only")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_shipped_models_in_bf16(temperature):
-    """PyTorch does not promise it, but with the sizes that we ask for the texts are the same in bf16, too."""
-    model, small = load_model(SHIPPED_TARGET), load_model(SHIPPED_SMALL)
-    assert model.norm.weight.dtype == torch.bfloat16
-    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:4]
+@pytest.mark.parametrize("precision", ["bf16", *PRECISIONS])
+def test_every_precision_gives_the_autoregressive_text(precision):
+    """Token for token, not up to near-ties: rows of our kernels do not depend on each other.
+
+    Two held-out prompts; `python bench.py exact` takes twenty.
+    """
+    if kernels.PATH == "reference":
+        pytest.skip("the reference is not row-invariant")
+    model, small = load_model(SHIPPED_TARGET, precision), load_model(SHIPPED_SMALL, precision)
+    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
     prompts = [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
-    sampling = Sampling(temperature)
-    expected = texts(model, prompts, sampling=sampling, max_new_tokens=100)
-    for drafter in (SequentialDrafter(small, 4), LookupDrafter(4)):
-        assert texts(model, prompts, drafter, sampling, 100) == expected
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        expected = texts(model, prompts, sampling=sampling, max_new_tokens=200)
+        for drafter in (SequentialDrafter(small, 4), LookupDrafter(4)):
+            assert texts(model, prompts, drafter, sampling, 200) == expected
+        assert texts(model, prompts, SequentialDrafter(small, 4), sampling, 200, batch_size=2) == expected
+
+
+def test_compiled_too_in_a_quantized_precision():
+    if kernels.PATH == "reference":
+        pytest.skip("the reference is not row-invariant")
+    model, small = load_model(SHIPPED_TARGET, "w4a8"), load_model(SHIPPED_SMALL, "w4a8")
+    prompts, sampling = [list(range(5, 40)), [1]], Sampling(temperature=1.0)
+    expected = texts(model, prompts, None, sampling, 100, compile=True)
+    assert texts(model, prompts, SequentialDrafter(small, 2), sampling, 100, compile=True) == expected
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Every operation against its slow twin, on every path of this CPU, and its rows bitwise equal for every n."""
+"""Every operation against its slow twin, on every path of this CPU, and its rows bitwise equal for all n."""
 
 import math
 import os
@@ -36,7 +36,9 @@ def random_weights(form: str, out: int, inputs: int, group: int):
 
 
 def packed(weight, scales, zeros):
-    return kernels.pack(weight.clone()), *(None if t is None else kernels.pack_scales(t) for t in (scales, zeros))
+    return kernels.pack(weight.clone()), *(
+        None if t is None else kernels.pack_scales(t) for t in (scales, zeros)
+    )
 
 
 def unpack_by_definition(weight, scales, zeros):
@@ -49,7 +51,11 @@ def unpack_by_definition(weight, scales, zeros):
         if weight.dtype == torch.uint8:
             q = [nibble for byte in q for nibble in (byte % 16, byte // 16)]
         group = len(q) // scales.shape[1]
-        zero = [0.0 if weight.dtype == torch.int8 else 8.0] * scales.shape[1] if zeros is None else zeros[r].tolist()
+        zero = (
+            [0.0 if weight.dtype == torch.int8 else 8.0] * scales.shape[1]
+            if zeros is None
+            else zeros[r].tolist()
+        )
         rows.append([(q[i] - zero[i // group]) * float(scales[r, i // group]) for i in range(len(q))])
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -114,11 +120,11 @@ def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
     blocks = packed(*weights)
     x, residual = torch.randn(max(ROWS), 2 * inputs).bfloat16(), torch.randn(max(ROWS), out).bfloat16()
     norm, bias = torch.rand(inputs).bfloat16(), torch.randn(out).bfloat16()
-    for gated, norm in ((False, norm), (True, None)):
+    for gated, scale in ((False, norm), (True, None)):
         x = x if gated else x[:, :inputs].contiguous()
         full = None
         for n in reversed(ROWS):
-            y = kernels.linear(x[:n], *blocks, bias, residual[:n], norm, 1e-5, gated, out, bits)
+            y = kernels.linear(x[:n], *blocks, bias, residual[:n], scale, 1e-5, gated, out, bits)
             full = y if full is None else full
             assert torch.equal(y, full[:n]), n
         x = torch.randn(max(ROWS), 2 * inputs).bfloat16()
@@ -127,7 +133,7 @@ def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("what", ["norm", "gated", "bias", "residual"])
 def test_what_stands_next_to_a_linear(form, what):
-    """Prologue and epilogue against the reference, fed with weights in rows, in float32 where that is exact."""
+    """Prologue and epilogue against the reference, which has the weights in rows."""
     out, inputs, group = 100, 160, 32
     *weights, bits = random_weights(form, out, inputs, group)
     x = torch.randn(2, 3, 2 * inputs if what == "gated" else inputs).bfloat16()
@@ -255,8 +261,8 @@ def test_slots_that_nobody_may_see_change_nothing():
 @pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_reduces_over_positions_not_slots(dtype):
-    """A path that lies scattered among the nodes of a tree, a chain, and a text that has them all below `length`
-    are the same keys at the same positions: the same bits."""
+    """A path scattered among the nodes of a tree, a chain, and a text that has all of it below `length` are
+    the same keys at the same positions: the same bits."""
     torch.manual_seed(1)
     length, path = 37, [0, 3, 4, 9, 17]  # nodes of a tree of 20
     q = torch.randn(1, 20, 4, 64, dtype=dtype)
@@ -343,8 +349,8 @@ def spread_out(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4"])
 @torch.no_grad()
 def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
-    """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a chain
-    and spread out over a tree, alone and in a batch of eight."""
+    """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a
+    chain and spread out over a tree, alone and in a batch of eight."""
     torch.manual_seed(2)
     model = bench.random_model(WIDE, precision)
     text = torch.randint(512, (1, PAST + 64))
@@ -364,7 +370,9 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
         return forward(tokens, length[:, None] + depth, slots, ancestors, length, cache.keys, cache.values)
 
     def copies(count: int) -> KVCache:
-        return KVCache(*([t.repeat(count, 1, 1, 1) for t in tensors] for tensors in (start.keys, start.values)))
+        return KVCache(
+            *([t.repeat(count, 1, 1, 1) for t in tensors] for tensors in (start.keys, start.values))
+        )
 
     one, steps = copies(1), []
     for t in range(PAST, PAST + 64):
@@ -381,7 +389,9 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
                 tokens[:, on_path] = text[:, PAST : PAST + len(on_path)]
                 cache = copies(batch)
                 for ours, theirs in zip(decode(tokens, parent, PAST, cache), expected):
-                    assert torch.equal(ours[:, on_path], theirs[:, : len(on_path)].expand_as(ours[:, on_path]))
+                    assert torch.equal(
+                        ours[:, on_path], theirs[:, : len(on_path)].expand_as(ours[:, on_path])
+                    )
                 for ours, theirs in zip((*cache.keys, *cache.values), (*one.keys, *one.values)):
                     written = ours[:, PAST + on_path]
                     assert torch.equal(written, theirs[:, PAST : PAST + len(on_path)].expand_as(written))

@@ -1,0 +1,289 @@
+"""Packed weights: nibble by nibble, file by file, and what the command line does with them."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import SHIPPED_TARGET, random_model, save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import generate
+import kernels
+import quantize
+from gpt_spec import BadInput
+from quantize import PRECISIONS, Quantization
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+def source(tmp_path, **changes):
+    model = random_model(**SIZES, **changes)
+    return save_checkpoint(model, tmp_path / "source", torch.bfloat16, eos_token_id=2)
+
+
+def quantized(directory, output, *flags) -> int:
+    return quantize.main(["--checkpoint_path", str(directory), "--output", str(output), *flags])
+
+
+def logits(model) -> torch.Tensor:
+    tokens = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        return model.lm_head(model.recompute(tokens)).float()
+
+
+# ---- rounding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 192])
+def test_four_bits_hold_what_fits_and_err_by_half_a_step_elsewhere(group, symmetric):
+    torch.manual_seed(0)
+    weight = torch.randn(20, 192) * torch.rand(20, 1)
+    packed, scales, zeros = quantize.quantize_4_bit(weight, group, symmetric)
+    assert packed.dtype == torch.uint8 and packed.shape == (20, 96) and scales.shape == (20, 192 // group)
+    assert scales.dtype == torch.float16 and (zeros is None) == symmetric
+    back = kernels.dequantize(packed, scales, zeros)
+    steps = scales.float().repeat_interleave(group, dim=1)
+    clipped = (back - weight).abs() > 0.51 * steps
+    assert clipped.float().mean() < 0.2  # only what the search decided to clip errs by more
+    again, scales_again, zeros_again = quantize.quantize_4_bit(back, group, symmetric)
+    assert (kernels.dequantize(again, scales_again, zeros_again) - back).norm() < 2e-2 * back.norm()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_clip_search_is_never_worse_than_rounding(monkeypatch, symmetric):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128) ** 3
+    searched = kernels.dequantize(*quantize.quantize_4_bit(weight, 64, symmetric))
+    monkeypatch.setattr(quantize, "SHRINK", [1.0])
+    rounded = kernels.dequantize(*quantize.quantize_4_bit(weight, 64, symmetric))
+    groups = [(w - weight).view(-1, 64).square().sum(dim=1) for w in (searched, rounded)]
+    assert (groups[0] <= groups[1] * (1 + 1e-5)).all() and groups[0].sum() < 0.97 * groups[1].sum()
+
+
+def test_the_search_does_not_depend_on_how_rows_are_cut_into_chunks(monkeypatch):
+    weight = torch.randn(50, 64)
+    whole = quantize.quantize_4_bit(weight, 32)
+    monkeypatch.setattr(quantize, "CHUNK", 7 * 64)
+    for ours, theirs in zip(quantize.quantize_4_bit(weight, 32)[:2], whole):
+        assert torch.equal(ours, theirs)
+
+
+def test_eight_bits():
+    weight = torch.randn(20, 64)
+    q, scales = quantize.quantize_8_bit(weight)
+    assert q.dtype == torch.int8 and scales.shape == (20, 1) and int(q.abs().max()) == 127
+    assert ((kernels.dequantize(q, scales) - weight).abs() <= 0.51 * scales.float()).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-7, -1e-9])
+def test_weights_of_nothing_stay_finite(value):
+    weight = torch.full((16, 32), value)
+    for tensors in (quantize.quantize_4_bit(weight, 32), quantize.quantize_4_bit(weight, 32, False)):
+        assert (kernels.dequantize(*tensors) - weight).abs().max() < 1e-6
+    assert (kernels.dequantize(*quantize.quantize_8_bit(weight)) - weight).abs().max() < 1e-6
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(BadInput, match="infinities or NaN"):
+        quantize.quantize_weight("some.module", torch.full((16, 32), torch.nan), Quantization(4, 32))
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_nibble_by_nibble(tmp_path):
+    """The documented layout, read by loops over bytes, is what the quantizer meant."""
+    assert quantized(source(tmp_path), tmp_path / "q", "--group_size", "32", "--asymmetric") == 0
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    original = load_file(tmp_path / "source" / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    packed, scales, zeros = (tensors[f"{name}.{kind}"] for kind in ("packed", "scales", "zeros"))
+    weight = original[f"{name}.weight"].float()
+    assert packed.shape == (32, 32) and scales.shape == zeros.shape == (32, 2)
+    for row in range(32):
+        for i in range(64):
+            nibble = int(packed[row, i // 2]) >> (4 if i % 2 else 0) & 15
+            value = (nibble - float(zeros[row, i // 32])) * float(scales[row, i // 32])
+            assert abs(value - float(weight[row, i])) < 3 * float(scales[row, i // 32])
+    assert tensors["lm_head.quantized"].dtype == torch.int8 and tensors["lm_head.scales"].shape == (61, 1)
+    for kept in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(tensors[kept], original[kept])
+    with safe_open(tmp_path / "q" / "model.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["gpt_spec"])
+    assert metadata == asdict(Quantization(4, 32, False, 8)) | {"modules_16_bit": []}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_a_file_and_quantizing_while_loading_are_the_same_model(tmp_path, precision, tied):
+    directory = source(tmp_path, tied_embeddings=tied)
+    assert quantized(directory, tmp_path / "q", "--precision", precision) == 0
+    from_file = generate.load_model(tmp_path / "q", precision)
+    while_loading = generate.load_model(directory, precision)
+    assert quantize.precision_of(from_file) == quantize.precision_of(while_loading) == precision
+    assert torch.equal(logits(from_file), logits(while_loading))
+    exact = logits(generate.load_model(directory))
+    difference = (logits(from_file) - exact).norm() / exact.norm()
+    assert 0 < difference < (0.05 if precision.startswith("w8") else 0.5)
+    assert generate.weight_bytes([from_file]) < generate.weight_bytes([generate.load_model(directory)])
+
+
+def test_files_say_their_own_precision_and_activations_are_a_choice(tmp_path):
+    assert quantized(source(tmp_path), tmp_path / "q", "--precision", "w4a4") == 0
+    assert quantize.precision_of(generate.load_model(tmp_path / "q")) == "w4a16"
+    assert quantize.precision_of(generate.load_model(tmp_path / "q", "w4a8")) == "w4a8"
+    for wrong in ("bf16", "w8a16"):
+        with pytest.raises(BadInput, match="has 4-bit weights; use w4a16 or w4a8 or w4a4, not"):
+            generate.load_model(tmp_path / "q", wrong)
+
+
+def test_several_files_and_an_index(tmp_path, monkeypatch):
+    directory = source(tmp_path)
+    monkeypatch.setattr(quantize, "SHARD_BYTES", 20000)
+    assert quantized(directory, tmp_path / "q") == 0
+    files = sorted(path.name for path in (tmp_path / "q").glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert torch.equal(
+        logits(generate.load_model(tmp_path / "q")), logits(generate.load_model(directory, "w4a16"))
+    )
+
+
+def test_modules_that_stay_16_bit(tmp_path):
+    directory = source(tmp_path)
+    assert (
+        quantized(directory, tmp_path / "q", "--keep_16_bit", "layers.0|mlp.down", "--lm_head_bits", "16")
+        == 0
+    )
+    names = set(load_file(tmp_path / "q" / "model.safetensors"))
+    assert {
+        "lm_head.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    } <= names
+    assert "model.layers.1.mlp.up_proj.packed" in names
+    exact, some = logits(generate.load_model(directory)), logits(generate.load_model(tmp_path / "q"))
+    every = logits(generate.load_model(directory, "w4a16"))
+    assert (some - exact).norm() < (every - exact).norm()
+
+
+def test_what_cannot_be_quantized_is_refused_in_one_line(tmp_path, capsys):
+    def refused(*flags, directory=None) -> str:
+        assert quantized(directory or tmp_path / "source", tmp_path / "q", *flags) == 2
+        assert not (tmp_path / "q").exists() and not (tmp_path / "q.partial").exists()
+        error = capsys.readouterr().err.strip().splitlines()
+        return error[-1]
+
+    directory = source(tmp_path)
+    assert "96 inputs, which are no groups of 64: use --group_size 32" in refused("--group_size", "64")
+    assert "for 4-bit weights" in refused("--precision", "w8a8", "--group_size", "64")
+    assert "no module matches 'attention'" in refused("--keep_16_bit", "attention")
+    assert "no regular expression" in refused("--keep_16_bit", "(")
+    assert "are one matrix" in refused("--keep_16_bit", "q_proj")
+    assert "is not a directory" in refused(directory=tmp_path / "nowhere")
+    odd = save_checkpoint(random_model(hidden_size=40), tmp_path / "odd", torch.bfloat16)
+    assert "40 inputs, no multiple of 16" in refused(directory=odd)
+    assert quantize.main(["--checkpoint_path", str(directory)]) == 2
+    assert "nothing to do" in capsys.readouterr().err
+    assert quantized(directory, tmp_path / "q") == 0
+    assert quantized(directory, tmp_path / "q") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert quantized(tmp_path / "q", tmp_path / "twice") == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, capsys):
+    directory, calls = source(tmp_path), []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(quantize, "convert", interrupt)
+    assert quantized(directory, tmp_path / "q") == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"bits": 3}, "has bits 3; this version knows 4, 8"),
+        ({"version": 2}, "has version 2"),
+        ({"rotation": "hadamard"}, "has rotation 'hadamard'"),
+        ({"colour": "blue"}, "is not understood"),
+        ({"group": 64}, "model.safetensors: model.layers.0.*no groups of 64"),
+        ({"group": -1}, "has shape"),
+        ({"symmetric": False}, "lack model.layers.0"),
+        ({"lm_head_bits": 16}, "unexpected tensor lm_head.quantized"),
+    ],
+)
+def test_damaged_metadata_is_refused(tmp_path, damage, message):
+    assert quantized(source(tmp_path), tmp_path / "q") == 0
+    path = tmp_path / "q" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["gpt_spec"]) | damage
+    save_file(load_file(path), path, {"gpt_spec": json.dumps(metadata)})
+    with pytest.raises(BadInput, match=message):
+        generate.load_model(tmp_path / "q")
+
+
+def test_damaged_tensors_are_refused(tmp_path):
+    assert quantized(source(tmp_path), tmp_path / "q") == 0
+    path = tmp_path / "q" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    name, tensors = "model.layers.1.mlp.up_proj", load_file(path)
+    save_file(tensors | {f"{name}.scales": tensors[f"{name}.scales"].float()}, path, metadata)
+    with pytest.raises(BadInput, match="up_proj.scales is F32; the format has F16"):
+        generate.load_model(tmp_path / "q")
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match="unexpected tensor .*(packed|quantized)"):
+        generate.load_model(tmp_path / "q")
+
+
+# ---- the shipped target ----------------------------------------------------------------------------------
+
+
+def test_perplexity_of_the_shipped_target(capsys):
+    """8-bit activations cost next to nothing, 4-bit weights a little, 4-bit activations more."""
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
+    if not texts:
+        pytest.skip("this Python comes without the source of its library")
+    precisions = ["bf16", *PRECISIONS]
+    loss = {p: quantize.mean_loss(generate.load_model(SHIPPED_TARGET, p), texts, 8000) for p in precisions}
+    perplexity = {p: torch.tensor(value).exp().item() for p, value in loss.items()}
+    assert abs(perplexity["w8a16"] / perplexity["bf16"] - 1) < 0.005
+    assert abs(perplexity["w4a8"] / perplexity["w4a16"] - 1) < 0.01
+    assert 1 < perplexity["w4a16"] / perplexity["bf16"] < 1.1
+    assert perplexity["w4a8"] < perplexity["w4a4"] < 1.5 * perplexity["bf16"]
+
+
+def test_evaluate_prints_both(capsys):
+    flags = ["--checkpoint_path", str(SHIPPED_TARGET), "--precision", "w4a8", "--evaluate", "500"]
+    assert quantize.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["bf16", "perplexity"], ["w4a8", "perplexity"]]
+
+
+def test_a_quantized_directory_is_a_checkpoint(tmp_path, capsys):
+    """Tokenizer and configuration come along, and the command line takes it as target and as drafter."""
+    assert quantized(SHIPPED_TARGET, tmp_path / "q", "--precision", "w4a8") == 0
+    assert (tmp_path / "q" / "tokenizer.model").exists()
+    flags = ["--checkpoint_path", str(tmp_path / "q"), "--precision", "w4a8", "--draft_checkpoint_path"]
+    more = ["--prompt", "import ", "--max_new_tokens", "20", "--compile", "none", "--json"]
+    capsys.readouterr()
+    assert generate.main([*flags, str(tmp_path / "q"), *more]) == 0
+    with_draft = json.loads(capsys.readouterr().out)
+    assert generate.main(["--precision", "w4a8", "--method", "autoregressive", *more]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert with_draft["precision"] == alone["precision"] == "w4a8"
+    assert with_draft["outputs"] == alone["outputs"]
+    assert with_draft["stats"]["acceptance_by_position"][0] == 1.0  # the drafter is the target
+    assert alone["stats"]["weight_bytes"] < 7e6 < with_draft["stats"]["weight_bytes"]

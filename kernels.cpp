@@ -492,9 +492,12 @@ void prepare_integers(const float* x, const Weight& w, int64_t row, float limit,
       for (int64_t i = c; i < c + chunk; i += LANES) {
         Floats q = round(load(x + i) * all(factor));
         narrow_int8(out + i, q);
-        total = total + q;  // exact: small integers
+        total = total + q;
       }
-      a.sums[row * w.chunks + c / chunk] = sum(total);
+      float exact = sum(total);
+      bool broken = std::isnan(exact);  // there is no integer for NaN: the scale tells
+      a.sums[row * w.chunks + c / chunk] = broken ? 0.0f : exact;
+      if (broken) a.scales[row * w.groups + begin / group] = exact;
     }
   }
 }

@@ -125,8 +125,8 @@ def uses_kernels(x: Tensor, weight: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------
 # Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with
 # the even input in the low nibble. The CPU bodies want blocks of 64 rows: 4 bytes of each row side by side,
-# step by step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its rows
-# took, so packing is done in place.
+# step by step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its
+# rows took, so packing is done in place.
 # --------------------------------------------------------------------------------------------------
 
 INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 4 bytes of a step

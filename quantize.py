@@ -43,6 +43,7 @@ GROUP_SIZES = (128, 64, 32)  # and -1: one group for the whole row
 FORMAT_VERSION = 1
 SHARD_BYTES = 2**30  # of a file that is written; what is held in memory at a time
 CHUNK = 2**20  # weights that the clip search looks at together: they stay in the cache
+SMALLEST = 2.0**-24  # float16 above 0
 SHRINK = [1 - i / 40 for i in range(16)]  # shares of a group's range that the clip search tries
 
 
@@ -91,12 +92,10 @@ class Quantization:
         """Inputs that share a scale. Raises BadInput where they do not come out even."""
         group = inputs if self.group == -1 or self.bits_of(module) == 8 else self.group
         if inputs % group or group % kernels.LANES:
-            raise BadInput(
-                f"{module} has {inputs} inputs, which are no groups of {group}: "
-                f"use --group_size {best_group([inputs])}"
-                if inputs % kernels.LANES == 0
-                else f"{module} has {inputs} inputs, no multiple of {kernels.LANES}: it cannot be quantized"
-            )
+            hint = f"use --group_size {best_group([inputs])}"
+            if inputs % kernels.LANES:
+                hint = f"nor a multiple of {kernels.LANES}: it cannot be quantized"
+            raise BadInput(f"{module} has {inputs} inputs, which are no groups of {group}: {hint}")
         return group
 
 
@@ -158,21 +157,19 @@ def precision_of(model: Transformer) -> str:
 def quantize_8_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> int8 [out, in] in -127 .. 127 and float16 scales [out, 1]."""
     weight = weight.float()
-    scales = (weight.abs().amax(dim=1, keepdim=True) / 127).half()
-    q = weight / scales.float().clamp(min=torch.finfo(torch.float16).tiny)
-    return q.round().clamp(-127, 127).to(torch.int8), scales
+    scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=SMALLEST).half()
+    return (weight / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """w float32 [groups, group] -> q in 0 .. 15, scale and zero [groups, 1], for a range that is shrunk."""
-    low, high = w.amin(dim=1, keepdim=True), w.amax(dim=1, keepdim=True)  # [groups, 1] each
-    scale = shrink * (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15)
-    scale = scale.half().float().clamp(min=2.0**-24)  # what the file will say; the smallest float16
-    zero = (
-        torch.full_like(scale, 8.0)
-        if symmetric
-        else (-shrink * low / scale).clamp(-60000, 60000).half().float()
-    )
+    """w float32 [groups, group] -> q in 0 .. 15, scale and zero [groups, 1], for a range that is shrunk.
+
+    The range includes 0, so that a zero lies between 0 and 15, where float16 is precise.
+    """
+    low, high = w.amin(dim=1, keepdim=True).clamp(max=0), w.amax(dim=1, keepdim=True).clamp(min=0)
+    scale = shrink * (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15)  # [groups, 1]
+    scale = scale.clamp(min=SMALLEST).half().float()  # what the file will say
+    zero = torch.full_like(scale, 8.0) if symmetric else (-shrink * low / scale).half().float()
     return (w / scale + zero).round().clamp(0, 15), scale, zero
 
 

@@ -158,13 +158,16 @@ def test_zeros_and_huge_rows_are_quantized_without_nan():
         assert not y.isnan().any()
 
 
-def test_nan_in_a_row_stays_in_its_row():
-    weights, scales, zeros, _ = random_weights("bf16", 64, 64, 64)
-    x = torch.randn(3, 64).bfloat16()
-    clean = kernels.linear(x, kernels.pack(weights.clone()), out_features=64)
-    x[1, 5] = torch.nan
-    y = kernels.linear(x, kernels.pack(weights.clone()), out_features=64)
-    assert y[1].isnan().all() and torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_in_a_row_stays_in_its_row_and_is_not_lost(form, value):
+    *weights, bits = random_weights(form, 64, 96, 32)
+    multiply = partial(kernels.linear, out_features=64, activation_bits=bits)
+    x, blocks = torch.randn(3, 96).bfloat16(), packed(*weights)
+    clean = multiply(x, *blocks)
+    x[1, 45] = value
+    y = multiply(x, *blocks)
+    assert not y[1].isfinite().any() and torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -386,7 +386,7 @@ def random_model(config: ModelConfig, precision: str) -> Transformer:
         elif name.endswith("scales"):
             tensor.fill_(1 / (5 if tensor.shape[1] > 1 else 74) / config.hidden_size**0.5)
         else:
-            tensor.normal_(std=config.hidden_size**-0.5) if tensor.dim() > 1 else tensor.fill_(1.0)
+            tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=config.hidden_size**-0.5)
     if model.config.tied_embeddings and model.lm_head.scales is None:
         model.lm_head.weight = model.embed_tokens.weight
     if precision in quantize.PRECISIONS:
@@ -452,7 +452,7 @@ def about(args: argparse.Namespace) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "kernels": kernels.PATH,
+        "kernels": kernels.PATH if kernels.load() else "reference",
         "threads": torch.get_num_threads(),
     }
 
@@ -477,6 +477,10 @@ def main() -> None:
     )
     parser.add_argument("--output", help="write the results as JSON to this file")
     args = parser.parse_args()
+    for flag, possible in (("precisions", generate.ALL_PRECISIONS), ("shapes", SHAPES)):
+        unknown = set(getattr(args, flag).split(",")) - set(possible)
+        if unknown:
+            parser.error(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
     results = about(args) | {"results": REPORTS[args.report](args)}
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

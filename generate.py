@@ -206,13 +206,14 @@ def fill_weights(
 
     What a tied model has twice must be the same.
     """
-    places, head = model.checkpoint_tensors(), None
+    places, linears, head = model.checkpoint_tensors(), quantize.linear_names(model), None
+    tied = model.config.tied_embeddings
     for name, read in read_tensors(files):
         tensor = read()
-        if name == "lm_head.weight" and model.config.tied_embeddings:
+        if name == "lm_head.weight" and tied:
             head = tensor
         else:
-            tensors = {name: tensor} if q is None else quantize.convert(name, tensor, model, q)
+            tensors = {name: tensor} if q is None else quantize.convert(name, tensor, q, linears, tied)
             for part, value in tensors.items():
                 places[part].copy_(value)
     if head is not None and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
@@ -258,6 +259,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
     """Quantized weights stay what they are; only their activations are a choice."""
+    if precision not in ALL_PRECISIONS:
+        raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
     q = checkpoint.quantization
     possible = [name for name, (bits, _) in quantize.PRECISIONS.items() if q is not None and bits == q.bits]
     if q is not None and precision not in possible:
@@ -297,7 +300,22 @@ def load_model(
     fill_weights(model, checkpoint.directory, checkpoint.files, q)
     if precision in quantize.PRECISIONS:
         quantize.set_precision(model, precision)
-    return model.pack()
+    announce(model.pack(), q)
+    return model
+
+
+def announce(model: Transformer, q: quantize.Quantization | None) -> None:
+    """Say what a user would not expect of this model, in a line each."""
+    if q is not None and q.bits == 4 and q.group == -1:
+        print("no group size divides the inputs: one scale for each row of weights", file=sys.stderr)
+    linears = [m for m in model.modules() if isinstance(m, gpt_spec.Linear)]
+    rows = sum(m.weight.dim() == 2 for m in linears)
+    if rows and model.norm.weight.dtype == torch.bfloat16 and model.norm.weight.is_cpu and kernels.load():
+        print(
+            f"{rows} matrices have an odd number of inputs and run without our kernels: near-ties may fall "
+            "another way when several tokens are verified at once",
+            file=sys.stderr,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1158,13 +1176,17 @@ def can_compile(args: argparse.Namespace) -> bool:
     return missing is None
 
 
+def load_kernels() -> None:
+    try:
+        kernels.load()
+    except ValueError as error:  # of the environment variable
+        raise BadInput(str(error)) from None
+
+
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
-    try:
-        kernels.load()
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    load_kernels()
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except BadInput as error:  # it begins with the name of the field, which is that of the flag

@@ -32,7 +32,7 @@ using bf16 = uint16_t;  // its bits
 constexpr int LANES = 16;
 constexpr int VECTOR = 64;  // bytes of packed weights in a vector: 4 for each lane
 constexpr int BLOCK = 64;   // output rows that lie side by side: 4 vectors, read as one stream
-constexpr int PREFETCH = 8192;  // bytes ahead, into the second cache: in the first one it would displace the activations
+constexpr int PREFETCH = 8192;  // bytes ahead, into the second cache: in the first it would displace activations
 
 // ------------------------------------------------------------------------------------------------------------
 // Vector operations: Floats and Ints have 16 lanes of 32 bits; Bytes are 64 bytes as they were loaded, 4 to a
@@ -186,7 +186,8 @@ inline Floats widen(const bf16* p) {
 }
 inline void narrow(bf16* p, Floats a) {  // to nearest, ties to even; a NaN stays one
   for (int i = 0; i < 2; i++) {
-    __m256i bits = _mm256_castps_si256(a.v[i]), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i bits = _mm256_castps_si256(a.v[i]);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v[i], a.v[i], _CMP_UNORD_Q));
     bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7FC0), nan);
@@ -479,14 +480,17 @@ void prepare_16_bit(const float* x, const Weight& w, int64_t row, bf16* out, Act
   }
 }
 
+constexpr float TINY = 1e-30f;  // the largest of a row or group that counts as zero: its inverse must be finite
+
 // Round to the integers of -limit .. limit: one scale for the row, or one for each group.
-void prepare_integers(const float* x, const Weight& w, int64_t row, float limit, bool by_group, int8_t* out, Activations& a) {
+void prepare_integers(const float* x, const Weight& w, int64_t row, float limit, bool by_group, int8_t* out,
+                      Activations& a) {
   const int64_t group = w.in / w.groups, span = by_group ? group : w.in, chunk = w.chunk;
   for (int64_t begin = 0; begin < w.in; begin += span) {
     Floats most = all(0.0f);
     for (int64_t i = begin; i < begin + span; i += LANES) most = max(most, abs(load(x + i)));
-    float absmax = largest(most), factor = absmax > 0 ? limit / absmax : 0.0f;
-    a.scales[row * w.groups + begin / group] = absmax / limit;
+    float absmax = largest(most), factor = absmax < TINY ? 0.0f : limit / absmax;
+    a.scales[row * w.groups + begin / group] = absmax < TINY ? 0.0f : absmax / limit;
     for (int64_t c = begin; c < begin + span; c += chunk) {
       Floats total = all(0.0f);
       for (int64_t i = c; i < c + chunk; i += LANES) {
@@ -552,7 +556,8 @@ template <class Format, int ROWS, int TOGETHER>
 inline void add_chunk(const Weight& w, const Activations& a, int64_t row, int64_t block, int64_t chunk, int64_t group,
                       int first, Floats (&out)[ROWS][VECTORS]) {
   const int64_t steps = w.chunk / w.inputs, chunks = w.chunks;
-  const int32_t* x = a.words.data() + row * a.width + chunk * steps * Format::operands * ROWS;  // the part begins at `row`
+  const int32_t* x =
+      a.words.data() + row * a.width + chunk * steps * Format::operands * ROWS;  // the part begins at `row`
   const uint8_t* p = w.bytes + ((block * chunks + chunk) * steps * VECTORS + first) * VECTOR;
   decltype(Format::start(0)) sums[ROWS][TOGETHER];
   for (int m = 0; m < ROWS; m++)
@@ -590,7 +595,8 @@ void multiply(const Weight& w, const Activations& a, int64_t row, int64_t block,
   const int64_t chunks_of_group = w.chunks / w.groups;
   for (int64_t group = 0; group < w.groups; group++)
     for (int64_t chunk = group * chunks_of_group; chunk < (group + 1) * chunks_of_group; chunk++)
-      for (int v = 0; v < VECTORS; v += TOGETHER) add_chunk<Format, ROWS, TOGETHER>(w, a, row, block, chunk, group, v, out);
+      for (int v = 0; v < VECTORS; v += TOGETHER)
+        add_chunk<Format, ROWS, TOGETHER>(w, a, row, block, chunk, group, v, out);
   if (std::is_same_v<decltype(Format::start(0)), Ints> && !Format::scales_by_group)
     for (int m = 0; m < ROWS; m++)
       for (auto& o : out[m]) o = o * all(a.scales[(row + m) * w.groups]);
@@ -649,26 +655,40 @@ using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
 
 template <class T>
-const T* pointer(OptionalTensor t) { return t ? (const T*)t->const_data_ptr() : nullptr; }
+const T* pointer(OptionalTensor t) {
+  return t ? (const T*)t->const_data_ptr() : nullptr;
+}
 
-Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros, OptionalTensor bias,
-              OptionalTensor residual, OptionalTensor norm, double eps, bool gated, int64_t out, int64_t activation_bits,
-              bool wide) {
+void check(OptionalTensor t, at::ScalarType type, int64_t count, const char* name) {
+  TORCH_CHECK(!t || (t->scalar_type() == type && t->numel() == count && t->is_contiguous()), "linear: ", name,
+              " should be contiguous, ", type, " and of ", count, " elements");
+}
+
+Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
+              OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated, int64_t out,
+              int64_t activation_bits, bool wide) {
   Tensor x = x_any.contiguous();
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: activations are bfloat16, not ", x.scalar_type());
   TORCH_CHECK(packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: weights are not packed");
-  TORCH_CHECK(packed.scalar_type() == at::kBFloat16 ? activation_bits == 16 : scales.has_value(), "linear: scales are missing");
-  TORCH_CHECK(!residual || residual->is_contiguous(), "linear: residual is not contiguous");
+  TORCH_CHECK(packed.scalar_type() == at::kBFloat16 ? activation_bits == 16 : scales.has_value(),
+              "linear: scales are missing");
   const Weight w(packed, pointer<uint16_t>(scales), pointer<uint16_t>(zeros), out, scales ? scales->size(1) : 1);
   TORCH_CHECK(x.size(-1) == w.in * (gated ? 2 : 1), "linear: ", x.size(-1), " inputs for a weight of ", w.in);
-  TORCH_CHECK(w.inputs == 2 || w.in / w.groups % LANES == 0, "linear: groups are no multiple of 16");
+  TORCH_CHECK(w.inputs == 2 || (w.in % w.groups == 0 && w.in / w.groups % LANES == 0), "linear: groups of 16 k, please");
+  TORCH_CHECK(out > (w.blocks - 1) * BLOCK && out <= w.blocks * BLOCK, "linear: ", out, " outputs of ", w.blocks, " blocks");
+  const int64_t n = x.numel() / x.size(-1);
+  check(scales, at::kHalf, w.blocks * w.groups * BLOCK, "scales");
+  check(zeros, at::kHalf, w.blocks * w.groups * BLOCK, "zeros");
+  check(bias, at::kBFloat16, out, "bias");
+  check(norm, at::kBFloat16, w.in, "norm");
+  check(residual, at::kBFloat16, n * out, "residual");
 
-  int64_t n = x.numel() / std::max<int64_t>(x.size(-1), 1);
   auto shape = x.sizes().vec();
   shape.back() = out;
   Tensor y = at::empty(shape, x.options().dtype(wide ? at::kFloat : at::kBFloat16));
   void* place = y.mutable_data_ptr();
-  Result result{wide ? nullptr : (bf16*)place, wide ? (float*)place : nullptr, pointer<bf16>(bias), pointer<bf16>(residual)};
+  Result result{wide ? nullptr : (bf16*)place, wide ? (float*)place : nullptr, pointer<bf16>(bias),
+                pointer<bf16>(residual)};
   static thread_local Activations a;
   a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4;
   a.words.resize(n * a.width), a.sums.resize(n * w.chunks), a.scales.resize(n * w.groups);
@@ -691,15 +711,22 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
       if (activation_bits == 16)
         prepare_16_bit(row.data(), w, i, (bf16*)words.data(), shared);
       else
-        prepare_integers(row.data(), w, i, activation_bits == 8 ? 127 : 7, activation_bits == 4, (int8_t*)words.data(), shared);
+        prepare_integers(row.data(), w, i, activation_bits == 8 ? 127 : 7, activation_bits == 4, (int8_t*)words.data(),
+                         shared);
       shared.put(words.data(), i);
     }
-    if (w.inputs == 2) multiply_all<Bf16>(w, shared, result);
-    else if (activation_bits == 16 && w.inputs == 4) multiply_all<Int8Times16>(w, shared, result);
-    else if (activation_bits == 16) multiply_all<Int4Times16>(w, shared, result);
-    else if (w.inputs == 4) multiply_all<Int8Times8>(w, shared, result);
-    else if (activation_bits == 8) multiply_all<Int4Times8>(w, shared, result);
-    else multiply_all<Int4Times4>(w, shared, result);
+    if (w.inputs == 2)
+      multiply_all<Bf16>(w, shared, result);
+    else if (activation_bits == 16 && w.inputs == 4)
+      multiply_all<Int8Times16>(w, shared, result);
+    else if (activation_bits == 16)
+      multiply_all<Int4Times16>(w, shared, result);
+    else if (w.inputs == 4)
+      multiply_all<Int8Times8>(w, shared, result);
+    else if (activation_bits == 8)
+      multiply_all<Int4Times8>(w, shared, result);
+    else
+      multiply_all<Int4Times4>(w, shared, result);
   }
   return y;
 }
@@ -729,14 +756,6 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
 // ------------------------------------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;  // neighbours that share the keys they have in common
-
-// Up to 16 rows of a cache, as words of 32 bits: gathered anew only where the slots differ from the last ones.
-struct Gathered {
-  int count = 0;
-  int64_t slots[LANES];
-  bool has(const int64_t* wanted, int n) const { return n <= count && std::equal(wanted, wanted + n, slots); }
-  void set(const int64_t* wanted, int n) { std::copy(wanted, wanted + (count = n), slots); }
-};
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
@@ -774,8 +793,8 @@ struct Head {
   }
 };
 
-// Calls use(query, its row of scores, position, slots, count) for every 16 positions of every query; gather(slots,
-// count) comes before, where the slots are not those of the query before.
+// Calls use(query, position, count) for every 16 positions of every query; gather(slots, count) comes before, where
+// the slots are not those of the query before.
 template <class T, class Gather, class Use>
 void for_each_block(const Head<T>& head, Gather gather, Use use) {
   int64_t last[LANES], slots[LANES], positions = head.positions();
@@ -816,7 +835,8 @@ template <class T>
 void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t* out) {
   const uint32_t* rows[LANES];
   int64_t words = head.size * sizeof(T) / 4, word = 0;
-  for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(head.keys + slots[std::min(j, count - 1)] * head.slot_stride);
+  for (int j = 0; j < LANES; j++)
+    rows[j] = (const uint32_t*)(head.keys + slots[std::min(j, count - 1)] * head.slot_stride);
   for (; word + LANES <= words; word += LANES) {
     transpose(rows, out + word * LANES);
     for (auto& row : rows) row += LANES;
@@ -846,7 +866,8 @@ void attend(const Head<T>& head) {
   const int64_t rows = (head.end - head.begin) * head.heads, positions = head.positions();
   const int64_t size = round_up(head.size, LANES), words = head.size * sizeof(T) / 4;
   room.assign(rows * positions + 2 * LANES * size + rows * size, 0.0f);
-  float *scores = room.data(), *keys = scores + rows * positions, *values = keys + LANES * size, *sums = values + LANES * size;
+  float *scores = room.data(), *keys = scores + rows * positions, *values = keys + LANES * size,
+        *sums = values + LANES * size;
   const Floats scale = all(1.0f / std::sqrt((float)head.size));
 
   auto gather_k = [&](const int64_t* slots, int count) { gather_keys(head, slots, count, (uint32_t*)keys); };
@@ -858,7 +879,8 @@ void attend(const Head<T>& head) {
       store(scores + ((i - head.begin) * head.heads + h) * positions + p, total * scale);
     }
   });
-  for (int64_t row = 0; row < rows; row++) softmax(scores + row * positions, head.text.seen[head.begin + row / head.heads]);
+  for (int64_t row = 0; row < rows; row++)
+    softmax(scores + row * positions, head.text.seen[head.begin + row / head.heads]);
   auto gather_v = [&](const int64_t* slots, int count) {
     for (int j = 0; j < count; j++) widen_row(head.values + slots[j] * head.slot_stride, head.size, values + j * size);
   };
@@ -867,7 +889,8 @@ void attend(const Head<T>& head) {
       int64_t row = (i - head.begin) * head.heads + h;
       for (int64_t d = 0; d < size; d += LANES) {
         Floats total = load(sums + row * size + d);
-        for (int j = 0; j < count; j++) total = fma(all(scores[row * positions + p + j]), load(values + j * size + d), total);
+        for (int j = 0; j < count; j++)
+          total = fma(all(scores[row * positions + p + j]), load(values + j * size + d), total);
         store(sums + row * size + d, total);
       }
     }
@@ -879,36 +902,49 @@ void attend(const Head<T>& head) {
 }
 
 template <class T>
-void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, const bool* ancestors, const int64_t* length,
-                  int64_t nodes, Tensor& out) {
-  const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2), heads = q.size(2) / kv_heads;
+void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, const bool* ancestors,
+                  const int64_t* length, int64_t nodes, Tensor& out) {
+  const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2),
+                heads = q.size(2) / kv_heads;
+  const int64_t row = q.size(2) * size;  // not q.stride(1), which may be anything where n is 1
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   const int64_t parts = (n + QUERIES - 1) / QUERIES;
-#pragma omp parallel for schedule(dynamic) collapse(3)
+#pragma omp parallel for schedule(dynamic) collapse(3) if (q.numel() * keys.size(1) > SMALL)
   for (int64_t b = 0; b < batch; b++)
     for (int64_t part = 0; part < parts; part++)
       for (int64_t g = 0; g < kv_heads; g++) {
-        const int64_t first = b * n * q.stride(1) + g * heads * size, begin = part * QUERIES;
+        const int64_t first = b * n * row + g * heads * size, begin = part * QUERIES;
         attend(Head<T>{texts[b], (const T*)q.const_data_ptr() + first,
                        (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
                        (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2),
-                       (T*)out.mutable_data_ptr() + first, q.stride(1), keys.stride(1), heads, size, begin,
+                       (T*)out.mutable_data_ptr() + first, row, keys.stride(1), heads, size, begin,
                        std::min(begin + QUERIES, n)});
       }
 }
 
-Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any, const Tensor& length_any) {
+Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
+                 const Tensor& length_any) {
   Tensor q = q_any.contiguous(), ancestors = ancestors_any.contiguous(), length = length_any.contiguous();
   Tensor out = at::empty(q.sizes(), q.options());
   TORCH_CHECK(keys.strides() == values.strides() && keys.stride(3) == 1, "attention: keys and values must lie alike");
-  TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(), "attention: one dtype, please");
-  TORCH_CHECK(ancestors.scalar_type() == at::kBool && length.scalar_type() == at::kLong, "attention: ancestors bool, length int64");
+  TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
+              "attention: one dtype, please");
+  TORCH_CHECK(ancestors.scalar_type() == at::kBool && length.scalar_type() == at::kLong,
+              "attention: ancestors bool, length int64");
+  TORCH_CHECK(keys.dim() == 4 && keys.sizes() == values.sizes() && keys.size(0) == q.size(0) &&
+                  keys.size(3) == q.size(3) && q.size(2) % keys.size(2) == 0,
+              "attention: queries ", q.sizes(), " do not fit keys ", keys.sizes());
+  TORCH_CHECK(ancestors.dim() == 3 && ancestors.size(0) == q.size(0) && ancestors.size(1) == q.size(1) &&
+                  length.numel() == q.size(0),
+              "attention: queries ", q.sizes(), " do not fit ancestors ", ancestors.sizes());
   const bool* seen = (const bool*)ancestors.const_data_ptr();
   const int64_t *past = (const int64_t*)length.const_data_ptr(), nodes = ancestors.size(2);
   for (int64_t b = 0; b < q.size(0); b++)
-    TORCH_CHECK(past[b] >= 0 && past[b] + nodes <= keys.size(1), "attention: ", past[b], " + ", nodes, " slots of ", keys.size(1));
-  if (q.scalar_type() == at::kBFloat16 && q.size(3) % 2 == 0)
+    TORCH_CHECK(past[b] >= 0 && past[b] + nodes <= keys.size(1), "attention: ", past[b], " + ", nodes, " slots of ",
+                keys.size(1));
+  TORCH_CHECK(q.size(3) % 2 == 0, "attention: heads of ", q.size(3), " are odd");
+  if (q.scalar_type() == at::kBFloat16)
     attention_of<bf16>(q, keys, values, seen, past, nodes, out);
   else {
     TORCH_CHECK(q.scalar_type() == at::kFloat, "attention: float32 or bfloat16, not ", q.scalar_type());

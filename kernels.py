@@ -17,9 +17,11 @@ computes what sixty-four steps would have computed. The reference promises nothi
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,16 +64,19 @@ def load() -> bool:
     """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place?
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
-    because there is no compiler, which is said once. ValueError for a path that does not exist.
+    because there is no compiler, which is said once. ValueError for a path that this machine does not have.
     """
     if PATH not in (*FLAGS, "reference"):
         raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}; it must be reference, {', '.join(FLAGS)} or unset")
     if PATH == "reference":
         return False
+    if list(FLAGS).index(PATH) < list(FLAGS).index(best_path()):
+        raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}, but this CPU has only {best_path()}")
     try:
         torch.ops.load_library(str(compiled_library()))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
         print(
             f"kernels.cpp cannot be compiled or loaded, running on the slow reference: {reason}",
             file=sys.stderr,
@@ -83,15 +88,13 @@ def load() -> bool:
 def compiled_library() -> Path:
     """The shared library of `PATH`, compiled if the cache does not have it yet."""
     source, torch_directory = Path(__file__).with_name("kernels.cpp"), Path(torch.__file__).parent
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    if compiler is None:
-        raise OSError("there is no C++ compiler; install g++")
-    options = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", *FLAGS[PATH]]
+    compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler) is None:
+        raise OSError(f"there is no C++ compiler {compiler}; install g++")
+    options += ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", *FLAGS[PATH]]
     options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-    key = (
-        " ".join([compiler, *options, torch.__version__, str(torch_directory)]).encode() + source.read_bytes()
-    )
-    name = f"kernels-{PATH}-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    key = " ".join([compiler, *options, torch.__version__, str(torch_directory)])
+    name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + source.read_bytes()).hexdigest()[:16]}.so"
     library = cache_directory() / name
     if not library.exists():
         print(f"compiling kernels.cpp for {PATH}, once on this machine", file=sys.stderr, flush=True)
@@ -105,15 +108,17 @@ def compiled_library() -> Path:
 
 
 def cache_directory() -> Path:
-    """Where compiled libraries are kept; a directory that only its owner can write to."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where compiled libraries are kept: the user's cache, or a directory that goes with the process."""
     try:
-        (home / "gpt_spec").mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(home / "gpt_spec", os.W_OK):
-            return home / "gpt_spec"
-    except OSError:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_spec"
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(cache, os.W_OK):
+            return cache
+    except (OSError, RuntimeError):  # no home directory, or one that cannot be written to
         pass
-    return Path(tempfile.mkdtemp(prefix="gpt_spec"))  # compiled anew by every process
+    cache = Path(tempfile.mkdtemp(prefix="gpt_spec"))
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    return cache
 
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:
@@ -134,7 +139,7 @@ INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 
 
 def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
     """Do the CPU bodies take this weight, in rows? Its inputs must fill the steps, its groups the vectors."""
-    if weight.device.type != "cpu" or weight.dtype not in INPUTS or PATH == "reference":
+    if weight.device.type != "cpu" or weight.dtype not in INPUTS or not load():
         return False
     inputs = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     groups = 1 if scales is None else scales.shape[1]
@@ -233,8 +238,9 @@ def quantize_activations(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Ten
     absmax = x.abs().amax(dim=-1, keepdim=True)  # [..., groups, 1]
     if bits == 8:
         absmax = absmax.amax(dim=-2, keepdim=True).expand_as(absmax)
-    factor = torch.where(absmax > 0, torch.full_like(absmax, limit) / absmax, 0.0)
-    return (x * factor).round(), absmax / limit
+    nothing = absmax < 1e-30  # its inverse would not be finite
+    factor = torch.where(nothing, 0.0, torch.full_like(absmax, limit) / absmax)
+    return (x * factor).round(), torch.where(nothing, 0.0, absmax / limit)
 
 
 def linear_reference(
@@ -338,9 +344,13 @@ def linear(
     what `pack` and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
     prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate,
     up); then, with 8 or 4 `activation_bits`, rounding to integers (`quantize_activations`).
-    The result has the dtype of x, or, if `wide`, is the float32 sum itself.
+    The result has the dtype of x, or is float32 if `wide`: the sum itself, where a
+    kernel computed it.
     """
-    out_features = len(weight) if out_features is None else out_features
+    if out_features is None:
+        if weight.dim() == 4:
+            raise ValueError("linear: a packed weight does not tell its out_features")
+        out_features = len(weight)
     body = torch.ops.gpt_spec.linear if weight.dim() == 4 else linear_reference
     extras = (bias, residual, norm, eps, gated, out_features, activation_bits, wide)
     return body(x, weight, scales, zeros, *extras)

@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Quantization:
         allowed = {"bits": (4, 8), "group": (*GROUP_SIZES, -1), "lm_head_bits": (8, 16)}
         allowed |= {"version": (FORMAT_VERSION,), "rotation": (None,), "symmetric": (True, False)}
         for name, values in allowed.items():
-            if getattr(q, name) not in values:
+            if repr(getattr(q, name)) not in map(repr, values):  # 4.0 is not 4
                 raise BadInput(
                     f"{where}: the metadata gpt_spec has {name} {getattr(q, name)!r}; "
                     f"this version knows {', '.join(map(repr, values))}"
@@ -92,10 +93,9 @@ class Quantization:
         """Inputs that share a scale. Raises BadInput where they do not come out even."""
         group = inputs if self.group == -1 or self.bits_of(module) == 8 else self.group
         if inputs % group or group % kernels.LANES:
-            hint = f"use --group_size {best_group([inputs])}"
             if inputs % kernels.LANES:
-                hint = f"nor a multiple of {kernels.LANES}: it cannot be quantized"
-            raise BadInput(f"{module} has {inputs} inputs, which are no groups of {group}: {hint}")
+                raise BadInput(f"{module} has {inputs} inputs, no multiple of 16: it cannot be quantized")
+            raise BadInput(f"{module} has {inputs} inputs, no multiple of a group of {group}")
         return group
 
 
@@ -142,7 +142,7 @@ def set_precision(model: Transformer, precision: str) -> None:
 
 def precision_of(model: Transformer) -> str:
     """The precision name of a loaded model."""
-    for linear in model.layers.modules():
+    for linear in model.modules():  # lm_head is the last of them
         if isinstance(linear, Linear) and linear.scales is not None:
             form = (8 if linear.weight.dtype == torch.int8 else 4, linear.activation_bits)
             return next(name for name, widths in PRECISIONS.items() if widths == form)
@@ -156,9 +156,12 @@ def precision_of(model: Transformer) -> str:
 
 def quantize_8_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> int8 [out, in] in -127 .. 127 and float16 scales [out, 1]."""
-    weight = weight.float()
-    scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=SMALLEST).half()
-    return (weight / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
+    quantized, scales = [], []
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+        absmax = rows.float().abs().amax(dim=1, keepdim=True)  # [., 1]
+        scales.append((absmax / 127).clamp(min=SMALLEST).half())
+        quantized.append((rows / scales[-1].float()).round().clamp(-127, 127).to(torch.int8))
+    return torch.cat(quantized), torch.cat(scales)
 
 
 def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +187,8 @@ def quantize_4_bit(
     packed, scales, zeros = [], [], []
     for rows in weight.split(max(1, CHUNK // inputs)):
         w = rows.float().reshape(-1, group)  # [groups, group]
-        best = (*round_groups(w, 1.0, symmetric), torch.full_like(w[:, :1], math.inf))
+        unknown = torch.full_like(w[:, :1], math.inf)  # [groups, 1]
+        best = (torch.zeros_like(w), unknown, unknown, unknown)
         for shrink in SHRINK:
             q, scale, zero = round_groups(w, shrink, symmetric)
             error = ((q - zero) * scale - w).square().sum(dim=1, keepdim=True)
@@ -198,18 +202,18 @@ def quantize_4_bit(
 
 
 def quantize_weight(module: str, weight: Tensor, q: Quantization) -> dict[str, Tensor]:
-    """What stands for NAME.weight [out, in] in a file. Raises BadInput for weights that are not finite."""
-    if not weight.isfinite().all():
-        raise BadInput(f"{module}.weight holds infinities or NaN, which cannot be quantized")
-    bits = q.bits_of(module)
+    """What stands for NAME.weight [out, in] in a file. BadInput for what float16 scales cannot hold."""
+    bits, zeros = q.bits_of(module), None
     if bits == 16:
         return {f"{module}.weight": weight}
     if bits == 8:
-        quantized, scales = quantize_8_bit(weight)
-        return {f"{module}.quantized": quantized, f"{module}.scales": scales}
-    packed, scales, zeros = quantize_4_bit(weight, q.group_of(module, weight.shape[1]), q.symmetric)
-    tensors = {f"{module}.packed": packed, f"{module}.scales": scales}
-    return tensors if zeros is None else tensors | {f"{module}.zeros": zeros}
+        integers, scales = quantize_8_bit(weight)
+    else:
+        integers, scales, zeros = quantize_4_bit(weight, q.group_of(module, weight.shape[1]), q.symmetric)
+    if not (weight.isfinite().all() and scales.isfinite().all()):
+        raise BadInput(f"{module}.weight holds infinities, NaN or huge numbers, which cannot be quantized")
+    tensors = {"quantized" if bits == 8 else "packed": integers, "scales": scales, "zeros": zeros}
+    return {f"{module}.{kind}": tensor for kind, tensor in tensors.items() if tensor is not None}
 
 
 def linear_names(model: Transformer) -> set[str]:
@@ -218,15 +222,15 @@ def linear_names(model: Transformer) -> set[str]:
     return {part for path, linear in linears for part in model.parts(path, linear.out_features)}
 
 
-def convert(name: str, tensor: Tensor, model: Transformer, q: Quantization) -> dict[str, Tensor]:
-    """What stands in a quantized file for one tensor of a 16-bit checkpoint.
+def convert(name: str, tensor: Tensor, q: Quantization, linears: set[str], tied: bool) -> dict[str, Tensor]:
+    """What stands in a quantized file for one tensor of a 16-bit checkpoint. `linears`: see `linear_names`.
 
     A tied lm_head has no tensor of its own; to be quantized it is made from the embedding, which stays.
     """
-    module, tied = name.removesuffix(".weight"), model.config.tied_embeddings
+    module = name.removesuffix(".weight")
     if name == "lm_head.weight" and tied:
         return {}
-    tensors = quantize_weight(module, tensor, q) if module in linear_names(model) else {name: tensor}
+    tensors = quantize_weight(module, tensor, q) if module in linears else {name: tensor}
     if name == "model.embed_tokens.weight" and tied and q.bits_of("lm_head") < 16:
         tensors |= quantize_weight("lm_head", tensor, q)
     return tensors
@@ -302,9 +306,8 @@ def write_checkpoint(
     output: Path, source: Path, q: Quantization, tensors: Iterable[dict[str, Tensor]]
 ) -> int:
     """Write a directory that appears when it is whole, with the small files of `source` -> weight bytes."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent))
     try:
         writer = ShardWriter(partial, {"format": "pt", "gpt_spec": json.dumps(asdict(q))})
         for some in tensors:
@@ -313,6 +316,7 @@ def write_checkpoint(
         for file in source.iterdir():
             if file.suffix in (".json", ".model", ".jinja", ".txt") and not file.name.endswith(".index.json"):
                 shutil.copy(file, partial)
+        partial.chmod(0o755)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -336,6 +340,12 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
         raise BadInput("--group_size and --asymmetric are for 4-bit weights; 8-bit ones have one scale a row")
     default = default_quantization(model, args.precision)
     group = default.group if args.group_size is None else args.group_size
+    inputs = [m.in_features for m in model.layers.modules() if isinstance(m, Linear)]
+    if group != -1 and any(n % group for n in inputs):
+        raise BadInput(
+            f"--group_size: {group} does not divide {next(n for n in inputs if n % group)} inputs; "
+            f"use {best_group(inputs)}"
+        )
     kept = kept_modules(args.keep_16_bit, sorted(linear_names(model))) if args.keep_16_bit else ()
     q = Quantization(bits, group, not args.asymmetric, args.lm_head_bits, kept)
     with torch.device("meta"):
@@ -362,39 +372,57 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     import generate  # which imports this file
 
-    if not args.output and not args.evaluate:
+    if not args.output and args.evaluate is None:
         raise BadInput("nothing to do: give --output DIR, --evaluate, or both")
+    if args.evaluate is not None and args.evaluate < 100:
+        raise BadInput(f"--evaluate is {args.evaluate}; a perplexity of fewer than 100 tokens says nothing")
     if args.output and Path(args.output).exists():
         raise BadInput(f"--output: {args.output} exists already")
+    generate.load_kernels()
     directory = generate.find_checkpoint(args.checkpoint_path)
     checkpoint = generate.open_checkpoint(directory)
     if checkpoint.quantization is not None:
         bits = checkpoint.quantization.bits
         raise BadInput(f"--checkpoint_path: {directory} is quantized already, to {bits} bits")
     q = choose_quantization(args, checkpoint.model)
+    texts = held_out_tokens(directory) if args.evaluate else []
     if args.output:
+        from safetensors import SafetensorError
         from tqdm import tqdm
 
         total = len(checkpoint.model.checkpoint_tensors())
         tensors = tqdm(
             generate.read_tensors(checkpoint.files), "quantizing", total, unit="tensor", disable=None
         )
-        converted = (convert(name, read(), checkpoint.model, q) for name, read in tensors)
-        written = write_checkpoint(Path(args.output), directory, q, converted)
+        linears, tied = linear_names(checkpoint.model), checkpoint.model.config.tied_embeddings
+        converted = (convert(name, read(), q, linears, tied) for name, read in tensors)
+        try:
+            written = write_checkpoint(Path(args.output), directory, q, converted)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"--output: {args.output} cannot be written: {error}") from None
         before = sum(path.stat().st_size for path in checkpoint.files)
         print(f"{before / 1e6:.1f} MB -> {written / 1e6:.1f} MB in {args.output}", file=sys.stderr)
     if args.evaluate:
-        evaluate(directory, checkpoint.precision, q, args)
+        evaluate(directory, checkpoint.precision, q, texts, args)
 
 
-def evaluate(directory: Path, own: str, q: Quantization, args: argparse.Namespace) -> None:
+def held_out_tokens(directory: Path) -> list[list[int]]:
+    """The held-out modules in the tokens of a checkpoint. Raises BadInput where there are none."""
+    import generate
+
+    tokenizer, texts = generate.load_tokenizer(directory), held_out_texts()
+    if tokenizer is None or not texts:
+        missing = "this Python has no source of its library" if tokenizer else f"{directory} has no tokenizer"
+        raise BadInput(f"--evaluate: {missing}")
+    return [tokenizer.encode(text) for text in texts]
+
+
+def evaluate(
+    directory: Path, own: str, q: Quantization, texts: list[list[int]], args: argparse.Namespace
+) -> None:
     """Print the perplexity in the file's own precision and in the quantized one."""
     import generate
 
-    tokenizer = generate.load_tokenizer(directory)
-    if tokenizer is None:
-        raise BadInput(f"--evaluate: {directory} has no tokenizer")
-    texts = [tokenizer.encode(text) for text in held_out_texts()]
     for precision in (own, args.precision):
         model = generate.load_model(directory, precision, quantization=q if precision != own else None)
         loss = mean_loss(model, texts, args.evaluate)
@@ -408,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
 

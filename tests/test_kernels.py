@@ -79,7 +79,8 @@ def test_every_path(path):
         pytest.skip(f"this CPU has no {path}")
     if path == kernels.PATH:
         pytest.skip("the other tests of this file have run on it")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not compiled", __file__]
+    chosen = "not compiled or (compiled_forwards and w4a8)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, __file__]
     ran = subprocess.run(
         command, env=os.environ | {"GPT_SPEC_KERNELS": path}, capture_output=True, text=True, cwd=ROOT
     )
@@ -149,13 +150,15 @@ def test_what_stands_next_to_a_linear(form, what):
     assert error(ours, reference.double()) < 1e-2  # a rounding of an activation may go the other way
 
 
-def test_zeros_and_huge_rows_are_quantized_without_nan():
-    *weights, _ = random_weights("w4a8", 64, 64, 32)
-    x = torch.stack((torch.zeros(64), torch.full((64,), 1e30))).bfloat16()
+@pytest.mark.parametrize("form", ["w4a8", "w4a8 asymmetric"])
+def test_zeros_and_tiny_and_huge_rows_are_quantized_without_nan(form):
+    *weights, _ = random_weights(form, 64, 64, 32)
+    x = torch.tensor([0.0, 1e-38, 1e30])[:, None].repeat(1, 64).bfloat16()
+    x[1, 3:] = 0
     for bits in (8, 4):
-        y = kernels.linear(x, *packed(*weights), out_features=64, activation_bits=bits, wide=True)
-        assert torch.equal(y[0], torch.zeros(64))
-        assert not y.isnan().any()
+        for tensors in (packed(*weights), weights):
+            y = kernels.linear(x, *tensors, out_features=64, activation_bits=bits, wide=True)
+            assert torch.equal(y[:2], torch.zeros(2, 64)) and not y.isnan().any()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -191,8 +194,16 @@ def test_wrong_shapes_are_refused():
     for x in (torch.randn(1, 32).bfloat16(), torch.randn(1, 64)):
         with pytest.raises(RuntimeError, match="linear: "):
             kernels.linear(x, blocks, out_features=64)
+    x = torch.randn(2, 64).bfloat16()
     with pytest.raises(RuntimeError, match="scales are missing"):
-        kernels.linear(torch.randn(1, 64).bfloat16(), kernels.pack(torch.zeros(64, 64, dtype=torch.int8)))
+        kernels.linear(x, kernels.pack(torch.zeros(64, 64, dtype=torch.int8)), out_features=64)
+    with pytest.raises(ValueError, match="does not tell its out_features"):
+        kernels.linear(x, blocks)
+    with pytest.raises(RuntimeError, match="200 outputs of 1 blocks"):
+        kernels.linear(x, blocks, out_features=200)
+    for wrong in ({"norm": torch.ones(64)}, {"bias": torch.ones(63).bfloat16()}, {"residual": x[:1]}):
+        with pytest.raises(RuntimeError, match=f"linear: {next(iter(wrong))} should be"):
+            kernels.linear(x, blocks, out_features=64, **wrong)
     assert not kernels.can_pack(torch.zeros(64, 63).bfloat16())
     assert not kernels.can_pack(torch.zeros(64, 12, dtype=torch.uint8), torch.zeros(64, 1).half())
 
@@ -285,11 +296,24 @@ def test_attention_reduces_over_positions_not_slots(dtype):
             assert torch.equal(alone, tree[:, node : node + 1])
 
 
+def test_attention_does_not_trust_the_stride_of_a_single_query():
+    """Contiguous tensors may have any stride where a dimension has size 1."""
+    q, keys, values, ancestors, length = random_case(1, 4, [5, 9, 0], torch.bfloat16, 32)
+    odd = q.view(1, 3, 4, 32).transpose(0, 1)
+    assert odd.is_contiguous() and odd.shape == q.shape and odd.stride() != q.stride()
+    case = (keys, values, ancestors, length)
+    assert torch.equal(kernels.attention(odd, *case), kernels.attention(q, *case))
+
+
 @pytest.mark.skipif(kernels.PATH == "reference", reason="the operator's own checks")
 def test_attention_refuses_what_does_not_fit():
     q, keys, values, ancestors, length = random_case(3, 5, [4, 9])
     with pytest.raises(RuntimeError, match="slots"):
         kernels.attention(q, keys, values, ancestors, length + 100)
+    with pytest.raises(RuntimeError, match="do not fit ancestors"):
+        kernels.attention(q, keys, values, ancestors[:1], length)
+    with pytest.raises(RuntimeError, match="do not fit keys"):
+        kernels.attention(q, keys[:1], values[:1], ancestors, length)
     with pytest.raises(RuntimeError, match="dtype"):
         kernels.attention(q, keys.bfloat16(), values.bfloat16(), ancestors, length)
 
@@ -319,14 +343,14 @@ def test_the_fakes_have_the_shapes_of_the_real_ones():
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path):
-    script = "import torch, kernels; print(kernels.load()); w = kernels.pack(torch.eye(64).bfloat16());"
-    script += "print(kernels.linear(torch.ones(1, 64).bfloat16(), w, out_features=64).sum().item())"
+    script = "import torch, kernels; print(kernels.load()); w = torch.eye(64).bfloat16();"
+    script += "print(kernels.can_pack(w), kernels.rms_norm(w, w[0], 1e-5).shape[0])"
     changes = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "CXX": "", "GPT_SPEC_KERNELS": ""}
     ran = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | changes, capture_output=True, text=True, cwd=ROOT
     )
-    assert ran.stdout.split() == ["False", "64.0"], ran.stderr
-    assert "running on the slow reference: there is no C++ compiler" in ran.stderr
+    assert ran.stdout.split() == ["False", "False", "64"], ran.stderr
+    assert "running on the slow reference: there is no C++ compiler g++" in ran.stderr
 
 
 def test_a_path_that_does_not_exist_is_named():
@@ -339,6 +363,7 @@ def test_a_path_that_does_not_exist_is_named():
 # ---- whole forwards --------------------------------------------------------------------------------------
 
 WIDE = ModelConfig(512, 4096, 1024, 1, 32, 8, 128, 1024)
+ODD = ModelConfig(500, 160, 96, 2, 2, 1, 80, 1024, qkv_bias=True, qk_norm=True)
 PAST = 101
 
 
@@ -349,21 +374,25 @@ def spread_out(n: int) -> torch.Tensor:
 
 
 @pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
-@pytest.mark.parametrize("precision", ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4"])
+@pytest.mark.parametrize(
+    "config, precision",
+    [(WIDE, precision) for precision in ("bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4")]
+    + [(ODD, "bf16"), (ODD, "w4a8")],
+)
 @torch.no_grad()
-def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
+def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
     """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a
     chain and spread out over a tree, alone and in a batch of eight."""
     torch.manual_seed(2)
-    model = bench.random_model(WIDE, precision)
-    text = torch.randint(512, (1, PAST + 64))
+    model = bench.random_model(config, precision)
+    text = torch.randint(config.vocab_size, (1, PAST + 64))
 
     def run(tokens, positions, slots, ancestors, length, keys, values):
         features = model(tokens, positions, partial(KVCache(keys, values).attend, slots, ancestors, length))
         return features, model.lm_head(features)
 
     forward = Setup(Sampling(), 1, 0, compile=True).compiled(run)
-    start = KVCache.allocate(WIDE, 1, 256, model.norm.weight)
+    start = KVCache.allocate(config, 1, 256, model.norm.weight)
     extend(model, start, text[:, :PAST], torch.tensor([0]))
 
     def decode(tokens, parent, past: int, cache: KVCache):
@@ -388,7 +417,7 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(precision):
             tree = spread_out(n).expand(batch, -1)
             chain = Draft.chain(text[:, PAST : PAST + n]).parent.expand(batch, -1)
             for parent, on_path in ((chain, torch.arange(n)), (tree, torch.arange(0, n, 2))):
-                tokens = torch.randint(512, (batch, n))
+                tokens = torch.randint(config.vocab_size, (batch, n))
                 tokens[:, on_path] = text[:, PAST : PAST + len(on_path)]
                 cache = copies(batch)
                 for ours, theirs in zip(decode(tokens, parent, PAST, cache), expected):

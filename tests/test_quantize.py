@@ -101,8 +101,13 @@ def test_the_error_does_not_depend_on_the_size_of_the_weights(size, shift):
 
 
 def test_weights_that_are_not_finite_are_refused():
-    with pytest.raises(BadInput, match="infinities or NaN"):
-        quantize.quantize_weight("some.module", torch.full((16, 32), torch.nan), Quantization(4, 32))
+    weights = {"nan": torch.full((16, 32), torch.nan), "huge": torch.full((16, 32), 1e30)}
+    for weight in weights.values():
+        for q in (Quantization(4, 32), Quantization(8)):
+            with pytest.raises(BadInput, match="infinities, NaN or huge"):
+                quantize.quantize_weight("some.module", weight, q)
+    kept = Quantization(4, 32, modules_16_bit=("some.module",))
+    assert quantize.quantize_weight("some.module", weights["nan"], kept).keys() == {"some.module.weight"}
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -193,14 +198,15 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(tmp_path, capsys):
         return error[-1]
 
     directory = source(tmp_path)
-    assert "96 inputs, which are no groups of 64: use --group_size 32" in refused("--group_size", "64")
+    assert "--group_size: 64 does not divide 96 inputs; use 32" in refused("--group_size", "64")
+    assert "fewer than 100 tokens" in refused("--evaluate", "-5")
     assert "for 4-bit weights" in refused("--precision", "w8a8", "--group_size", "64")
     assert "no module matches 'attention'" in refused("--keep_16_bit", "attention")
     assert "no regular expression" in refused("--keep_16_bit", "(")
     assert "are one matrix" in refused("--keep_16_bit", "q_proj")
     assert "is not a directory" in refused(directory=tmp_path / "nowhere")
     odd = save_checkpoint(random_model(hidden_size=40), tmp_path / "odd", torch.bfloat16)
-    assert "nor a multiple of 16" in refused(directory=odd)
+    assert "40 inputs, no multiple of 16" in refused(directory=odd)
     assert quantize.main(["--checkpoint_path", str(directory)]) == 2
     assert "nothing to do" in capsys.readouterr().err
     assert quantized(directory, tmp_path / "q") == 0
@@ -227,11 +233,12 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "damage, message",
     [
+        ({"bits": 4.0}, "has bits 4.0;"),
         ({"bits": 3}, "has bits 3; this version knows 4, 8"),
         ({"version": 2}, "has version 2"),
         ({"rotation": "hadamard"}, "has rotation 'hadamard'"),
         ({"colour": "blue"}, "is not understood"),
-        ({"group": 64}, "model.safetensors: model.layers.0.*no groups of 64"),
+        ({"group": 64}, "model.safetensors: model.layers.0.*no multiple of a group of 64"),
         ({"group": -1}, "has shape"),
         ({"symmetric": False}, "lack model.layers.0"),
         ({"lm_head_bits": 16}, "unexpected tensor lm_head.quantized"),
@@ -245,6 +252,48 @@ def test_damaged_metadata_is_refused(tmp_path, damage, message):
     save_file(load_file(path), path, {"gpt_spec": json.dumps(metadata)})
     with pytest.raises(BadInput, match=message):
         generate.load_model(tmp_path / "q")
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert quantized(source(tmp_path), tmp_path / "file" / "q") == 2
+    assert "error: --output: " in capsys.readouterr().err
+
+
+def test_a_directory_that_looks_like_a_leftover_is_left_alone(tmp_path):
+    (tmp_path / "q.partial").mkdir()
+    assert quantized(source(tmp_path), tmp_path / "q") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "q.partial", "source"]
+
+
+def test_unknown_precisions_are_refused():
+    with pytest.raises(BadInput, match="precision 'w4a9' is none of fp32, bf16, w8a16"):
+        generate.load_model(SHIPPED_TARGET, "w4a9")
+
+
+def test_the_precision_of_a_model_with_only_its_head_quantized(tmp_path):
+    flags = ("--precision", "w8a8", "--keep_16_bit", "layers")
+    assert quantized(source(tmp_path), tmp_path / "q", *flags) == 0
+    assert quantize.precision_of(generate.load_model(tmp_path / "q", "w8a8")) == "w8a8"
+
+
+@pytest.mark.parametrize("shift", ["qkv_bias", "qk_norm", "tied_embeddings", "o_bias", "mlp_bias"])
+def test_every_kind_of_model_can_be_quantized(shift):
+    """8-bit weights keep the logits of a model with biases, Qwen3 norms, tied embeddings."""
+    sizes = {"hidden_size": 160, "intermediate_size": 96, "head_dim": 80, "num_heads": 2, "num_kv_heads": 1}
+    model = random_model(**sizes, vocab_size=100, **{shift: True})
+    for parameter in model.parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
+    exact, places = logits(model), {name: t.clone() for name, t in model.checkpoint_tensors().items()}
+    linears, q = quantize.linear_names(model), Quantization(8, lm_head_bits=8)
+    quantize.reshape(model.to(torch.bfloat16), q)
+    goals = model.checkpoint_tensors()
+    for name, tensor in places.items():
+        for part, value in quantize.convert(name, tensor, q, linears, shift == "tied_embeddings").items():
+            goals[part].copy_(value)
+    in_rows = logits(model)
+    in_blocks = logits(model.pack())
+    assert (in_rows - exact).norm() < 0.05 * exact.norm() and (in_blocks - exact).norm() < 0.05 * exact.norm()
 
 
 def test_damaged_tensors_are_refused(tmp_path):

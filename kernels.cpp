@@ -800,7 +800,7 @@ void for_each_block(const Head<T>& head, Gather gather, Use use) {
   int64_t last[LANES], slots[LANES], positions = head.positions();
   for (int64_t p = 0; p < positions; p += LANES) {
     int gathered = 0;
-    for (int64_t i = head.begin; i < head.end; i++) {
+    for (int64_t i = head.end - 1; i >= head.begin; i--) {  // the last of a chain sees what the others see, and more
       int count = head.text.slots(i, p, slots);
       if (count > gathered || !std::equal(slots, slots + count, last)) {
         gather(slots, count);
@@ -845,6 +845,30 @@ void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t*
     for (int j = 0; j < LANES; j++) out[k * LANES + j] = rows[j][k - word];
 }
 
+// A query times 16 packed keys. Four sums, so that none waits for itself; their order depends on the size alone.
+template <class T>
+Floats dot_keys(const uint32_t* q, const uint32_t* keys, int64_t words) {
+  Floats sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  int64_t k = 0;
+  for (; k + 4 <= words; k += 4)
+    for (int i = 0; i < 4; i++) sums[i] = dot_word((const T*)nullptr, keys + (k + i) * LANES, q[k + i], sums[i]);
+  for (; k < words; k++) sums[0] = dot_word((const T*)nullptr, keys + k * LANES, q[k], sums[0]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// sum += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of the sum at a time.
+template <int VECTORS = 4>
+void add_weighted(const float* share, const float* values, int count, int64_t size, float* sum, int64_t d = 0) {
+  for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
+    Floats sums[VECTORS];
+    for (int v = 0; v < VECTORS; v++) sums[v] = load(sum + d + v * LANES);
+    for (int j = 0; j < count; j++)
+      for (int v = 0; v < VECTORS; v++) sums[v] = fma(all(share[j]), load(values + j * size + d + v * LANES), sums[v]);
+    for (int v = 0; v < VECTORS; v++) store(sum + d + v * LANES, sums[v]);
+  }
+  if constexpr (VECTORS > 1) add_weighted<1>(share, values, count, size, sum, d);
+}
+
 // exp(score - largest) / their sum, over `count` positions; what is beyond in the last vector becomes 0.
 void softmax(float* scores, int64_t count) {
   int64_t end = round_up(count, LANES);
@@ -874,9 +898,7 @@ void attend(const Head<T>& head) {
   for_each_block(head, gather_k, [&](int64_t i, int64_t p, int) {
     for (int64_t h = 0; h < head.heads; h++) {
       const uint32_t* q = (const uint32_t*)(head.q + i * head.row_stride + h * head.size);
-      Floats total = all(0.0f);
-      for (int64_t k = 0; k < words; k++) total = dot_word(head.q, (uint32_t*)keys + k * LANES, q[k], total);
-      store(scores + ((i - head.begin) * head.heads + h) * positions + p, total * scale);
+      store(scores + ((i - head.begin) * head.heads + h) * positions + p, scale * dot_keys<T>(q, (uint32_t*)keys, words));
     }
   });
   for (int64_t row = 0; row < rows; row++)
@@ -887,12 +909,7 @@ void attend(const Head<T>& head) {
   for_each_block(head, gather_v, [&](int64_t i, int64_t p, int count) {
     for (int64_t h = 0; h < head.heads; h++) {
       int64_t row = (i - head.begin) * head.heads + h;
-      for (int64_t d = 0; d < size; d += LANES) {
-        Floats total = load(sums + row * size + d);
-        for (int j = 0; j < count; j++)
-          total = fma(all(scores[row * positions + p + j]), load(values + j * size + d), total);
-        store(sums + row * size + d, total);
-      }
+      add_weighted(scores + row * positions + p, values, count, size, sums + row * size);
     }
   });
   for (int64_t row = 0; row < rows; row++) {
@@ -906,11 +923,12 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
                   const int64_t* length, int64_t nodes, Tensor& out) {
   const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2),
                 heads = q.size(2) / kv_heads;
+  const int64_t longest = *std::max_element(length, length + batch) + nodes;
   const int64_t row = q.size(2) * size;  // not q.stride(1), which may be anything where n is 1
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   const int64_t parts = (n + QUERIES - 1) / QUERIES;
-#pragma omp parallel for schedule(dynamic) collapse(3) if (q.numel() * keys.size(1) > SMALL)
+#pragma omp parallel for schedule(dynamic) collapse(3) if (q.numel() * longest > SMALL)
   for (int64_t b = 0; b < batch; b++)
     for (int64_t part = 0; part < parts; part++)
       for (int64_t g = 0; g < kv_heads; g++) {

@@ -32,7 +32,8 @@ using bf16 = uint16_t;  // its bits
 constexpr int LANES = 16;
 constexpr int VECTOR = 64;  // bytes of packed weights in a vector: 4 for each lane
 constexpr int BLOCK = 64;   // output rows that lie side by side: 4 vectors, read as one stream
-constexpr int PREFETCH = 8192;  // bytes ahead, into the second cache: in the first it would displace activations
+constexpr int PREFETCH = 8192;  // bytes ahead, into the second cache, where a block is not read in one go: the machine
+                                // itself looks ahead well enough only in a plain stream
 
 // ------------------------------------------------------------------------------------------------------------
 // Vector operations: Floats and Ints have 16 lanes of 32 bits; Bytes are 64 bytes as they were loaded, 4 to a
@@ -568,7 +569,7 @@ inline void add_chunk(const Weight& w, const Activations& a, int64_t row, int64_
         sums[m][v] = out[m][first + v];
   for (int64_t step = 0; step < steps; step++, p += VECTORS * VECTOR, x += Format::operands * ROWS)
     for (int v = 0; v < TOGETHER; v++) {
-      __builtin_prefetch(p + v * VECTOR + PREFETCH, 0, 2);
+      if constexpr (TOGETHER < VECTORS) __builtin_prefetch(p + v * VECTOR + PREFETCH, 0, 2);
       for (int t = 0; t < Format::operands; t++) {
         auto operand = Format::operand(p + v * VECTOR, t);
         for (int m = 0; m < ROWS; m++) sums[m][v] = Format::multiply(sums[m][v], operand, x[t * ROWS + m]);

@@ -790,7 +790,7 @@ class Screen:
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (python generate.py --help lists the flags)")
+        raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 
 METHODS = ["autoregressive", "lookup", "sequential"]

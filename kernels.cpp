@@ -507,6 +507,26 @@ void prepare_integers(const float* x, const Weight& w, int64_t row, float limit,
   }
 }
 
+// Row `i` of the activations: norm or SwiGLU, and the words that the weights want.
+void prepare(const bf16* x, const Weight& w, int64_t i, const bf16* norm, float eps, bool gated, int64_t bits,
+             Activations& a) {
+  static thread_local std::vector<float> row;
+  static thread_local std::vector<int32_t> words;
+  const int64_t size = round_up(w.in, LANES);
+  row.resize(2 * size), words.resize(a.width);
+  widen_row(x, w.in, row.data());
+  if (norm) norm_row(row.data(), w.in, norm, eps);
+  if (gated) {
+    widen_row(x + w.in, w.in, row.data() + size);
+    swiglu_row(row.data(), row.data() + size, w.in);
+  }
+  if (bits == 16)
+    prepare_16_bit(row.data(), w, i, (bf16*)words.data(), a);
+  else
+    prepare_integers(row.data(), w, i, bits == 8 ? 127 : 7, bits == 4, (int8_t*)words.data(), a);
+  a.put(words.data(), i);
+}
+
 // ------------------------------------------------------------------------------------------------------------
 // Multiplication
 // ------------------------------------------------------------------------------------------------------------
@@ -696,25 +716,10 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   Activations& shared = a;  // the calling thread's, for all threads of the region
 #pragma omp parallel if (n * w.in * w.out > SMALL)
   {
-    static thread_local std::vector<float> row;
-    static thread_local std::vector<int32_t> words;
-    int64_t size = round_up(w.in, LANES);
-    row.resize(2 * size), words.resize(shared.width);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i++) {
-      const bf16* input = (const bf16*)x.const_data_ptr() + i * x.size(-1);
-      widen_row(input, w.in, row.data());
-      if (norm) norm_row(row.data(), w.in, pointer<bf16>(norm), eps);
-      if (gated) {
-        widen_row(input + w.in, w.in, row.data() + size);
-        swiglu_row(row.data(), row.data() + size, w.in);
-      }
-      if (activation_bits == 16)
-        prepare_16_bit(row.data(), w, i, (bf16*)words.data(), shared);
-      else
-        prepare_integers(row.data(), w, i, activation_bits == 8 ? 127 : 7, activation_bits == 4, (int8_t*)words.data(),
-                         shared);
-      shared.put(words.data(), i);
+      const bf16* row = (const bf16*)x.const_data_ptr() + i * x.size(-1);
+      prepare(row, w, i, pointer<bf16>(norm), eps, gated, activation_bits, shared);
     }
     if (w.inputs == 2)
       multiply_all<Bf16>(w, shared, result);

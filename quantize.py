@@ -354,7 +354,9 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Quantize a checkpoint, without data.", allow_abbrev=False)
+    from generate import OneLineParser  # which imports this file
+
+    p = OneLineParser("quantize.py", description="Quantize a checkpoint, without data.", allow_abbrev=False)
     p.add_argument("--checkpoint_path", required=True, help="a Hugging Face directory or hub repository id")
     p.add_argument("--precision", choices=list(PRECISIONS), default="w4a16", help="default: w4a16")
     p.add_argument(
@@ -370,7 +372,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    import generate  # which imports this file
+    import generate
 
     if not args.output and args.evaluate is None:
         raise BadInput("nothing to do: give --output DIR, --evaluate, or both")

@@ -28,7 +28,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Large tensors in huge pages: weights are read a tenth to a fifth faster. PyTorch asks when it first allocates.
+# Large tensors in huge pages: weights are read a tenth to a fifth faster. PyTorch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch  # noqa: E402

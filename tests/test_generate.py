@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -430,7 +431,10 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_ctrl_c_ends_it_without_a_traceback():
-    process = start(*EAGER, "--max_new_tokens", "900", "--ignore_eos", "--method", "autoregressive")
+    # a shell ignores Ctrl-C in what it runs in the background, and children would inherit that
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    flags = (*EAGER, "--max_new_tokens", "900", "--ignore_eos", "--method", "autoregressive")
+    process = start(*flags, preexec_fn=heed)
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -401,6 +401,16 @@ void widen_row(const bf16* x, int64_t size, float* out) {
   }
 }
 
+inline void widen_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
+inline void narrow_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
+inline void narrow_row(const float* x, int64_t size, bf16* out) {  // x is filled up to full vectors
+  bf16 lanes[LANES];
+  for (int64_t i = 0; i < size; i += LANES) {
+    narrow(lanes, load(x + i));
+    std::memcpy(out + i, lanes, std::min<int64_t>(size - i, LANES) * sizeof(bf16));
+  }
+}
+
 inline Floats rounded(Floats a) {  // to the nearest bf16
   bf16 bits[LANES];
   narrow(bits, a);
@@ -747,11 +757,7 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
     row.resize(round_up(size, LANES));
     widen_row((const bf16*)x.const_data_ptr() + i * size, size, row.data());
     norm_row(row.data(), size, (const bf16*)weight.const_data_ptr(), eps);
-    bf16 bits[LANES];
-    for (int64_t j = 0; j < size; j += LANES) {
-      narrow(bits, load(row.data() + j));
-      std::memcpy((bf16*)y.mutable_data_ptr() + i * size + j, bits, std::min<int64_t>(size - j, LANES) * sizeof(bf16));
-    }
+    narrow_row(row.data(), size, (bf16*)y.mutable_data_ptr() + i * size);
   }
   return y;
 }
@@ -818,15 +824,6 @@ void for_each_block(const Head<T>& head, Gather gather, Use use) {
   }
 }
 
-inline void widen_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
-inline void narrow_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
-inline void narrow_row(const float* x, int64_t size, bf16* out) {  // x is filled up to full vectors
-  bf16 lanes[LANES];
-  for (int64_t i = 0; i < size; i += LANES) {
-    narrow(lanes, load(x + i));
-    std::memcpy(out + i, lanes, std::min<int64_t>(size - i, LANES) * sizeof(bf16));
-  }
-}
 inline Floats dot_word(const float*, const uint32_t* keys, uint32_t word, Floats total) {
   float x;
   std::memcpy(&x, &word, 4);

@@ -131,15 +131,17 @@ def open_weights(path: Path):
         ) from None
 
 
+def tensor_names(weights) -> list[str]:
+    """Of an open file, without the RoPE frequencies of old Llama checkpoints: they follow from the config."""
+    return [name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")]
+
+
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """(name, function that reads it) of every tensor of a checkpoint, in order."""
     for path in files:
         with open_weights(path) as weights:
-            for name in weights.keys():
-                if not name.endswith(
-                    "rotary_emb.inv_freq"
-                ):  # in old Llama checkpoints; follows from the config
-                    yield name, partial(weights.get_tensor, name)
+            for name in tensor_names(weights):
+                yield name, partial(weights.get_tensor, name)
 
 
 def stored_quantization(files: list[Path]) -> quantize.Quantization | None:
@@ -163,9 +165,7 @@ def check_weights(model: Transformer, directory: Path, files: list[Path]) -> str
     places, found, kinds = weight_places(model), {}, []
     for path in files:
         with open_weights(path) as weights:
-            for name in weights.keys():
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
+            for name in tensor_names(weights):
                 if name not in places:
                     raise BadInput(f"{path}: unexpected tensor {name}; {config_hint(directory)}")
                 if name in found:

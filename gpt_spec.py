@@ -206,6 +206,8 @@ class Linear(nn.Linear):
     perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want.
     """
 
+    wide = False  # results in float32, not in the dtype of x
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
         self.register_parameter("scales", None)
@@ -220,8 +222,6 @@ class Linear(nn.Linear):
         weights = (self.weight, self.scales, self.zeros, self.bias)
         extras = (residual, scale, eps, gated, self.out_features, self.activation_bits)
         return kernels.linear(x, *weights, *extras, self.wide)
-
-    wide = False  # a result in float32, not in the dtype of x
 
     def set_weights(self, weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> None:
         tensors = {"weight": weight, "scales": scales, "zeros": zeros}

@@ -22,9 +22,10 @@ import sysconfig
 import time
 import unicodedata
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -36,10 +37,22 @@ import torch  # noqa: E402
 import gpt_spec  # noqa: E402
 import kernels  # noqa: E402
 import quantize  # noqa: E402
-from gpt_spec import BadInput, Decoder, Drafter, Emission, ModelConfig, Sampling, Stats, Transformer  # noqa: E402
+from gpt_spec import (  # noqa: E402
+    BadInput,
+    Decoder,
+    Drafter,
+    Eagle3Head,
+    EagleHead,
+    Emission,
+    ModelConfig,
+    Sampling,
+    Stats,
+    Transformer,
+)
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
+SHIPPED_HEAD = MODELS / "python-7m-eagle"  # of the target
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
 ALL_PRECISIONS = [*DTYPES, *quantize.PRECISIONS]
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
@@ -61,6 +74,9 @@ def save(document, path, **kwargs):
 # --------------------------------------------------------------------------------------------------
 
 
+HEAD_FLAG = "--eagle_checkpoint_path"
+
+
 def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
     """A local directory, or a hub repository id, downloaded into the hub's cache. BadInput for neither."""
     path = Path(name)
@@ -73,6 +89,7 @@ def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs are local
 
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted += ["pytorch_model.bin"] if flag == HEAD_FLAG else []  # all that most published heads have
     unwanted = ["original/*", "consolidated*"]  # the same weights once more
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
@@ -302,6 +319,123 @@ def load_model(
         quantize.set_precision(model, precision)
     announce(model.pack(), q)
     return model
+
+
+# --------------------------------------------------------------------------------------------------
+# EAGLE heads
+# --------------------------------------------------------------------------------------------------
+
+
+def read_head(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a published head, by name: of safetensors files, or of a pytorch_model.bin."""
+    path = directory / "pytorch_model.bin"
+    if not path.exists() or any(directory.glob("model*.safetensors*")):
+        tensors = {name: read() for name, read in read_tensors(weight_files(directory))}
+    else:
+        try:
+            # Weights only: a pickle of somebody else's must not run.
+            mapped = zipfile.is_zipfile(path)  # as PyTorch has written them since 1.6
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:  # torch.load raises what pickle, zipfile and itself do
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise BadInput(f"{path}: holds something else than named tensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def build_head(raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Transformer, where: str):
+    """An empty head of the layout that the names of the tensors tell -> EagleHead, on the meta device."""
+    config = ModelConfig.from_dict({"model_type": "llama"} | raw, where)
+    third = "midlayer.self_attn.q_proj.weight" in tensors
+    if not third and "layers.0.self_attn.q_proj.weight" not in tensors:
+        raise BadInput(
+            f"{where}: the weights beside it are neither those of an EAGLE-2 head nor of an EAGLE-3 one"
+        )
+    layer = "midlayer" if third else "layers.0"
+    biases = {"qkv_bias": f"{layer}.self_attn.q_proj.bias", "o_bias": f"{layer}.self_attn.o_proj.bias"}
+    config = replace(config, num_layers=1, **{name: key in tensors for name, key in biases.items()})
+    width = integer_of(raw, "target_hidden_size", config.hidden_size, where) if third else config.hidden_size
+    for name, ours, theirs in (
+        ("vocabulary", config.vocab_size, target.config.vocab_size),
+        ("hidden size", width, target.config.hidden_size),
+    ):
+        if ours != theirs:
+            raise BadInput(f"{where}: the head is for a target with a {name} of {ours}, not {theirs}")
+    with torch.device("meta"):
+        if not third:
+            return EagleHead(config, fc_bias="fc.bias" in tensors)
+        if target.config.num_layers < 3:
+            raise BadInput(f"{where}: an EAGLE-3 head needs a target of at least 3 layers")
+        drafted = integer_of(raw, "draft_vocab_size", config.vocab_size, where)
+        return Eagle3Head(config, width, drafted, own_embedding=config.hidden_size != width)
+
+
+def integer_of(raw: dict[str, Any], name: str, default: int, where: str) -> int:
+    try:
+        return gpt_spec.integer(raw, name, default)
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def check_head(head: EagleHead, tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Each tensor must have a place, and each place a tensor of its shape. Raises BadInput."""
+    places = head.checkpoint_tensors()
+    missing = sorted(set(places) - set(tensors))
+    if missing:
+        raise BadInput(f"{directory}: the weights lack {missing[0]}")
+    for name, tensor in tensors.items():
+        if name not in places:
+            raise BadInput(f"{directory}: unexpected tensor {name}")
+        if tensor.shape != places[name].shape:
+            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(places[name].shape)}"
+            raise BadInput(f"{directory}: {name} has shape {shapes}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"{directory}: {name} is {tensor.dtype}; 16-bit and 32-bit floats are supported")
+
+
+def take_vocabulary(
+    head: EagleHead, tensors: dict[str, torch.Tensor], directory: Path
+) -> torch.Tensor | None:
+    """Remove the token map of an EAGLE-3 head from its tensors -> token ids of its logits, None for all."""
+    offsets, _ = tensors.pop("d2t", None), tensors.pop("t2d", None)  # t2d, the inverse, is for training
+    if head.draft_ids is None or offsets is None:
+        if head.draft_ids is not None and len(head.draft_ids) != head.config.vocab_size:
+            raise BadInput(f"{directory}: the weights lack d2t, which says what the head's tokens are")
+        return None
+    ids = torch.arange(len(offsets)) + offsets.long()
+    if ids.shape != head.draft_ids.shape or not 0 <= ids.min() <= ids.max() < head.config.vocab_size:
+        raise BadInput(f"{directory}: d2t does not map {len(head.draft_ids)} tokens into the vocabulary")
+    return ids
+
+
+def load_head(path: str | Path, target: Transformer, precision: str | None = None) -> EagleHead:
+    """Load an EAGLE-1, EAGLE-2 or EAGLE-3 head for a loaded target, in `precision` (None: bf16 or fp32, as
+    the target's norms), quantized on the way if that asks for it. Raises BadInput for what does not fit."""
+    directory = find_checkpoint(str(path), HEAD_FLAG)
+    raw = read_json(directory / "config.json", required=True)
+    tensors, like = read_head(directory), target.norm.weight
+    head = build_head(raw, tensors, target, str(directory / "config.json"))
+    ids = take_vocabulary(head, tensors, directory)
+    if not hasattr(head, "embed_tokens"):
+        tensors.pop("embed_tokens.weight", None)  # a copy of the target's
+    check_head(head, tensors, directory)
+    head, q = head.to(DTYPES.get(precision, like.dtype)), None
+    if precision in quantize.PRECISIONS:
+        q = quantize.default_quantization(head, precision)
+        quantize.reshape(head, q)
+    head = head.to_empty(device=like.device).requires_grad_(False).eval()
+    head.frequencies = gpt_spec.rope_frequencies(head.config).to(like.device)
+    if head.draft_ids is not None:
+        head.draft_ids = None if ids is None else ids.to(like.device)
+    places, linears = head.checkpoint_tensors(), quantize.linear_names(head)
+    for name, tensor in tensors.items():
+        parts = {name: tensor} if q is None else quantize.convert(name, tensor, q, linears, tied=False)
+        for part, value in parts.items():
+            places[part].copy_(value)
+    if q is not None:
+        quantize.set_precision(head, precision)
+    return head.pack().attach(target)
 
 
 def announce(model: Transformer, q: quantize.Quantization | None) -> None:
@@ -783,6 +917,38 @@ class Screen:
         self.stream.flush()
 
 
+def draw_step(emission: Emission, tokenizer: Tokenizer | None) -> str:
+    """What was proposed in a step and what became of it: nodes in a row, branches below each other."""
+    tokens, parents = (t[emission.row].tolist() for t in (emission.draft.tokens, emission.draft.parent))
+    children = {
+        node: [i for i, parent in enumerate(parents) if parent == node] for node in range(len(tokens))
+    }
+    accepted, node = {0}, 0
+    for token in emission.tokens[: emission.accepted]:
+        node = next(i for i in children[node] if tokens[i] == token)
+        accepted.add(node)
+
+    def word(token: int) -> str:
+        return repr(tokenizer.token_bytes(token).decode(errors="replace")) if tokenizer else str(token)
+
+    def draw(node: int, indent: str) -> list[str]:
+        """The lines of a subtree; only children stand behind their parents."""
+        run = [node]
+        while len(children[run[-1]]) == 1:
+            run += children[run[-1]]
+        words = [
+            f"{Screen.DRAFTED}{word(tokens[i])}{Screen.PLAIN}" if i in accepted else word(tokens[i])
+            for i in run
+        ]
+        return [indent + " ".join(words)] + [
+            line for child in children[run[-1]] for line in draw(child, indent + "    ")
+        ]
+
+    own = "".join(f", then {word(token)}" for token in emission.tokens[emission.accepted :])
+    head = f"\n[{emission.prompt_index + 1}] {len(tokens) - 1} drafted, {emission.accepted} accepted{own}"
+    return "\n".join([head, *draw(0, "    ")])
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
@@ -793,7 +959,16 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 
-METHODS = ["autoregressive", "lookup", "sequential"]
+METHODS = ["autoregressive", "lookup", "sequential", "tree"]
+
+
+TREE_DEPTH, TREE_TOPK = 5, 8
+
+
+def tree_size(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of nodes nor auto")
+    return text if text == "auto" else int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -818,12 +993,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch_size", type=int, default=1, help="texts decoded at a time")
     p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
+    p.add_argument("--eagle_checkpoint_path", help=f"tree: an EAGLE-1, 2 or 3 head, {directory}")
     p.add_argument("--draft_precision", choices=ALL_PRECISIONS, help="of the drafter (default: --precision)")
     p.add_argument(
         "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
     )
     p.add_argument(
         "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
+    )
+    p.add_argument(
+        "--tree_size",
+        type=tree_size,
+        default="auto",
+        metavar="N|auto",
+        help="nodes to verify, the root included (auto: what pays, step by step)",
+    )
+    p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help=f"levels below the root ({TREE_DEPTH})")
+    p.add_argument(
+        "--tree_topk", type=int, default=TREE_TOPK, help=f"children a node, nodes a level ({TREE_TOPK})"
     )
     p.add_argument("--max_new_tokens", type=int, default=200)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -851,7 +1038,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What argparse does not check. BadInput names the flag."""
-    for name in ("batch_size", "speculate_k", "max_new_tokens", "num_samples"):
+    for name in ("batch_size", "speculate_k", "max_new_tokens", "num_samples", "tree_depth", "tree_topk"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.draft_confidence <= 1:
@@ -896,17 +1083,29 @@ def load_target(args: argparse.Namespace) -> Target:
     return Target(model, load_tokenizer(directory), [] if args.ignore_eos else stop_ids(directory), precision)
 
 
+# Flags that only some methods understand.
+FLAGS_OF = {
+    "draft_checkpoint_path": ["sequential"],
+    "draft_precision": ["sequential", "tree"],
+    "draft_confidence": ["sequential"],
+    "eagle_checkpoint_path": ["tree"],
+}
+
+
 def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafter]:
     """(method, drafter) of the flags. Which drafter a method needs is settled here and nowhere else."""
     shipped = args.checkpoint_path is None
-    method = args.method or ("sequential" if shipped or args.draft_checkpoint_path else "autoregressive")
-    for flag in ("draft_checkpoint_path", "draft_precision", "draft_confidence"):
-        if getattr(args, flag) and method != "sequential":
-            raise BadInput(f"--{flag}: method {method} has no draft model; use --method sequential")
+    default = "sequential" if shipped or args.draft_checkpoint_path else "autoregressive"
+    method = args.method or ("tree" if args.eagle_checkpoint_path else default)
+    for flag, methods in FLAGS_OF.items():
+        if getattr(args, flag) and method not in methods:
+            raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
     if method == "autoregressive":
         return method, Drafter()
     if method == "lookup":
         return method, gpt_spec.LookupDrafter(args.speculate_k)
+    if method == "tree":
+        return method, tree_drafter(args, target, SHIPPED_HEAD if shipped else None)
     path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
     if path is None:
         raise BadInput(
@@ -914,6 +1113,18 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
         )
     model = load_draft_model(path, args, target)
     return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
+
+
+def tree_drafter(args: argparse.Namespace, target: Target, default: Path | None) -> Drafter:
+    path = args.eagle_checkpoint_path or default
+    if path is None:
+        raise BadInput("--method tree needs --eagle_checkpoint_path: an EAGLE head of this very target")
+    head = load_head(path, target.model, args.draft_precision or target.precision)
+    size = None if args.tree_size == "auto" else args.tree_size
+    try:
+        return gpt_spec.TreeDrafter(head, size, args.tree_depth, args.tree_topk)
+    except BadInput as error:  # it begins with the name of the flag
+        raise BadInput(f"--{error}") from None
 
 
 def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
@@ -1057,6 +1268,8 @@ def decode_all(
     for emissions in decoder.run(prompts, args.max_new_tokens, stops, should_stop, stats, reuse, seeds):
         for emission in emissions:
             todo[emission.prompt_index].add(emission)
+            if args.explain and emission.draft is not None:
+                print(draw_step(emission, todo[emission.prompt_index].stream.tokenizer), file=sys.stderr)
         if screen:
             screen.update()
     if screen:
@@ -1128,16 +1341,24 @@ STATS_FIELDS = [
     *("acceptance_by_position", "compile_seconds"),
 ]
 
+TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
+
 
 def stats_json(stats: Stats, models: list[torch.nn.Module], device: str) -> dict[str, Any]:
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
-    return {name: getattr(stats, name) for name in STATS_FIELDS} | memory
+    names = STATS_FIELDS + (
+        ["expected_accepted_tokens", "nodes_histogram"] if stats.expected_accepted_tokens else []
+    )
+    return {name: getattr(stats, name) for name in names} | memory
 
 
 def format_stats(s: dict[str, Any]) -> str:
     """Three lines for people; `s` is what --json prints as `stats`."""
     by_position = ", ".join(f"{share:.2f}" for share in s["acceptance_by_position"])
     accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
+    if "expected_accepted_tokens" in s:
+        sizes = ", ".join(f"{n} in {steps}" for n, steps in sorted(s["nodes_histogram"].items()))
+        accepted += f", {s['expected_accepted_tokens']:.0f} expected; nodes verified: {sizes} steps"
     return (
         f"{s['new_tokens']} tokens, {s['decode_tokens_per_second']:.1f} tokens/s; "
         f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up {s['compile_seconds']:.1f} s\n"

@@ -12,6 +12,7 @@ the speed and nothing else.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -251,18 +252,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, inputs: int | None = None):
+        """`inputs`: width of x, where it is not the hidden size."""
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of queries, keys, values
         self.head_dim = config.head_dim
         rows = sum(self.heads) * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.qkv_proj = Linear(inputs or config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, n, hidden] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
+    def project(
+        self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, inputs] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
         heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
         q, k, v = heads.split(self.heads, dim=2)
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
@@ -294,18 +298,14 @@ class Layer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm)
 
 
-class Transformer(nn.Module):
-    """A Llama-family decoder. Weights come from `generate.load_model`, or are random after construction."""
+class CheckpointModule(nn.Module):
+    """A module whose weights have names in Hugging Face checkpoints, and RoPE."""
+
+    top = ""  # what those names begin with
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
-        if config.tied_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +324,8 @@ class Transformer(nn.Module):
             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
         }
         parent, _, leaf = path.rpartition(".")
-        prefix = "" if path == "lm_head" else f"model.{parent}." if parent else "model."
+        prefix = "" if path == "lm_head" else self.top
+        prefix += f"{parent}." if parent else ""
         return {prefix + part: count for part, count in fused.get(leaf, {leaf: rows}).items()}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -340,33 +341,191 @@ class Transformer(nn.Module):
                 named[f"{part}.{names.get(tensor.dtype, kind)}"] = view
         return named
 
-    def pack(self) -> Transformer:
+    def pack(self) -> CheckpointModule:
         """Bring all weights into the order of the CPU kernels, in place; a loader does it last -> self."""
         kernels.load()
-        tied = self.lm_head.weight is self.embed_tokens.weight
         for linear in self.modules():
             if isinstance(linear, Linear):
                 linear.pack()
+        return self
+
+
+class Transformer(CheckpointModule):
+    """A Llama-family decoder. Weights come from `generate.load_model`, or are random after construction."""
+
+    top = "model."
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def pack(self) -> Transformer:
+        tied = self.lm_head.weight is self.embed_tokens.weight
+        super().pack()
         if tied:
             self.embed_tokens.weight = self.lm_head.weight
         return self
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Features, [B, n, hidden]: the hidden state after the final norm, which `lm_head` turns into logits.
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Features [B, n, hidden], which `lm_head` turns into logits, and what is tapped on the way there.
 
         tokens, positions: int64 [B, n]. `attend(layer, q, k, v)` decides what a token sees: `KVCache.attend`
         (with its first arguments bound) continues a cached text, `causal_attention` needs no cache.
+        `taps`: tap i is the input of layer i, or the feature itself where there is no such layer; all of them
+        side by side, [B, n, len(taps) * hidden].
         """
         cos, sin = self.rope(positions)
         x = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
+        states = []
         for i, layer in enumerate(self.layers):
+            states.append(x)
             x = layer(x, cos, sin, partial(attend, i))
-        return self.norm(x)
+        states.append(self.norm(x))
+        tapped = torch.cat([states[i] for i in taps], dim=-1) if taps else x[..., :0]
+        return states[-1], tapped
 
     def recompute(self, tokens: Tensor, attend=None) -> Tensor:
         """The slow twin of cached decoding: whole texts int64 [B, n] -> features [B, n, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.forward(tokens, positions, attend or causal_attention)
+        return self.forward(tokens, positions, attend or causal_attention)[0]
+
+
+class EagleHead(CheckpointModule):
+    """One decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
+
+    Its row p is made of the feature of position p and the token of position p + 1, and stands at position p:
+    it guesses the feature of position p + 1. Embedding and lm_head are the target's (`attach`); there is no
+    norm before the layer, and none after it.
+    """
+
+    embed_tokens: nn.Embedding
+    lm_head: LanguageHead
+    draft_ids: Tensor | None = (
+        None  # int64 [drafted vocabulary]: token ids of the logits, if not 0, 1, 2, ...
+    )
+
+    def __init__(self, config: ModelConfig, fc_bias: bool = False):
+        """`config`: of the one layer, and the target's vocabulary."""
+        super().__init__(config)
+        self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
+        self.layers = nn.ModuleList([HeadLayer(config, config.hidden_size)])
+
+    def attach(self, target: Transformer) -> EagleHead:
+        """Borrow what the head has in common with its target -> self. A loader does it last."""
+        self.embed_tokens, self.lm_head = target.embed_tokens, target.lm_head
+        return self
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """Which states of a target with so many layers are its features: see `Transformer.forward`."""
+        return (layers,)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """What the target yields -> features as the head itself yields them, [B, n, hidden]."""
+        return features
+
+    def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, n], features [B, n, hidden] -> what attention reads, and what is added to it."""
+        embedded = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
+        x = self.fc(torch.cat((embedded, features), dim=-1))  # [B, n, 2 hidden] -> [B, n, hidden]
+        return x, x
+
+    def project(
+        self, tokens: Tensor, features: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a row adds its guess to, [B, n, hidden], and its queries, keys and values: see `forward`."""
+        x, residual = self.enter(tokens, features)
+        return residual, *self.layer.self_attn.project(x, None, *self.rope(positions))
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, attend, last: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, n, hidden] of `positions` int64 [B, n], tokens after them -> the next features.
+
+        With `last` int64 [B], only that row of each text goes on to attend, and the others are there for
+        their keys and values -> [B, 1, hidden].
+        """
+        residual, q, k, v = self.project(tokens, features, positions)
+        if last is not None:
+            row = (torch.arange(len(last), device=last.device)[:, None], last[:, None])  # [B, 1] each
+            q, residual = q[row], residual[row]  # [B, 1, H, D], [B, 1, hidden]
+        attended = attend(q, k, v)
+        x = self.layer.self_attn.o_proj(
+            attended.flatten(2), residual=residual
+        )  # [B, n, H D] -> [B, n, hidden]
+        return self.layer.mlp(x, self.layer.post_attention_layernorm)
+
+    @property
+    def layer(self) -> HeadLayer:
+        return self.layers[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, n, hidden] -> float32 [B, n, drafted vocabulary]."""
+        return self.lm_head(features)
+
+
+class HeadLayer(nn.Module):
+    """The layer of an EAGLE head; what it attends with is not what it adds to: see `EagleHead.enter`."""
+
+    def __init__(self, config: ModelConfig, inputs: int):
+        super().__init__()
+        self.self_attn = Attention(config, inputs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+
+class Eagle3Layer(HeadLayer):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, 2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Eagle3Head(EagleHead):
+    """EAGLE-3 (arXiv 2503.01840): three states of the target as features, a vocabulary of its own.
+
+    What goes round is the state before the norm of the lm_head, which is the head's own, like the RoPE base.
+    """
+
+    def __init__(self, config: ModelConfig, target_hidden_size: int, vocab_size: int, own_embedding: bool):
+        """`vocab_size`: tokens that the head can draft; draft_ids [vocab_size] says which."""
+        CheckpointModule.__init__(self, config)
+        self.fc = Linear(3 * target_hidden_size, config.hidden_size)
+        self.midlayer = Eagle3Layer(config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = LanguageHead(config.hidden_size, vocab_size)
+        self.register_buffer("draft_ids", torch.arange(vocab_size), persistent=False)
+        if own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    @property
+    def layer(self) -> HeadLayer:
+        return self.midlayer
+
+    def attach(self, target: Transformer) -> EagleHead:
+        if not hasattr(self, "embed_tokens"):
+            self.embed_tokens = target.embed_tokens
+        return self
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        return (2, layers // 2, layers - 3)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return self.fc(features)  # [B, n, 3 target hidden] -> [B, n, hidden]
+
+    def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
+        normed = (self.midlayer.input_layernorm(embedded), self.midlayer.hidden_norm(features))
+        return torch.cat(normed, dim=-1), features  # [B, n, 2 hidden], [B, n, hidden]
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.lm_head(features, self.norm)
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -399,12 +558,14 @@ class KVCache:
     def attend(
         self, slots: Tensor, ancestors: Tensor, length: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, n, H, D] -> [B, n, H, D]."""
-        keys, values = self.keys[layer], self.values[layer]
+        """Store k, v [B, n, G, D] at `slots` [B, n], then attend with q [B, ., H, D] -> [B, ., H, D]."""
+        self.write(slots, layer, k, v)
+        return kernels.attention(q, self.keys[layer], self.values[layer], ancestors, length)
+
+    def write(self, slots: Tensor, layer: int, k: Tensor, v: Tensor) -> None:
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
-        keys[rows, slots] = k
-        values[rows, slots] = v
-        return kernels.attention(q, keys, values, ancestors, length)
+        self.keys[layer][rows, slots] = k
+        self.values[layer][rows, slots] = v
 
     def keep(self, path: Tensor, length: Tensor) -> None:
         """Move an accepted path to where it belongs: slot length + path[d] -> length + d, for all d at once.
@@ -526,6 +687,7 @@ class Draft:
     tokens: Tensor  # int64 [B, n]
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
+    expected: Tensor | None = None  # float32 [B]: tokens that the drafter expects of the step, if it does
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
@@ -579,21 +741,36 @@ def accept(
 PREFILL_CHUNK = 512
 
 
-def extend(model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor) -> Tensor:
-    """Continue texts of `length` int64 [B] by chains of tokens int64 [B, n] -> features [B, n, hidden]."""
+def extend(
+    model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor, taps: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Continue texts of `length` int64 [B] by chains of tokens int64 [B, n] -> see `Transformer.forward`."""
     n = tokens.shape[1]
     slots = positions = length[:, None] + torch.arange(n, device=tokens.device)  # in a chain they coincide
     ancestors = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().expand(len(tokens), -1, -1)
-    return model(tokens, positions, partial(cache.attend, slots, ancestors, length))
+    return model(tokens, positions, partial(cache.attend, slots, ancestors, length), taps)
 
 
-def prefill(model: Transformer, cache: KVCache, row: int, tokens: Tensor, start: int) -> Tensor:
-    """Fill slots start .. P - 1 of one row with a prompt int64 [P] -> feature of its end, [1, 1, hidden]."""
+def prefill(
+    model: Transformer,
+    cache: KVCache,
+    row: int,
+    tokens: Tensor,
+    start: int,
+    features: Tensor | None = None,
+    taps: tuple[int, ...] = (),
+) -> Tensor:
+    """Fill slots start .. P - 1 of one row with a prompt int64 [P] -> feature of its end, [1, 1, hidden].
+
+    What is tapped on the way goes to the same places of `features` [slots, width].
+    """
     view = cache.row(row)
     for begin in range(start, len(tokens), PREFILL_CHUNK):
         chunk = tokens[None, begin : begin + PREFILL_CHUNK]  # [1, n]
-        features = extend(model, view, chunk, torch.tensor([begin], device=tokens.device))
-    return features[:, -1:]
+        last, tapped = extend(model, view, chunk, torch.tensor([begin], device=tokens.device), taps)
+        if features is not None:
+            features[begin : begin + chunk.shape[1]] = tapped[0]
+    return last[:, -1:]
 
 
 @dataclass
@@ -601,16 +778,39 @@ class State:
     """B texts being decoded. tokens[length] is the root: committed, not yet in the target's cache."""
 
     tokens: Tensor  # int64 [B, slots]; valid up to and including the root
+    features: Tensor  # [B, slots, width]; what the drafter wants of the target, of tokens below length
     length: Tensor  # int64 [B]; tokens whose K/V is in the target's cache
     seed: Tensor  # int64 [B]; seed + prompt index, the key of the row's noise
     active: Tensor  # bool [B]; a row that is not active is frozen: it rides along and nothing of it changes
 
     @staticmethod
-    def allocate(batch_size: int, slots: int, device: torch.device) -> State:
-        tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
+    def allocate(batch_size: int, slots: int, width: int, like: Tensor) -> State:
+        """`width` of the features; `like`: any tensor of their dtype and device."""
+        tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=like.device)
         seed = tokens.new_zeros(batch_size)
         length = torch.ones_like(seed)  # of a row that holds no text yet: drafters look one token back
-        return State(tokens, length, seed, seed.bool())
+        return State(tokens, like.new_zeros(batch_size, slots, width), length, seed, seed.bool())
+
+
+@dataclass
+class Pace:
+    """What time buys, measured: the cost of verifying n nodes, and the tokens per second of late."""
+
+    seconds: dict[int, float] = field(default_factory=dict)  # T(n)
+    tokens: float = 0.0  # of recent steps, older ones counting less and less,
+    elapsed: float = 0.0  # and their seconds
+
+    def count(self, tokens: int, elapsed: float) -> None:
+        self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + elapsed
+
+    def best(self, expected: dict[int, float]) -> int:
+        """The number of nodes to verify, given the tokens that each would bring.
+
+        More nodes are worth their time while they bring more tokens than that time brings on average: the
+        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice.
+        """
+        rate = self.tokens / self.elapsed if self.elapsed else 0.0
+        return max(expected, key=lambda n: expected[n] - rate * self.seconds.get(n, 0.0))
 
 
 @dataclass(frozen=True)
@@ -621,6 +821,7 @@ class Setup:
     batch_size: int
     slots: int  # of every cache: the longest text plus the widest draft
     compile: bool
+    pace: Pace = field(default_factory=Pace)
 
     def compiled(self, function: Callable) -> Callable:
         if not self.compile:
@@ -641,11 +842,16 @@ class Drafter:
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
+    needs_costs = False  # does `propose` ask what verifying n nodes costs?
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """What `State.features` must hold of a target with so many layers: see `Transformer.forward`."""
+        return ()
 
     def start(self, setup: Setup) -> None:
         """Allocate and compile; called once, by the decoder."""
 
-    def prefill(self, row: int, tokens: Tensor, start: int) -> None:
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
 
     def propose(self, state: State) -> Draft:
@@ -659,6 +865,10 @@ class Drafter:
     def draft_sizes(self) -> list[int]:
         """Every number of nodes that `propose` may return: one compiled verification each."""
         return [self.max_nodes]
+
+    def max_depth(self, n: int) -> int:
+        """Of drafts of n nodes."""
+        return n - 1
 
 
 class LookupDrafter(Drafter):
@@ -721,7 +931,7 @@ class SequentialDrafter(Drafter):
         self.sampling = setup.sampling
         self.write_some = setup.compiled(self.write)
 
-    def prefill(self, row: int, tokens: Tensor, start: int) -> None:
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         prefill(self.model, self.cache, row, tokens, start)
 
     def warm_up(self, state: State) -> None:
@@ -734,7 +944,7 @@ class SequentialDrafter(Drafter):
         """Feed int64 [B, n] at `length`, then write -> tokens int64 [B, stride], are they sure? bool."""
         tokens, sure = [], []
         for _ in range(self.stride):
-            features = extend(self.model, self.cache, fed, length)
+            features, _ = extend(self.model, self.cache, fed, length)
             logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
             length = length + fed.shape[1]
             fed = pick(logits, length[:, None], seed, self.sampling)  # [B, 1]
@@ -772,6 +982,168 @@ class SequentialDrafter(Drafter):
         return [n for n in (1, 2, 3, 5, 9, 17, 33) if n < self.max_nodes] + [self.max_nodes]
 
 
+class TreeDrafter(Drafter):
+    """An EAGLE head grows a tree where it is sure of itself (EAGLE-2, arXiv 2406.16858, section 4).
+
+    The k best continuations of the root are the first beam. `tree_depth` - 1 times, every node of the beam
+    gets its k best children, and the k best of these are the next beam. Of all nodes ever seen, the best are
+    verified. A node is as good as the product of the probabilities on its path; the noise of its position
+    is added to the head's logits first, so that the tree grows around what the target is going to pick.
+
+    The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
+    it grows a tree goes to scratch slots above and is forgotten.
+    """
+
+    SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
+
+    def __init__(
+        self, head: EagleHead, tree_size: int | None = None, tree_depth: int = 5, tree_topk: int = 8
+    ):
+        """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
+        pool = tree_topk + (tree_depth - 1) * tree_topk**2
+        if tree_size is not None and not 2 <= tree_size <= pool + 1:
+            raise BadInput(
+                f"tree_size is {tree_size}; depth {tree_depth} and top-k {tree_topk} allow 2 to {pool + 1}"
+            )
+        vocabulary = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
+        if tree_topk > vocabulary:
+            raise BadInput(f"tree_topk is {tree_topk}; the head knows {vocabulary} tokens")
+        self.head, self.models, self.depth, self.topk = head, (head,), tree_depth, tree_topk
+        self.sizes = [n for n in self.SIZES if n <= pool + 1] if tree_size is None else [tree_size]
+        self.sizes = self.sizes or [pool + 1]
+        self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        return self.head.taps(layers)
+
+    def draft_sizes(self) -> list[int]:
+        return self.sizes
+
+    def max_depth(self, n: int) -> int:
+        return min(self.depth, n - 1)
+
+    def start(self, setup: Setup) -> None:
+        slots, like = (
+            setup.slots + self.topk * (self.depth - 1),
+            self.head.layer.post_attention_layernorm.weight,
+        )
+        self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        self.length = torch.zeros(setup.batch_size, dtype=torch.int64, device=like.device)  # true rows
+        self.sampling, self.pace = setup.sampling, setup.pace
+        self.grow_tree = setup.compiled(self.grow)
+
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        """All rows but the last, whose token is still to be picked. Only their keys and values matter."""
+        begin, end = min(int(self.length[row]), max(start - 1, 0)), len(tokens) - 1
+        self.length[row] = begin  # true, should this be interrupted
+        for first in range(begin, end, PREFILL_CHUNK):
+            place = torch.arange(first, min(first + PREFILL_CHUNK, end), device=tokens.device)  # [n]
+            features = self.head.fuse(state.features[row : row + 1, place])  # [1, n, hidden]
+            _, _, k, v = self.head.project(tokens[None, place + 1], features, place[None])
+            self.cache.row(row).write(place[None], 0, k, v)
+        self.length[row] = end
+
+    def catch_up(self, state: State, start: Tensor) -> Tensor:
+        """True rows from `start` int64 [B] on -> the feature guessed from the last one, [B, 1, hidden].
+
+        Those are at most as many as the longest path has nodes; rows beyond them are masked garbage.
+        """
+        offset = torch.arange(self.max_depth(self.max_nodes) + 1, device=start.device)
+        count = state.length - start  # [B]
+        place = start[:, None] + offset  # [B, n]
+        row = torch.arange(len(start), device=start.device)[:, None]  # [B, 1]
+        features = self.head.fuse(state.features[row, place])  # [B, n, hidden]
+        seen = (offset < count[:, None])[:, None]  # [B, 1, n]
+        attend = partial(self.cache.attend, place, seen, start, 0)
+        return self.head(state.tokens[row, place + 1], features, place, attend, count - 1)
+
+    def children(self, features: Tensor, position: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """The k best tokens at `position` int64 [B], given features [B, n, hidden] -> int64 [B, n, k], and
+        their log-probabilities."""
+        logits = self.head.logits(features)  # [B, n, V]
+        if self.sampling.temperature > 0:
+            noise = gumbel(seed, position[:, None], self.head.config.vocab_size)  # [B, 1, V]
+            noise = noise if self.head.draft_ids is None else noise[..., self.head.draft_ids]
+            logits = logits + self.sampling.temperature * noise
+        best, index = kernels.top_k(logits, self.topk)
+        # At most 0, though rounding may say otherwise: no child is better than its parent.
+        scores = (best - logits.logsumexp(dim=-1, keepdim=True)).clamp(max=0)
+        return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
+
+    def grow(self, state: State, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n], and what their
+        first nodes are worth, float32 [B, sizes]: the tokens that a step of each size is expected to yield.
+
+        `length` int64 [B]: how many true rows the head's cache has.
+        """
+        k, past = self.topk, state.length
+        rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
+        features = self.catch_up(state, torch.minimum(length, past - 1))  # [B, 1, hidden]
+        tokens, scores = (t.squeeze(1) for t in self.children(features, past + 1, state.seed))  # [B, k]
+        pool = Pool([tokens], [scores], [torch.zeros_like(tokens)])
+        node, features = 1 + rank.expand_as(tokens), features.expand(-1, k, -1)  # [B, k], [B, k, hidden]
+        itself = (rank[:, None] == rank).expand(len(past), -1, -1)  # [B, k, k]
+        ancestors = itself
+        for level in range(self.depth - 1):
+            positions = (past + level)[:, None].expand_as(tokens)  # [B, k]
+            attend = partial(self.cache.attend, past[:, None] + level * k + rank, ancestors, past, 0)
+            features = self.head(tokens, features, positions, attend)  # [B, k, hidden]
+            below, steps = self.children(features, past + level + 2, state.seed)  # [B, k, k] each
+            first = pool.size + 1
+            pool.add(below, scores[..., None] + steps, node)
+            if level == self.depth - 2:
+                break
+            scores, best = kernels.top_k(pool.scores[-1], k)  # [B, k]
+            above, tokens, node = best // k, pool.tokens[-1].gather(1, best), first + best  # [B, k] each
+            features = features[row, above]
+            ancestors = torch.cat((ancestors[row, above], itself), dim=-1)  # [B, k, (level + 2) k]
+        return pool.best(state, self.sizes)
+
+    def propose(self, state: State) -> Draft:
+        tokens, parent, worth = self.grow_tree(state, self.length)
+        self.length, choice = state.length.clone(), 0
+        if self.needs_costs:  # a read of the host, the price of choosing
+            total = (worth * state.active[:, None]).sum(dim=0).tolist()
+            choice = self.sizes.index(self.pace.best(dict(zip(self.sizes, total))))
+        n = self.sizes[choice]
+        # New tensors, since the compiled verification wants the same strides whatever the batch.
+        tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
+        return Draft(tokens, parent, self.max_depth(n), worth[:, choice])
+
+
+@dataclass
+class Pool:
+    """All nodes that a growing tree has seen, level by level; node 0 is the root, the others count from 1."""
+
+    tokens: list[Tensor]  # int64 [B, .]
+    scores: list[Tensor]  # float32 [B, .]: log-probabilities of whole paths, never above the parent's
+    parents: list[Tensor]  # int64 [B, .]
+
+    @property
+    def size(self) -> int:
+        return sum(tokens.shape[1] for tokens in self.tokens)
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
+        """tokens, scores: [B, k, k], the children of `parents` int64 [B, k]."""
+        self.tokens.append(tokens.flatten(1))
+        self.scores.append(scores.flatten(1))
+        self.parents.append(parents[..., None].expand_as(tokens).flatten(1))
+
+    def best(self, state: State, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The best nodes: see `TreeDrafter.grow`. Of equals the first wins, so a parent always precedes its
+        children, and the first n nodes are the best tree of n nodes."""
+        tokens, parents = torch.cat(self.tokens, dim=1), torch.cat(self.parents, dim=1)  # [B, pool]
+        scores, order = kernels.top_k(torch.cat(self.scores, dim=1), sizes[-1] - 1)  # [B, n - 1]
+        root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
+        node = torch.arange(1, sizes[-1], device=root.device).expand_as(order)
+        # Where in the tree a node of the pool is: [B, pool + 1]
+        place = torch.zeros_like(F.pad(parents, (1, 0))).scatter(1, order + 1, node)
+        parent = torch.cat((torch.full_like(root, -1), place.gather(1, parents.gather(1, order))), dim=1)
+        expected = 1 + scores.exp().cumsum(dim=1)  # [B, n - 1]
+        worth = expected[:, [n - 2 for n in sizes]]
+        return torch.cat((root, tokens.gather(1, order)), dim=1), parent, worth
+
+
 # --------------------------------------------------------------------------------------------------
 # The loop
 # --------------------------------------------------------------------------------------------------
@@ -790,7 +1162,11 @@ class Stats:
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    expected_accepted_tokens: float = (
+        0.0  # by drafters that estimate it: the path probabilities of their nodes
+    )
     accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
+    nodes_histogram: dict[int, int] = field(default_factory=dict)  # steps by nodes verified, root included
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -812,12 +1188,16 @@ class Stats:
         self.prefill_seconds += seconds
         self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
 
-    def count_step(self, drafted: int, accepted: int, max_depth: int) -> None:
+    def count_step(self, drafted: int, accepted: int, draft: Draft, expected: float) -> None:
+        """One row of a verified draft; `expected`: tokens that the drafter promised, or 0."""
         self.target_forwards += 1
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
-        self.accepted_histogram += [0] * (max_depth + 1 - len(self.accepted_histogram))
+        self.expected_accepted_tokens += max(expected - 1, 0)
+        self.accepted_histogram += [0] * (draft.max_depth + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
+        n = draft.tokens.shape[1]
+        self.nodes_histogram[n] = self.nodes_histogram.get(n, 0) + 1
 
 
 @dataclass
@@ -828,6 +1208,8 @@ class Emission:
     tokens: list[int]
     accepted: int = 0
     finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
+    draft: Draft | None = None  # what was verified for it, in
+    row: int = 0  # this row of the batch; the first token comes from prefill and has no draft
 
 
 @dataclass
@@ -865,8 +1247,10 @@ class Decoder:
         self.model, self.drafter, self.max_length = model, drafter or Drafter(), max_length
         like = model.norm.weight
         self.setup = Setup(sampling, batch_size, max_length + self.drafter.max_nodes, compile)
+        self.taps = self.drafter.taps(model.config.num_layers)
         self.cache = KVCache.allocate(model.config, batch_size, self.setup.slots, like)
-        self.state = State.allocate(batch_size, self.setup.slots, like.device)
+        width = len(self.taps) * model.config.hidden_size
+        self.state = State.allocate(batch_size, self.setup.slots, width, like)
         self.drafter.start(self.setup)
         self.verify_step = self.setup.compiled(self.verify)
 
@@ -875,12 +1259,33 @@ class Decoder:
         """Compile every size that decoding will meet -> seconds. For a decoder that holds no text yet."""
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
-        if not self.setup.compile:
-            return time.perf_counter() - started
-        self.drafter.warm_up(self.state)
-        for n in self.drafter.draft_sizes():
-            self.commit(Draft.chain(self.state.tokens.new_zeros(self.setup.batch_size, n)))
+        if self.setup.compile:
+            self.drafter.warm_up(self.state)
+        if self.setup.compile or self.drafter.needs_costs:
+            for n in self.drafter.draft_sizes():
+                self.commit(self.blank_draft(n))
+        if self.drafter.needs_costs:
+            self.measure_costs()
         return time.perf_counter() - started
+
+    def blank_draft(self, n: int) -> Draft:
+        """Something of the shape of the drafter's drafts: n - 1 children of the root."""
+        tokens = self.state.tokens.new_zeros(self.setup.batch_size, n)
+        parent = torch.zeros_like(tokens)
+        parent[:, 0] = -1
+        return Draft(tokens, parent, self.drafter.max_depth(n))
+
+    def measure_costs(self) -> None:
+        """T(n) of every size, the median of up to 7 verifications; for a decoder that holds no text yet."""
+        pace, sizes = self.setup.pace, self.drafter.draft_sizes()
+        for n in sizes:
+            draft, times = self.blank_draft(n), []
+            while len(times) < 7 and sum(times) < 0.5:
+                begin = time.perf_counter()
+                self.commit(draft)
+                times.append(time.perf_counter() - begin)
+            pace.seconds[n] = statistics.median(times)
+        pace.count(self.setup.batch_size, pace.seconds[sizes[0]])  # until there is something to go by
 
     @torch.no_grad()
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
@@ -890,8 +1295,8 @@ class Decoder:
         state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
         prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
         state.tokens[row, :length] = prompt
-        feature = prefill(self.model, self.cache, row, prompt, start)
-        self.drafter.prefill(row, prompt, start)
+        feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
+        self.drafter.prefill(state, row, prompt, start)
         position, key = (torch.tensor([value], device=device) for value in (length, seed))  # [1] each
         first = pick(self.model.lm_head(feature), position[None], key, self.setup.sampling)  # [1, 1]
         state.tokens[row, length] = first[0, 0]
@@ -915,12 +1320,16 @@ class Decoder:
         nodes = torch.arange(draft.tokens.shape[1], device=length.device)
         ancestors, depth = tree_geometry(draft.parent, max_depth)
         slots, positions = length[:, None] + nodes, length[:, None] + depth  # [B, n] each
-        features = self.model(draft.tokens, positions, partial(self.cache.attend, slots, ancestors, length))
+        attend = partial(self.cache.attend, slots, ancestors, length)
+        features, tapped = self.model(draft.tokens, positions, attend, self.taps)
         choice = pick(self.model.lm_head(features), positions + 1, state.seed, self.setup.sampling)  # [B, n]
         path, accepted = accept(draft.tokens, draft.parent, choice, ancestors, depth, max_depth)
         emitted = choice.gather(1, path)  # [B, max_depth + 1]: accepted drafts, the bonus, repetitions of it
         level = nodes[: max_depth + 1]
         state.tokens.scatter_(1, length[:, None] + 1 + level, emitted)
+        if self.taps:
+            row = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
+            state.features[row, length[:, None] + level] = tapped[row, path]
         moves = ((path != level) & (level <= accepted[:, None])).any(dim=1)
         drafted = (draft.parent >= 0).sum(dim=1)
         report = torch.cat((torch.stack((accepted, drafted, moves), dim=1), emitted), dim=1)
@@ -996,12 +1405,17 @@ class Decoder:
                 continue
             begin = time.perf_counter()
             draft, verified = self.step()
-            emissions = []
+            expected, emissions = [0] if draft.expected is None else draft.expected.tolist(), []
             for b, result in enumerate(verified):
                 if rows[b] is not None:
                     emissions.append(emit(b, result.tokens, result.accepted))
-                    stats.count_step(result.drafted, emissions[-1].accepted, draft.max_depth)
-            stats.decode_seconds += time.perf_counter() - begin
+                    emissions[-1].draft, emissions[-1].row = draft, b
+                    stats.count_step(
+                        result.drafted, emissions[-1].accepted, draft, expected[b % len(expected)]
+                    )
+            elapsed = time.perf_counter() - begin
+            self.setup.pace.count(sum(len(emission.tokens) for emission in emissions), elapsed)
+            stats.decode_seconds += elapsed
             yield emissions
 
 

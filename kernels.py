@@ -3,6 +3,7 @@
     linear      x W^T with 4-bit, 8-bit or bf16 weights; what comes before (norm or SwiGLU, rounding of the
                 activations) and after (bias, residual) is part of it
     rms_norm    the norm alone
+    top_k       the largest of every row, with a rule for equal ones
     attention   n queries of every text over a static cache
 
 Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
@@ -276,6 +277,11 @@ def linear_reference(
     return y if residual is None else residual + y
 
 
+def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ordered, index = x.masked_fill(x.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
+    return ordered[..., :k].contiguous(), index[..., :k].contiguous()
+
+
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
@@ -305,9 +311,11 @@ library.define(
     " Tensor? norm, float eps, bool gated, int out_features, int activation_bits, bool wide) -> Tensor"
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
+library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
@@ -319,6 +327,11 @@ def _(x, weight, scales, zeros, bias, residual, norm, eps, gated, out_features, 
 @torch.library.register_fake("gpt_spec::rms_norm")
 def _(x, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gpt_spec::top_k")
+def _(x, k):
+    return x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
 
 
 @torch.library.register_fake("gpt_spec::attention")
@@ -364,6 +377,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if uses_kernels(x, weight):
         return torch.ops.gpt_spec.rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row, float32 [..., n] -> values [..., k] and places int64 [..., k], in order.
+
+    Unlike `torch.topk` it says which of equal numbers comes first: the one with the lower place. NaN counts
+    as -inf.
+    """
+    return torch.ops.gpt_spec.top_k(x, k)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:

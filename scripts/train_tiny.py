@@ -3,12 +3,15 @@
     python scripts/train_tiny.py tokenizer      # models/*/tokenizer.model, held-out prompts     seconds
     python scripts/train_tiny.py target         # models/python-7m: 8 layers of width 256        about an hour
     python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        20 minutes
+    python scripts/train_tiny.py target-eagle   # models/python-7m-eagle: the target's EAGLE-2 head
+    python scripts/train_tiny.py small-eagle    # models/python-1m-eagle: that of the small model
 
 In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from
 `.training/`.
 
 The one idea: a drafter is good when it guesses what the *target* says, so the small model is not trained on
-the text but on the target's distribution over the text (distillation).
+the text but on the target's distribution over the text (distillation), and so are the EAGLE heads, on what
+they will see when they draft: first the target's features, then their own guesses of them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import shutil
 import sys
 import sysconfig
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -29,7 +34,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from gpt_spec import ModelConfig, Transformer  # noqa: E402
+from gpt_spec import EagleHead, ModelConfig, Transformer  # noqa: E402
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 STATE = ROOT / ".training"
@@ -53,7 +58,10 @@ SHAPES = {
     },
 }
 FOLDERS = {"target": ROOT / "models" / "python-7m", "small": ROOT / "models" / "python-1m"}
-STEPS = {"target": 6000, "small": 4000}
+HEADS = {f"{kind}-eagle": folder.with_name(f"{folder.name}-eagle") for kind, folder in FOLDERS.items()}
+STEPS = {"target": 6000, "small": 4000, "target-eagle": 2000, "small-eagle": 2000}
+FEATURE_WEIGHT = 1.0  # of the loss of features; that of the distributions has 1
+UNROLL = 3  # of a head: one row from the target's features and two from its own guesses
 
 # Modules that no model has seen; files test_<name>.py are left out as well.
 HELD_OUT = [
@@ -185,10 +193,19 @@ def build_model(kind: str) -> Transformer:
     return model
 
 
-def build_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
+def build_head(target: Transformer) -> EagleHead:
+    torch.manual_seed(0)
+    head = EagleHead(replace(target.config, num_layers=1))
+    torch.nn.init.zeros_(head.layer.self_attn.o_proj.weight)
+    torch.nn.init.zeros_(head.layer.mlp.down_proj.weight)
+    return head.attach(target)
+
+
+def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    others = [p for _, p in trained if not any(p is m for m in matrices)]
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -222,6 +239,64 @@ def make_loss(model: Transformer, teacher: Transformer | None):
     return torch.compile(loss, dynamic=False)
 
 
+def unrolled_attention(past: list[tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as it is while drafting, of rows that start from features guessed in len(past) steps.
+
+    A row of step i at position p sees the rows of true features up to p - i, and on the way from there to
+    itself one row of every step. q: [B, n, H, D]; k, v: [B, n, G, D], which are added to `past`.
+    """
+    past.append((k, v))
+    n, i = q.shape[1], len(past) - 1
+    behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)  # [n, n]
+    seen = torch.cat([behind >= i, *(behind == i - j for j in range(1, i + 1))], dim=1)  # [n, (i + 1) n]
+    q, keys, values = (t.transpose(1, 2) for t in (q, *(torch.cat(part, dim=1) for part in zip(*past))))
+    return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True).transpose(1, 2)
+
+
+def make_head_loss(head: EagleHead, target: Transformer):
+    """SmoothL1 between guessed and true features, as the authors do, and cross-entropy with the target.
+
+    Theirs weighs 0.1, and their rows all start from true features (with a little noise); EAGLE-3 showed what
+    unrolling is worth. Row p guesses the feature of p + 1 and so the distribution of token p + 2.
+    """
+    device = next(head.parameters()).device.type
+
+    def loss(batch: Tensor) -> Tensor:
+        inputs = batch[:, :-1]  # [B, n]
+        positions = torch.arange(inputs.shape[1] - 1, device=batch.device).expand(len(batch), -1)
+        total, past = 0.0, []
+        with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.no_grad():
+                truth = target.recompute(inputs)  # [B, n, hidden]
+                labels = target.lm_head(truth[:, 1:]).flatten(0, 1).float().softmax(-1)
+            features = truth[:, :-1]
+            for _ in range(UNROLL):
+                guess = head(inputs[:, 1:], features, positions, partial(unrolled_attention, past))
+                total = total + F.cross_entropy(head.logits(guess).flatten(0, 1).float(), labels)
+                total = total + FEATURE_WEIGHT * F.smooth_l1_loss(guess.float(), truth[:, 1:].float())
+                features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
+        return total / UNROLL
+
+    return torch.compile(loss, dynamic=False)
+
+
+@torch.no_grad()
+def evaluate_head(head: EagleHead, target: Transformer, tokens: Tensor) -> list[float]:
+    """Share of tokens where the head's first choice is the target's, for 1, 2, ... unrolled steps."""
+    device, right, count = next(head.parameters()).device, [0] * UNROLL, 0
+    for window in tokens[: 40 * SEQUENCE].view(-1, SEQUENCE).to(device).split(BATCH):
+        positions, past = torch.arange(SEQUENCE - 1, device=device).expand(len(window), -1), []
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            truth = target.recompute(window)
+            labels, features = target.lm_head(truth[:, 1:]).argmax(-1), truth[:, :-1]
+            for i in range(UNROLL):
+                guess = head(window[:, 1:], features, positions, partial(unrolled_attention, past))
+                right[i] += (head.logits(guess).argmax(-1) == labels)[:, UNROLL:].sum().item()
+                features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
+        count += labels[:, UNROLL:].numel()
+    return [n / count for n in right]
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, tokens: Tensor) -> tuple[float, float]:
     """(loss in nats per token, share of tokens that are the first choice); windows of SEQUENCE tokens."""
@@ -247,9 +322,15 @@ def train(kind: str, steps: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, held_out = load_tokens()
     print(f"{len(tokens) / 1e6:.1f} M training tokens, {len(held_out) / 1e6:.2f} M held out")
-    model = build_model(kind).to(device)
-    teacher = load_shipped("target").to(device).requires_grad_(False) if kind == "small" else None
-    optimizers, loss, first = build_optimizers(model), make_loss(model, teacher), 0
+    if kind in HEADS:
+        target = load_shipped(kind.removesuffix("-eagle")).to(device).requires_grad_(False)
+        model = build_head(target).to(device)
+        loss, judge = make_head_loss(model, target), lambda: evaluate_head(model, target, held_out)
+    else:
+        model = build_model(kind).to(device)
+        teacher = load_shipped("target").to(device).requires_grad_(False) if kind == "small" else None
+        loss, judge = make_loss(model, teacher), lambda: evaluate(model, held_out)
+    optimizers, first = build_optimizers(model), 0
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state_path = STATE / f"{kind}.pt"
     if state_path.exists():
@@ -271,9 +352,9 @@ def train(kind: str, steps: int) -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {value.item():.3f}, {time.time() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print("held out: loss {:.3f}, top-1 {:.3f}".format(*evaluate(model, held_out)), flush=True)
+            print("held out:", [round(value, 3) for value in judge()], flush=True)
             save_state(state_path, model, optimizers, step + 1)
-    save_shipped(kind, model)
+    save_head(kind, model) if kind in HEADS else save_shipped(kind, model)
 
 
 def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int) -> None:
@@ -286,12 +367,8 @@ def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Opti
 # ---- the Hugging Face layout ---------------------------------------------------------------------
 
 
-def save_shipped(kind: str, model: Transformer) -> None:
-    c, folder = model.config, FOLDERS[kind]
-    views = model.checkpoint_tensors().items()
-    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
+def config_json(c: ModelConfig) -> dict:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": c.vocab_size,
@@ -304,12 +381,19 @@ def save_shipped(kind: str, model: Transformer) -> None:
         "max_position_embeddings": c.max_context,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "tie_word_embeddings": True,
         "hidden_act": "silu",
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "torch_dtype": "bfloat16",
     }
+
+
+def save_shipped(kind: str, model: Transformer) -> None:
+    c, folder = model.config, FOLDERS[kind]
+    views = model.checkpoint_tensors().items()
+    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = config_json(c) | {"tie_word_embeddings": True}
     tokenizer = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     # In the training text it is the BOS of the next module that ends a module.
     files = {
@@ -320,6 +404,19 @@ def save_shipped(kind: str, model: Transformer) -> None:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+
+
+def save_head(kind: str, head: EagleHead) -> None:
+    """The published EAGLE-2 layout, but in safetensors and without the copy of the target's embedding."""
+    c, folder = head.config, HEADS[kind]
+    del head.embed_tokens, head.lm_head  # the target's
+    views = head.checkpoint_tensors().items()
+    folder.mkdir(exist_ok=True)
+    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = config_json(c) | {"bias": False}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(f"wrote {folder}: {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
 
 
 def load_shipped(kind: str) -> Transformer:
@@ -334,7 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tokenizer", *SHAPES])
+    parser.add_argument("what", choices=["tokenizer", *STEPS])
     parser.add_argument("--steps", type=int, help=f"steps of {BATCH} x {SEQUENCE} tokens (default: {STEPS})")
     args = parser.parse_args()
     if args.what == "tokenizer":

@@ -7,10 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED_SMALL, SHIPPED_TARGET, noisy_copy, random_model, random_prompts
+from conftest import (
+    ROOT,
+    SHIPPED_HEAD,
+    SHIPPED_SMALL,
+    SHIPPED_TARGET,
+    guessing_head,
+    noisy_copy,
+    random_model,
+    random_prompts,
+)
 
 import kernels
-from generate import load_model, load_tokenizer
+from generate import load_head, load_model, load_tokenizer
 from gpt_spec import (
     BadInput,
     Decoder,
@@ -20,6 +29,7 @@ from gpt_spec import (
     Sampling,
     SequentialDrafter,
     Stats,
+    TreeDrafter,
     accept,
     cache_length,
     causal_attention,
@@ -45,8 +55,8 @@ class RandomTreeDrafter(Drafter):
     def start(self, setup):
         self.oracle.start(setup)
 
-    def prefill(self, row, tokens, start):
-        self.oracle.prefill(row, tokens, start)
+    def prefill(self, state, row, tokens, start):
+        self.oracle.prefill(state, row, tokens, start)
 
     def propose(self, state):
         chain = self.oracle.propose(state).tokens  # [B, 5]: root and what the target itself will say
@@ -75,11 +85,14 @@ def drafters(target) -> dict[str, Drafter]:
         "itself": SequentialDrafter(target, 4),
         "noisy": SequentialDrafter(noisy_copy(target), 4),
         "unsure": SequentialDrafter(noisy_copy(target), 3, draft_confidence=0.5),
-        "tree": RandomTreeDrafter(target),
+        "bush": RandomTreeDrafter(target),
+        "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
+        "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=4),
+        "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
     }
 
 
-NAMES = ["lookup", "random", "itself", "noisy", "unsure", "tree"]
+NAMES = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
 
 
 def texts(model, prompts, drafter=None, sampling=GREEDY, max_new_tokens=40, **options) -> list[list[int]]:
@@ -135,13 +148,15 @@ def test_every_precision_gives_the_autoregressive_text(precision):
     if kernels.PATH == "reference":
         pytest.skip("the reference is not row-invariant")
     model, small = load_model(SHIPPED_TARGET, precision), load_model(SHIPPED_SMALL, precision)
+    head = load_head(SHIPPED_HEAD, model, precision)
     lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
     prompts = [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         expected = texts(model, prompts, sampling=sampling, max_new_tokens=200)
-        for drafter in (SequentialDrafter(small, 4), LookupDrafter(4)):
+        for drafter in (SequentialDrafter(small, 4), LookupDrafter(4), TreeDrafter(head, 16)):
             assert texts(model, prompts, drafter, sampling, 200) == expected
-        assert texts(model, prompts, SequentialDrafter(small, 4), sampling, 200, batch_size=2) == expected
+        for drafter in (SequentialDrafter(small, 4), TreeDrafter(head)):
+            assert texts(model, prompts, drafter, sampling, 200, batch_size=2) == expected
 
 
 def test_compiled_too_in_a_quantized_precision():
@@ -164,7 +179,11 @@ def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, comp
 
 
 @pytest.mark.parametrize(
-    "name, low, high", [("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)]
+    "name, low, high",
+    [
+        *(("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)),
+        *(("tree", 0.2, 0.95), ("sure", 0.8, 1.0)),
+    ],
 )
 def test_drafters_cover_low_mixed_and_full_acceptance(target, name, low, high):
     """The equality test means little if nothing, or everything, was accepted."""
@@ -182,6 +201,22 @@ def assert_caches_are_fresh(decoder: Decoder, texts_so_far: list[list[int]]) -> 
         assert_cache_is_fresh(decoder.model, decoder.cache, row, text, length)
         if isinstance(decoder.drafter, SequentialDrafter):
             assert_cache_is_fresh(decoder.drafter.model, decoder.drafter.cache, row, text, length - 1)
+        if isinstance(decoder.drafter, TreeDrafter):
+            assert_head_is_fresh(decoder, row, text, length)
+
+
+@torch.no_grad()
+def assert_head_is_fresh(decoder: Decoder, row: int, text: list[int], length: int) -> None:
+    """The features of the text, and the keys and values that an EAGLE head made of them so far."""
+    drafter, tokens = decoder.drafter, torch.tensor([text])
+    positions = torch.arange(length)[None]
+    features = decoder.model(tokens[:, :-1], positions, causal_attention, decoder.taps)[1]
+    torch.testing.assert_close(decoder.state.features[row, :length], features[0], rtol=1e-4, atol=1e-5)
+    _, _, k, v = drafter.head.project(tokens[:, 1:], drafter.head.fuse(features), positions)
+    valid = int(drafter.length[row])
+    assert valid >= len(text) - 2 - drafter.depth  # all but what the last step added
+    torch.testing.assert_close(drafter.cache.keys[0][row, :valid], k[0, :valid], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drafter.cache.values[0][row, :valid], v[0, :valid], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -218,9 +253,9 @@ def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
     whole = SequentialDrafter.prefill
     first = []
 
-    def only_once(self, row, tokens, start):
+    def only_once(self, state, row, tokens, start):
         if not first:
-            first.append(whole(self, row, tokens, start))
+            first.append(whole(self, state, row, tokens, start))
 
     monkeypatch.setattr(SequentialDrafter, "prefill", only_once)
     with pytest.raises(AssertionError):
@@ -298,7 +333,11 @@ def test_a_conversation_reuses_the_cache(target, name):
 
 
 @pytest.mark.parametrize(
-    "name, sampling, batch_size", [("lookup", GREEDY, 2), ("random", SAMPLED, 1), ("unsure", GREEDY, 2)]
+    "name, sampling, batch_size",
+    [
+        *(("lookup", GREEDY, 2), ("random", SAMPLED, 1), ("unsure", GREEDY, 2)),
+        *(("auto", SAMPLED, 1), ("auto", GREEDY, 2)),
+    ],
 )
 def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampling, batch_size):
     """fullgraph, and after the warm-up every size is there: draft steps, all sizes of drafts, refills."""
@@ -392,7 +431,7 @@ def test_tree_rows_equal_plain_forwards_over_their_paths(target):
     length = length + 6
     ancestors, depth = tree_geometry(PARENT, 7)
     slots = length[:, None] + torch.arange(8)
-    features = target(
+    features, _ = target(
         tokens, length[:, None] + depth, partial(decoder.cache.attend, slots, ancestors, length)
     )
     for b in range(2):

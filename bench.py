@@ -2,6 +2,7 @@
 
     python bench.py cost        # T(n): one target forward over n tokens, and one step of the drafter
     python bench.py methods     # every method on held-out prompts: tokens/s, tokens per step, speedup
+    python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
     python bench.py perplexity  # of every precision, on held-out modules
@@ -19,6 +20,7 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -42,6 +44,7 @@ from gpt_spec import (
     SequentialDrafter,
     Stats,
     Transformer,
+    TreeDrafter,
     rope_frequencies,
 )
 
@@ -57,6 +60,14 @@ class IndependentDrafter(SequentialDrafter):
 
 class GreedyDrafter(SequentialDrafter):
     """Proposes its most probable token, whatever the temperature."""
+
+    def start(self, setup) -> None:
+        super().start(setup)
+        self.sampling = Sampling()
+
+
+class NoiselessTree(TreeDrafter):
+    """Grows its tree from the head's logits alone, as EAGLE-2 does at every temperature."""
 
     def start(self, setup) -> None:
         super().start(setup)
@@ -129,6 +140,7 @@ def report_methods(args: argparse.Namespace) -> dict:
     sampling = Sampling(args.temperature, top_p=args.top_p)
     drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
     drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
+    drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, args.precision))
     decoders = {name: Decoder(target, drafter, sampling, 1024) for name, drafter in drafters.items()}
     for decoder in decoders.values():
         decoder.warm_up()
@@ -162,22 +174,125 @@ def report_methods(args: argparse.Namespace) -> dict:
     return rows
 
 
+def report_tree(args: argparse.Namespace) -> dict:
+    """Trees of fixed sizes and of `auto`, in bf16, w4a16 and w4a8; see `measure_trees`."""
+    return {precision: measure_trees(precision, args) for precision in ("bf16", "w4a16", "w4a8")}
+
+
+def measure_trees(precision: str, args: argparse.Namespace) -> dict:
+    """Per size: tokens per step (tau), T(N) / T(1), drafting / T(1), tokens/s, speedup and its prediction.
+
+    All decoders take turns on every prompt; a speedup is the median of the prompts' ratios. `auto` is also
+    compared with every fixed size, prompt by prompt: median and quartiles of auto / fixed.
+    """
+    target = generate.load_model(generate.SHIPPED_TARGET, precision)
+    head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
+    sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
+    drafters = {"1": Drafter()} | {str(n): TreeDrafter(head, n, *shape) for n in TreeDrafter.SIZES}
+    drafters["auto"] = TreeDrafter(head, None, *shape)
+    decoders = {name: Decoder(target, drafter, sampling, 1024) for name, drafter in drafters.items()}
+    for decoder in decoders.values():
+        decoder.warm_up()
+    cost = measure_tree_cost(decoders)
+    totals, speeds = {name: Stats() for name in decoders}, {name: [] for name in decoders}
+    for turn, prompt in enumerate(read_prompts(args.prompts)):
+        for name in rotate_names(list(decoders), turn):
+            stats = Stats()
+            decode(decoders[name], prompt, args.max_new_tokens, stats)
+            speeds[name].append(stats.decode_tokens_per_second)
+            add_stats(totals[name], stats)
+    rows = {}
+    first = cost["1"]["verify"]
+    print(f"\n{precision}: T(1) is {first * 1e3:.2f} ms, tree depth {shape[0]}, top-k {shape[1]}")
+    print("nodes   tau  T(N)/T(1)  drafting/T(1)  tokens/s  speedup  predicted  auto / this")
+    for name, stats in totals.items():
+        verify, draft = cost[name]["verify"] / first, cost[name]["draft"] / first
+        against = quartiles([a / b for a, b in zip(speeds["auto"], speeds[name])])
+        rows[name] = {
+            "tokens_per_step": stats.tokens_per_step,
+            "relative_cost": verify,
+            "relative_drafting": draft,
+            "tokens_per_second": median(speeds[name]),
+            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds["1"])]),
+            "predicted": stats.tokens_per_step / (verify + draft),
+            "auto_against_this": against,
+            "expected_accepted_tokens": stats.expected_accepted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "steps_by_nodes": stats.nodes_histogram,
+        }
+        low, middle, high = against
+        print(
+            f"{name:>5}{stats.tokens_per_step:6.2f}{verify:11.2f}{draft:15.2f}{median(speeds[name]):10.0f}"
+            f"{rows[name]['speedup'][1]:9.2f}{rows[name]['predicted']:11.2f}"
+            f"  {middle:.2f} ({low:.2f} to {high:.2f})",
+            flush=True,
+        )
+    auto = totals["auto"]
+    print(f"auto verified {dict(sorted(auto.nodes_histogram.items()))} (nodes: steps),", end=" ")
+    print(f"expected {auto.expected_accepted_tokens:.0f} accepted tokens and had {auto.accepted_tokens}")
+    return rows
+
+
+def measure_tree_cost(decoders: dict[str, Decoder]) -> dict[str, dict[str, float]]:
+    """Seconds of drafting and of verifying, taking turns, with 200 tokens in the caches.
+
+    What `auto` verifies changes from step to step: its cost is the weighted mean that `measure_trees` cannot
+    know before; here it is that of the draft it makes of this text.
+    """
+    functions = {}
+    for name, decoder in decoders.items():
+        decoder.prefill(0, list(range(3, 203)), seed=0)
+        decoder.state.active.fill_(name == "auto")  # a frozen row does the same work again and again
+        with torch.no_grad():
+            draft = decoder.drafter.propose(decoder.state)
+        decoder.state.active.fill_(False)
+        functions[f"{name} draft"] = partial(decoder.drafter.propose, decoder.state)
+        functions[f"{name} verify"] = partial(decoder.commit, draft)
+    with torch.no_grad():
+        seconds = interleave(functions, 50)
+    return {name: {kind: seconds[f"{name} {kind}"] for kind in ("draft", "verify")} for name in decoders}
+
+
+def rotate_names(names: list[str], turn: int) -> list[str]:
+    """Everybody is first once in a while."""
+    return names[turn % len(names) :] + names[: turn % len(names)]
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return [statistics.quantiles(values, n=4)[i] for i in (0, 1, 2)] if len(values) > 1 else 3 * values
+
+
+def add_stats(total: Stats, stats: Stats) -> None:
+    for name in ("outputs", "new_tokens", "decode_seconds", "target_forwards", "accepted_tokens"):
+        setattr(total, name, getattr(total, name) + getattr(stats, name))
+    total.expected_accepted_tokens += stats.expected_accepted_tokens
+    for n, steps in stats.nodes_histogram.items():
+        total.nodes_histogram[n] = total.nodes_histogram.get(n, 0) + steps
+
+
 def report_noise(args: argparse.Namespace) -> dict:
     """Share of steps that accepted the first draft token, and tokens per step, by temperature and noise."""
     target, small = shipped(args.precision)
-    kinds = {"shared": SequentialDrafter, "independent": IndependentDrafter, "greedy draft": GreedyDrafter}
+    head = generate.load_head(generate.SHIPPED_HEAD, target, args.precision)
+    kinds = {
+        "shared": lambda: SequentialDrafter(small, 4),
+        "independent": lambda: IndependentDrafter(small, 4),
+        "greedy draft": lambda: GreedyDrafter(small, 4),
+        "tree": lambda: TreeDrafter(head, 16, 4, 4),
+        "tree, no noise": lambda: NoiselessTree(head, 16, 4, 4),
+    }
     rows, prompts = {}, read_prompts(args.prompts)
     for temperature in (0.0, 0.3, 0.7, 1.0):
         for kind, drafter in kinds.items():
             sampling = Sampling(temperature, top_p=args.top_p)
-            decoder = Decoder(target, drafter(small, 4), sampling, 1024, args.prompts, compile=False)
+            decoder = Decoder(target, drafter(), sampling, 1024, args.prompts, compile=False)
             stats = Stats()
             for _ in decoder.run(prompts, args.max_new_tokens, stats=stats):
                 pass
             first = stats.acceptance_by_position[0]
             rows[f"{temperature} {kind}"] = {"first": first, "tokens_per_step": stats.tokens_per_step}
             print(
-                f"T = {temperature}  {kind:12} first {first:.3f}  {stats.tokens_per_step:.2f} tokens per step"
+                f"T = {temperature}  {kind:14} first {first:.3f}  {stats.tokens_per_step:.2f} tokens per step"
             )
     return rows
 
@@ -190,14 +305,21 @@ def report_exact(args: argparse.Namespace) -> dict:
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in args.precisions.split(","):
         target, small = shipped(precision)
+        head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
         for temperature in (0.0, 1.0):
             runs = {
-                "compiled": [(Drafter(), 1), (LookupDrafter(4), 1), (SequentialDrafter(small, 4), 1)],
+                "compiled": [
+                    (Drafter(), 1),
+                    (LookupDrafter(4), 1),
+                    (SequentialDrafter(small, 4), 1),
+                    (TreeDrafter(head), 1),
+                ],
                 "uncompiled": [
                     (Drafter(), 1),
                     (Drafter(), 4),
                     (LookupDrafter(4), 4),
                     (SequentialDrafter(small, 4), 4),
+                    (TreeDrafter(head), 4),
                 ],
             }
             for kind, entries in runs.items():
@@ -440,6 +562,7 @@ def profile(decoder: Decoder) -> dict[str, float]:
 
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
+    "tree": report_tree,
     **{"perplexity": report_perplexity, "kernels": report_kernels, "decode": report_decode},
 }
 
@@ -469,6 +592,8 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--tree_depth", type=int, default=generate.TREE_DEPTH, help="tree: levels")
+    parser.add_argument("--tree_topk", type=int, default=generate.TREE_TOPK, help="tree: nodes of a beam")
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")

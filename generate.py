@@ -349,9 +349,7 @@ def build_head(raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Tr
     config = ModelConfig.from_dict({"model_type": "llama"} | raw, where)
     third = "midlayer.self_attn.q_proj.weight" in tensors
     if not third and "layers.0.self_attn.q_proj.weight" not in tensors:
-        raise BadInput(
-            f"{where}: the weights beside it are neither those of an EAGLE-2 head nor of an EAGLE-3 one"
-        )
+        raise BadInput(f"{where}: the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
     layer = "midlayer" if third else "layers.0"
     biases = {"qkv_bias": f"{layer}.self_attn.q_proj.bias", "o_bias": f"{layer}.self_attn.o_proj.bias"}
     config = replace(config, num_layers=1, **{name: key in tensors for name, key in biases.items()})
@@ -415,12 +413,17 @@ def load_head(path: str | Path, target: Transformer, precision: str | None = Non
     directory = find_checkpoint(str(path), HEAD_FLAG)
     raw = read_json(directory / "config.json", required=True)
     tensors, like = read_head(directory), target.norm.weight
+    dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
+    if dtype != like.dtype:
+        raise BadInput(
+            "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
+        )
     head = build_head(raw, tensors, target, str(directory / "config.json"))
     ids = take_vocabulary(head, tensors, directory)
     if not hasattr(head, "embed_tokens"):
         tensors.pop("embed_tokens.weight", None)  # a copy of the target's
     check_head(head, tensors, directory)
-    head, q = head.to(DTYPES.get(precision, like.dtype)), None
+    head, q = head.to(dtype), None
     if precision in quantize.PRECISIONS:
         q = quantize.default_quantization(head, precision)
         quantize.reshape(head, q)
@@ -1004,13 +1007,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tree_size",
         type=tree_size,
-        default="auto",
         metavar="N|auto",
-        help="nodes to verify, the root included (auto: what pays, step by step)",
+        help="nodes to verify, the root included (default: auto, what pays, step by step)",
     )
-    p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help=f"levels below the root ({TREE_DEPTH})")
+    p.add_argument("--tree_depth", type=int, help=f"levels below the root (default: {TREE_DEPTH})")
     p.add_argument(
-        "--tree_topk", type=int, default=TREE_TOPK, help=f"children a node, nodes a level ({TREE_TOPK})"
+        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {TREE_TOPK})"
     )
     p.add_argument("--max_new_tokens", type=int, default=200)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -1039,8 +1041,9 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """What argparse does not check. BadInput names the flag."""
     for name in ("batch_size", "speculate_k", "max_new_tokens", "num_samples", "tree_depth", "tree_topk"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} is {getattr(args, name)}; it must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name} is {value}; it must be at least 1")
     if not 0 <= args.draft_confidence <= 1:
         raise BadInput(f"--draft_confidence is {args.draft_confidence}; it is a probability, 0 (off) to 1")
     if "" in args.stop:
@@ -1088,7 +1091,7 @@ FLAGS_OF = {
     "draft_checkpoint_path": ["sequential"],
     "draft_precision": ["sequential", "tree"],
     "draft_confidence": ["sequential"],
-    "eagle_checkpoint_path": ["tree"],
+    **dict.fromkeys(["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree"]),
 }
 
 
@@ -1120,9 +1123,9 @@ def tree_drafter(args: argparse.Namespace, target: Target, default: Path | None)
     if path is None:
         raise BadInput("--method tree needs --eagle_checkpoint_path: an EAGLE head of this very target")
     head = load_head(path, target.model, args.draft_precision or target.precision)
-    size = None if args.tree_size == "auto" else args.tree_size
+    size = args.tree_size if isinstance(args.tree_size, int) else None
     try:
-        return gpt_spec.TreeDrafter(head, size, args.tree_depth, args.tree_topk)
+        return gpt_spec.TreeDrafter(head, size, args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
     except BadInput as error:  # it begins with the name of the flag
         raise BadInput(f"--{error}") from None
 

@@ -383,13 +383,13 @@ class Transformer(CheckpointModule):
         """
         cos, sin = self.rope(positions)
         x = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
-        states = []
+        tapped = {}
         for i, layer in enumerate(self.layers):
-            states.append(x)
+            tapped |= {i: x} if i in taps else {}  # others are not kept
             x = layer(x, cos, sin, partial(attend, i))
-        states.append(self.norm(x))
-        tapped = torch.cat([states[i] for i in taps], dim=-1) if taps else x[..., :0]
-        return states[-1], tapped
+        tapped[len(self.layers)] = self.norm(x)
+        states = torch.cat([tapped[i] for i in taps], dim=-1) if taps else x[..., :0]
+        return tapped[len(self.layers)], states
 
     def recompute(self, tokens: Tensor, attend=None) -> Tensor:
         """The slow twin of cached decoding: whole texts int64 [B, n] -> features [B, n, hidden]."""
@@ -407,15 +407,14 @@ class EagleHead(CheckpointModule):
 
     embed_tokens: nn.Embedding
     lm_head: LanguageHead
-    draft_ids: Tensor | None = (
-        None  # int64 [drafted vocabulary]: token ids of the logits, if not 0, 1, 2, ...
-    )
+    draft_ids: Tensor | None  # int64 [drafted vocabulary]: tokens of the logits, if not 0, 1, 2, ...
 
     def __init__(self, config: ModelConfig, fc_bias: bool = False):
         """`config`: of the one layer, and the target's vocabulary."""
         super().__init__(config)
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([HeadLayer(config, config.hidden_size)])
+        self.register_buffer("draft_ids", None, persistent=False)
 
     def attach(self, target: Transformer) -> EagleHead:
         """Borrow what the head has in common with its target -> self. A loader does it last."""
@@ -687,7 +686,7 @@ class Draft:
     tokens: Tensor  # int64 [B, n]
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
-    expected: Tensor | None = None  # float32 [B]: tokens that the drafter expects of the step, if it does
+    expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
@@ -797,20 +796,27 @@ class Pace:
     """What time buys, measured: the cost of verifying n nodes, and the tokens per second of late."""
 
     seconds: dict[int, float] = field(default_factory=dict)  # T(n)
-    tokens: float = 0.0  # of recent steps, older ones counting less and less,
-    elapsed: float = 0.0  # and their seconds
+    # Of recent steps, older ones counting less and less:
+    tokens: float = 0.0
+    elapsed: float = 0.0  # seconds
+    expected: float = 0.0  # accepted draft tokens that the drafter expected,
+    accepted: float = 0.0  # and those there were
 
-    def count(self, tokens: int, elapsed: float) -> None:
+    def count(self, tokens: int, elapsed: float, expected: float = 0.0, accepted: int = 0) -> None:
         self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + elapsed
+        self.expected, self.accepted = 0.98 * self.expected + expected, 0.98 * self.accepted + accepted
 
     def best(self, expected: dict[int, float]) -> int:
-        """The number of nodes to verify, given the tokens that each would bring.
+        """The number of nodes to verify, given the accepted tokens that the drafter expects of each.
 
         More nodes are worth their time while they bring more tokens than that time brings on average: the
-        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice.
+        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice. A drafter
+        that is too modest or too bold, as heads are at another temperature than they were trained for, is
+        taken at its word times what its words were worth lately.
         """
         rate = self.tokens / self.elapsed if self.elapsed else 0.0
-        return max(expected, key=lambda n: expected[n] - rate * self.seconds.get(n, 0.0))
+        trust = self.accepted / self.expected if self.expected else 1.0
+        return max(expected, key=lambda n: trust * expected[n] - rate * self.seconds.get(n, 0.0))
 
 
 @dataclass(frozen=True)
@@ -821,6 +827,7 @@ class Setup:
     batch_size: int
     slots: int  # of every cache: the longest text plus the widest draft
     compile: bool
+    device: torch.device
     pace: Pace = field(default_factory=Pace)
 
     def compiled(self, function: Callable) -> Callable:
@@ -834,6 +841,8 @@ class Setup:
         # Round where the code says so: which roundings fusion leaves out depends on the number of rows, and a
         # text must not.
         options = {"emulate_precision_casts": True}
+        # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
+        options["cpp_wrapper"] = self.device.type == "cpu"
         return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
@@ -1072,7 +1081,7 @@ class TreeDrafter(Drafter):
 
     def grow(self, state: State, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n], and what their
-        first nodes are worth, float32 [B, sizes]: the tokens that a step of each size is expected to yield.
+        first nodes are worth, float32 [B, sizes]: the accepted length to expect of each size.
 
         `length` int64 [B]: how many true rows the head's cache has.
         """
@@ -1139,8 +1148,7 @@ class Pool:
         # Where in the tree a node of the pool is: [B, pool + 1]
         place = torch.zeros_like(F.pad(parents, (1, 0))).scatter(1, order + 1, node)
         parent = torch.cat((torch.full_like(root, -1), place.gather(1, parents.gather(1, order))), dim=1)
-        expected = 1 + scores.exp().cumsum(dim=1)  # [B, n - 1]
-        worth = expected[:, [n - 2 for n in sizes]]
+        worth = scores.exp().cumsum(dim=1)[:, [n - 2 for n in sizes]]  # [B, n - 1] -> [B, sizes]
         return torch.cat((root, tokens.gather(1, order)), dim=1), parent, worth
 
 
@@ -1188,12 +1196,12 @@ class Stats:
         self.prefill_seconds += seconds
         self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
 
-    def count_step(self, drafted: int, accepted: int, draft: Draft, expected: float) -> None:
-        """One row of a verified draft; `expected`: tokens that the drafter promised, or 0."""
+    def count_row(self, draft: Draft, result: Verified, accepted: int) -> None:
+        """One text of a verified draft; `accepted` tokens of it were left by a cut."""
         self.target_forwards += 1
-        self.drafted_tokens += drafted
+        self.drafted_tokens += result.drafted
         self.accepted_tokens += accepted
-        self.expected_accepted_tokens += max(expected - 1, 0)
+        self.expected_accepted_tokens += result.expected
         self.accepted_histogram += [0] * (draft.max_depth + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
         n = draft.tokens.shape[1]
@@ -1208,8 +1216,8 @@ class Emission:
     tokens: list[int]
     accepted: int = 0
     finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
-    draft: Draft | None = None  # what was verified for it, in
-    row: int = 0  # this row of the batch; the first token comes from prefill and has no draft
+    draft: Draft | None = None  # what was verified for it; the first token comes from prefill and has none
+    row: int = 0  # of the batch
 
 
 @dataclass
@@ -1228,6 +1236,7 @@ class Verified(NamedTuple):
     drafted: int  # draft tokens verified, root and padding not counted
     moves: bool  # the accepted path is not where it belongs yet
     tokens: list[int]  # accepted + 1 new tokens
+    expected: float  # accepted length that the drafter expected; 0 if it does not say
 
 
 class Decoder:
@@ -1246,7 +1255,8 @@ class Decoder:
         kernels.load()
         self.model, self.drafter, self.max_length = model, drafter or Drafter(), max_length
         like = model.norm.weight
-        self.setup = Setup(sampling, batch_size, max_length + self.drafter.max_nodes, compile)
+        slots = max_length + self.drafter.max_nodes
+        self.setup = Setup(sampling, batch_size, slots, compile, like.device)
         self.taps = self.drafter.taps(model.config.num_layers)
         self.cache = KVCache.allocate(model.config, batch_size, self.setup.slots, like)
         width = len(self.taps) * model.config.hidden_size
@@ -1340,9 +1350,9 @@ class Decoder:
         """Verify a draft and keep what was accepted -> what became of every row."""
         old_length = self.state.length
         self.state.length, path, report = self.verify_step(draft, self.state)
-        rows = [
-            Verified(*row[:3], row[3 : 4 + row[0]]) for row in report.tolist()
-        ]  # the one host read of a step
+        expected = [0.0] * len(path) if draft.expected is None else draft.expected.tolist()
+        # The one host read of a step, but for what a drafter has read already.
+        rows = [Verified(*row[:3], row[3 : 4 + row[0]], e) for row, e in zip(report.tolist(), expected)]
         if any(row.moves for row in rows):  # never for a chain: its path is in place
             self.cache.keep(path, old_length)
         return rows
@@ -1380,9 +1390,10 @@ class Decoder:
         rows: list[Row | None] = [None] * self.setup.batch_size
         started = time.perf_counter()
 
-        def emit(b: int, tokens: list[int], accepted: int) -> Emission:
+        def emit(b: int, tokens: list[int], accepted: int, draft: Draft | None = None) -> Emission:
             row = rows[b]
             emission = cut(row, tokens, accepted, stop_ids, should_stop)
+            emission.draft, emission.row = draft, b
             row.budget -= len(emission.tokens)
             row.text_length += len(emission.tokens)
             stats.new_tokens += len(emission.tokens)
@@ -1405,18 +1416,21 @@ class Decoder:
                 continue
             begin = time.perf_counter()
             draft, verified = self.step()
-            expected, emissions = [0] if draft.expected is None else draft.expected.tolist(), []
-            for b, result in enumerate(verified):
-                if rows[b] is not None:
-                    emissions.append(emit(b, result.tokens, result.accepted))
-                    emissions[-1].draft, emissions[-1].row = draft, b
-                    stats.count_step(
-                        result.drafted, emissions[-1].accepted, draft, expected[b % len(expected)]
-                    )
-            elapsed = time.perf_counter() - begin
-            self.setup.pace.count(sum(len(emission.tokens) for emission in emissions), elapsed)
-            stats.decode_seconds += elapsed
-            yield emissions
+            results = [(result, emit(b, result.tokens, result.accepted, draft))
+                       for b, result in enumerate(verified) if rows[b] is not None]  # fmt: skip
+            self.count_step(draft, results, time.perf_counter() - begin, stats)
+            yield [emission for _, emission in results]
+
+    def count_step(
+        self, draft: Draft, results: list[tuple[Verified, Emission]], seconds: float, stats: Stats
+    ) -> None:
+        """What a step of all active rows came to, for those who read statistics and for the pace."""
+        for result, emission in results:
+            stats.count_row(draft, result, emission.accepted)
+        stats.decode_seconds += seconds
+        tokens = sum(len(emission.tokens) for _, emission in results)
+        expected, accepted = sum(r.expected for r, _ in results), sum(r.accepted for r, _ in results)
+        self.setup.pace.count(tokens, seconds, expected, accepted)
 
 
 def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:

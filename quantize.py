@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from gpt_spec import BadInput, Linear, Transformer
+from gpt_spec import BadInput, CheckpointModule, Linear, Transformer
 
 PRECISIONS = {"w8a16": (8, 16), "w8a8": (8, 8), "w4a16": (4, 16), "w4a8": (4, 8), "w4a4": (4, 4)}
 GROUP_SIZES = (128, 64, 32)  # and -1: one group for the whole row
@@ -104,14 +104,14 @@ def best_group(inputs: list[int]) -> int:
     return next((g for g in GROUP_SIZES if all(n % g == 0 for n in inputs)), -1)
 
 
-def default_quantization(model: Transformer, precision: str) -> Quantization:
+def default_quantization(model: CheckpointModule, precision: str) -> Quantization:
     """What `--precision` means for a 16-bit checkpoint: symmetric, groups of 128, lm_head in 8 bits."""
     bits, _ = PRECISIONS[precision]
-    inputs = [m.in_features for m in model.layers.modules() if isinstance(m, Linear)]
+    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.wide]
     return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=8)
 
 
-def reshape(model: Transformer, q: Quantization) -> None:
+def reshape(model: CheckpointModule, q: Quantization) -> None:
     """Replace the 16-bit weights of a model by empty quantized ones, on the same device (meta, mostly)."""
     for path, linear in model.named_modules():
         if not isinstance(linear, Linear):
@@ -131,7 +131,7 @@ def reshape(model: Transformer, q: Quantization) -> None:
         linear.set_weights(weight, scales, zeros)
 
 
-def set_precision(model: Transformer, precision: str) -> None:
+def set_precision(model: CheckpointModule, precision: str) -> None:
     """Choose the activations of a quantized model. 8-bit weights, like lm_head, never meet 4-bit ones."""
     _, activation_bits = PRECISIONS[precision]
     for linear in model.modules():
@@ -216,7 +216,7 @@ def quantize_weight(module: str, weight: Tensor, q: Quantization) -> dict[str, T
     return {f"{module}.{kind}": tensor for kind, tensor in tensors.items() if tensor is not None}
 
 
-def linear_names(model: Transformer) -> set[str]:
+def linear_names(model: CheckpointModule) -> set[str]:
     """Hugging Face module paths of everything that may be quantized."""
     linears = [(path, module) for path, module in model.named_modules() if isinstance(module, Linear)]
     return {part for path, linear in linears for part in model.parts(path, linear.out_features)}
@@ -340,7 +340,7 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
         raise BadInput("--group_size and --asymmetric are for 4-bit weights; 8-bit ones have one scale a row")
     default = default_quantization(model, args.precision)
     group = default.group if args.group_size is None else args.group_size
-    inputs = [m.in_features for m in model.layers.modules() if isinstance(m, Linear)]
+    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.wide]
     if group != -1 and any(n % group for n in inputs):
         raise BadInput(
             f"--group_size: {group} does not divide {next(n for n in inputs if n % group)} inputs; "

@@ -1,5 +1,6 @@
 """The command line: what users type, what they get, and one clear line when it cannot be."""
 
+import ast
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 
+SMALL_HEAD = generate.MODELS / "python-1m-eagle"
 FIELDS = {
     *("new_tokens", "prefill_seconds", "time_to_first_token_seconds", "decode_seconds"),
     *(
@@ -113,6 +115,27 @@ def test_explain_colours_tokens_by_who_proposed_them(capsys):
     assert plain.rstrip("\n") == result["outputs"][0]["text"].rstrip("\n")
     assert 0.5 < len("".join(green)) / len(plain) < 1
     assert "proposed by the drafter" in err
+
+
+def test_explain_shows_the_tree_of_every_step(capsys):
+    """Every drafted token once; the green ones and the target's own are the text."""
+    flags = [*SHORT, "--method", "tree", "--tree_size", "8", "--prompt", "def f(x):\n"]
+    result = run_json(capsys, *flags)
+    _, out, err = run(capsys, *flags, "--explain")
+    assert re.sub(r"\033\[\d+m", "", out).rstrip("\n") == result["outputs"][0]["text"].rstrip("\n")
+    steps = re.split(r"\n\[1\] ", err.split("\n\ntree,")[0])[1:]
+    assert len(steps) == result["stats"]["target_forwards"]
+    text = ""
+    for step in steps:
+        head, *tree = step.rstrip("\n").split("\n")
+        drafted, accepted = map(int, re.match(r"(\d+) drafted, (\d+) accepted", head).groups())
+        plain = re.sub(r"\033\[\d+m", "", " ".join(tree))
+        words = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", plain)
+        green = re.findall(r"\033\[32m(.*?)\033\[0m", "\n".join(tree))
+        assert drafted == 7 and len(words) == 8 and len(green) == accepted + 1  # with the root
+        own = head.partition(", then ")[2]
+        text += "".join(map(ast.literal_eval, [*green[1:], *([own] if own else [])]))
+    assert result["outputs"][0]["text"].endswith(text)
 
 
 def test_stop_strings_and_stop_tokens(capsys):
@@ -343,6 +366,18 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
         (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "sequential"], ["--draft_checkpoint_path"]),
         (["--method", "lookup", "--draft_checkpoint_path", "self"], ["--draft_checkpoint_path", "lookup"]),
         (["--draft_checkpoint_path", "/no/such/dir"], ["--draft_checkpoint_path", "/no/such/dir"]),
+        (["--method", "tree", "--tree_size", "1"], ["--tree_size", "2 to"]),
+        (["--method", "tree", "--tree_size", "100000"], ["--tree_size", "2 to"]),
+        (["--method", "tree", "--tree_size", "all"], ["--tree_size", "all", "auto"]),
+        (["--method", "tree", "--tree_depth", "0"], ["--tree_depth", "at least 1"]),
+        (["--method", "tree", "--tree_topk", "5000"], ["--tree_topk", "4096"]),
+        (["--method", "sequential", "--tree_size", "8"], ["--tree_size", "tree"]),
+        (["--eagle_checkpoint_path", "/no/such/dir"], ["--eagle_checkpoint_path", "/no/such/dir"]),
+        (["--eagle_checkpoint_path", str(SHIPPED_SMALL)], ["config.json", "no EAGLE"]),
+        (["--eagle_checkpoint_path", str(SMALL_HEAD)], ["python-1m-eagle", "hidden size of 128, not 256"]),
+        (["--method", "lookup", "--eagle_checkpoint_path", "x"], ["--eagle_checkpoint_path", "tree"]),
+        (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "tree"], ["--eagle_checkpoint_path"]),
+        (["--method", "tree", "--draft_precision", "fp32"], ["--draft_precision", "fp32"]),
         (["--draft_checkpoint_path", "self", "--draft_precision", "fp32"], ["--draft_precision"]),
     ],
 )  # fmt: skip

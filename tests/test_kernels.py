@@ -228,6 +228,22 @@ def test_rms_norm_against_its_definition_and_rows(size):
 # ---- attention -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (16, 3), (17, 17), (100, 10), (4096, 64), (20011, 8)])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
+def test_top_k_against_sorting(n, k, shape):
+    """Random numbers, many equal ones, only equal ones, infinities and NaN."""
+    torch.manual_seed(n)
+    x = torch.randn(*shape, n)
+    holes = torch.where(torch.rand(*shape, n) < 0.3, torch.nan, x)
+    for row in (x, (3 * x).round(), torch.zeros_like(x), torch.where(x > 0.5, -torch.inf, x), holes):
+        values, places = kernels.top_k(row, k)
+        expected_values, expected_places = kernels.top_k_reference(row, k)
+        assert torch.equal(values, expected_values) and torch.equal(places, expected_places)
+    flat = (3 * x).round().reshape(-1, n).tolist()
+    by_hand = [sorted(range(n), key=lambda i, row=row: -row[i])[:k] for row in flat]  # a stable sort
+    assert kernels.top_k((3 * x).round(), k)[1].reshape(-1, k).tolist() == by_hand
+
+
 def attention_by_definition(q, keys, values, ancestors, length):
     """The slow twin: one query at a time, over the slots it may see, in order, in float64."""
     batch, n, heads, size = q.shape
@@ -388,10 +404,12 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
     text = torch.randint(config.vocab_size, (1, PAST + 64))
 
     def run(tokens, positions, slots, ancestors, length, keys, values):
-        features = model(tokens, positions, partial(KVCache(keys, values).attend, slots, ancestors, length))
-        return features, model.lm_head(features)
+        attend = partial(KVCache(keys, values).attend, slots, ancestors, length)
+        features, tapped = model(tokens, positions, attend, taps=(0, 1))
+        return features, model.lm_head(features), tapped
 
-    forward = Setup(Sampling(), 1, 0, compile=True).compiled(run)
+    device = torch.device("cpu")
+    forward = Setup(Sampling(), 1, 0, compile=True, device=device).compiled(run)
     start = KVCache.allocate(config, 1, 256, model.norm.weight)
     extend(model, start, text[:, :PAST], torch.tensor([0]))
 
@@ -410,7 +428,8 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
     for t in range(PAST, PAST + 64):
         root = text[:, t : t + 1]
         steps.append(decode(root, Draft.chain(root).parent, t, one))
-    expected = [torch.cat(parts, dim=1) for parts in zip(*steps)]  # features, logits: [1, 64, .]
+    # features, logits, what EAGLE-3 heads read: [1, 64, .]
+    expected = [torch.cat(parts, dim=1) for parts in zip(*steps)]
     assert len(expected[1][0].argmax(-1).unique()) > 5  # something worth comparing
     for batch in (1, 8):
         for n in (2, 8, 64):

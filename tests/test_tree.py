@@ -1,0 +1,490 @@
+"""EAGLE heads and the trees they grow: against a naive head, against brute force, from published files."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, guessing_head, random_model, random_prompts
+from safetensors.torch import save_file
+
+from generate import load_head
+from gpt_spec import (
+    BadInput,
+    Decoder,
+    Pace,
+    Sampling,
+    Stats,
+    TreeDrafter,
+    causal_attention,
+    generate,
+    gumbel,
+    tree_geometry,
+)
+
+GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, seed=7)
+
+
+# ---- a naive head ---------------------------------------------------------------------------------
+
+
+def norm(x, weight, eps=1e-5):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x, positions, theta):
+    """x: [n, heads, D]"""
+    half = x.shape[-1] // 2
+    angle = positions[:, None, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
+
+
+def naive_rows(w, tokens, features, theta, heads=4, size=12):
+    """All rows of a head at once, [n, hidden] -> next features [n, hidden]: weights by their published names,
+    no cache, and one softmax a row. Row p stands at position p and sees rows 0 .. p."""
+    eagle3 = "midlayer.self_attn.q_proj.weight" in w
+    layer = "midlayer." if eagle3 else "layers.0."
+    embedded, n = w["embed_tokens.weight"][tokens], len(tokens)
+    if eagle3:
+        x = torch.cat(
+            (
+                norm(embedded, w[layer + "input_layernorm.weight"]),
+                norm(features, w[layer + "hidden_norm.weight"]),
+            ),
+            -1,
+        )
+        residual = features
+    else:
+        x = residual = torch.cat((embedded, features), -1) @ w["fc.weight"].T + w.get("fc.bias", 0)
+    q, k, v = ((x @ w[f"{layer}self_attn.{name}_proj.weight"].T).view(n, -1, size) for name in "qkv")
+    positions = torch.arange(n)
+    q, k = rope(q, positions, theta), rope(k, positions, theta)
+    out = torch.empty(n, heads, size)
+    for p in range(n):
+        for h in range(heads):
+            g = h * k.shape[1] // heads
+            out[p, h] = (k[: p + 1, g] @ q[p, h] / size**0.5).softmax(0) @ v[: p + 1, g]
+    x = residual + out.flatten(1) @ w[layer + "self_attn.o_proj.weight"].T
+    y = norm(x, w[layer + "post_attention_layernorm.weight"])
+    gate, up = (y @ w[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (F.silu(gate) * up) @ w[layer + "mlp.down_proj.weight"].T
+
+
+def naive_logits(w, features, lm_head):
+    return (
+        norm(features, w["norm.weight"]) @ w["lm_head.weight"].T
+        if "norm.weight" in w
+        else features @ lm_head.T
+    )
+
+
+def naive_scores(w, text, features, path, theta, lm_head):
+    """Logits of the token after a text, whose last token is the root, and a path of drafts."""
+    tokens = torch.tensor(text[1:])
+    for token in [*path, None]:  # row by row, each from the guess of the one before
+        guess = naive_rows(w, tokens, features, theta)[-1:]
+        if token is not None:
+            features, tokens = torch.cat((features, guess)), torch.cat((tokens, torch.tensor([token])))
+    return naive_logits(w, guess[0], lm_head)
+
+
+# ---- published files ------------------------------------------------------------------------------
+
+LAYER = {
+    **{"self_attn.q_proj": (48, 48), "self_attn.k_proj": (24, 48), "self_attn.v_proj": (24, 48)},
+    **{
+        "self_attn.o_proj": (48, 48),
+        "mlp.gate_proj": (80, 48),
+        "mlp.up_proj": (80, 48),
+        "mlp.down_proj": (48, 80),
+    },
+    **{"post_attention_layernorm": (48,)},
+}
+CONFIG = {  # as in yuhuili/EAGLE-LLaMA3-Instruct-8B, but for the sizes
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bias": False},
+    **{"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "vocab_size": 61},
+    **{"rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "float16", "pad_token_id": 0},
+}
+
+
+def random_tensors(shapes):
+    torch.manual_seed(11)
+    return {
+        f"{name}.weight": torch.rand(shape) + 0.5 if len(shape) == 1 else torch.randn(shape) / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def eagle2(target, directory, bias=False, **changes):
+    """A head in the layout of the EAGLE-2 heads for Llama 3 -> its tensors."""
+    tensors = random_tensors({"fc": (48, 96), **{f"layers.0.{name}": shape for name, shape in LAYER.items()}})
+    tensors |= {"embed_tokens.weight": target.embed_tokens.weight.clone()}
+    tensors |= {"fc.bias": torch.randn(48)} if bias else {}
+    return write(directory, tensors, CONFIG | changes, as_bin=True)
+
+
+def eagle3(target, directory, **changes):
+    """A head in the layout of the EAGLE-3 heads for Llama 3.1 -> its tensors and the embedding it borrows."""
+    layer = {**LAYER, "hidden_norm": (48,), "input_layernorm": (48,)}
+    layer |= {f"self_attn.{name}_proj": (rows, 96) for name, rows in (("q", 48), ("k", 24), ("v", 24))}
+    shapes = {"fc": (48, 144), "norm": (48,), "lm_head": (20, 48)}
+    tensors = random_tensors(shapes | {f"midlayer.{name}": shape for name, shape in layer.items()})
+    ids = torch.arange(20) * 3  # token i of the head is token 3 i
+    known = torch.zeros(61, dtype=torch.bool)
+    known[ids] = True
+    tensors |= {"d2t": ids - torch.arange(20), "t2d": known}
+    config = {name: value for name, value in CONFIG.items() if name != "rope_theta"} | {
+        "draft_vocab_size": 20
+    }
+    write(directory, tensors, config | changes)
+    return tensors | {"embed_tokens.weight": target.embed_tokens.weight}
+
+
+def write(directory, tensors, config, as_bin=False):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save = torch.save if as_bin else save_file
+    save(tensors, directory / ("pytorch_model.bin" if as_bin else "model.safetensors"))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A target with enough layers for EAGLE-3, whose states 2, 3 and 3 are tapped."""
+    return random_model(num_layers=6)
+
+
+KINDS = {
+    "eagle2": (eagle2, 500000.0),
+    "eagle2 with a bias": (lambda *args: eagle2(*args, bias=True), 500000.0),
+    "eagle3": (eagle3, 10000.0),
+}
+
+
+def true_features(target, w, text, taps):
+    tokens = torch.tensor([text])
+    states = target(tokens, torch.arange(len(text))[None], causal_attention, taps)[1][0]
+    return states @ w["fc.weight"].T if "midlayer.self_attn.q_proj.weight" in w else states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_published_head_agrees_with_a_naive_one(deep, tmp_path, kind):
+    make, theta = KINDS[kind]
+    w = make(deep, tmp_path)
+    head = load_head(tmp_path, deep)
+    [text] = random_prompts([12])
+    states = deep(torch.tensor([text]), torch.arange(12)[None], causal_attention, head.taps(6))[1][:, :-1]
+    ours = head(
+        torch.tensor([text[1:]]),
+        head.fuse(states),
+        torch.arange(11)[None],
+        lambda *qkv: causal_attention(0, *qkv),
+    )
+    features = true_features(deep, w, text, head.taps(6))[:-1]
+    theirs = naive_rows(w, torch.tensor(text[1:]), features, theta)
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
+    logits = naive_logits(w, theirs, deep.lm_head.weight)
+    torch.testing.assert_close(head.logits(ours)[0], logits, rtol=1e-4, atol=1e-3)
+    if kind == "eagle3":
+        assert head.draft_ids.tolist() == list(range(0, 60, 3))
+
+
+def test_the_states_of_eagle_3_are_inputs_of_layers(deep):
+    """As transformers counts them: hidden_states[2], [L // 2] and [L - 3], and [0] is the embedding."""
+    tokens, positions = torch.arange(5)[None], torch.arange(5)[None]
+    states = deep(tokens, positions, causal_attention, (0, 2, 6))[1].chunk(3, dim=-1)
+    torch.testing.assert_close(states[0], deep.embed_tokens(tokens))
+    x = states[1]
+    for i in range(2, 6):
+        x = deep.layers[i](x, *deep.rope(positions), lambda q, k, v, i=i: causal_attention(i, q, k, v))
+    torch.testing.assert_close(deep.norm(x), states[2])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_heads_never_change_the_text(deep, tmp_path, kind, sampling):
+    KINDS[kind][0](deep, tmp_path)
+    prompts = random_prompts([5, 1, 9, 30])
+
+    def texts(drafter, batch_size=1, stats=None):
+        out = [[] for _ in prompts]
+        steps = generate(
+            deep, prompts, drafter, sampling, 30, batch_size, compile=False, stats=stats or Stats()
+        )
+        for emissions in steps:
+            for emission in emissions:
+                out[emission.prompt_index] += emission.tokens
+        return out
+
+    expected, stats = texts(None), Stats()
+    assert texts(TreeDrafter(load_head(tmp_path, deep), 20, 3, 4), 1, stats) == expected
+    assert 0 < stats.accepted_tokens < stats.new_tokens
+    assert texts(TreeDrafter(load_head(tmp_path, deep)), 4) == expected
+
+
+@pytest.mark.parametrize("kind", ["eagle2", "eagle3"])
+@pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
+def test_a_head_loads_in_every_precision(deep, tmp_path, kind, precision):
+    KINDS[kind][0](deep, tmp_path)
+    target = random_model(num_layers=6).to(torch.bfloat16)
+    target.frequencies = deep.frequencies
+    head, exact = load_head(tmp_path, target, precision), load_head(tmp_path, deep)
+    tokens, positions = torch.tensor(random_prompts([8])), torch.arange(8)[None]
+    attend = lambda *qkv: causal_attention(0, *qkv)  # noqa: E731
+    states = torch.randn(1, 8, 48 * len(head.taps(6)))
+    expected = exact(tokens, exact.fuse(states), positions, attend).flatten()
+    got = head(tokens, head.fuse(states.bfloat16()), positions, attend).float().flatten()
+    assert F.cosine_similarity(got, expected, dim=0) > (0.999 if precision == "bf16" else 0.95)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"hidden_size": 64, "head_dim": 12}, "hidden size of 64, not 48"),
+        ({"vocab_size": 60}, "vocabulary of 60, not 61"),
+        ({"intermediate_size": 72}, "has shape"),
+        ({"num_attention_heads": "4"}, "num_attention_heads"),
+    ],
+)
+@pytest.mark.parametrize("make", [eagle2, eagle3])
+def test_a_head_that_does_not_fit_is_refused(deep, tmp_path, make, change, words):
+    make(deep, tmp_path, **change)
+    with pytest.raises(BadInput, match=words) as error:
+        load_head(tmp_path, deep)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_files_of_heads_are_refused(deep, tmp_path):
+    eagle2(deep, tmp_path / "cut")
+    whole = (tmp_path / "cut" / "pytorch_model.bin").read_bytes()
+    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    tensors = eagle2(deep, tmp_path / "lacks")
+    write(tmp_path / "lacks", {k: v for k, v in tensors.items() if "o_proj" not in k}, CONFIG, as_bin=True)
+    write(
+        tmp_path / "more", tensors | {"layers.0.input_layernorm.weight": torch.ones(48)}, CONFIG, as_bin=True
+    )
+    write(tmp_path / "other", {"x": torch.ones(2)}, CONFIG, as_bin=True)
+    write(tmp_path / "code", {"run": print}, CONFIG, as_bin=True)  # not weights
+    third = eagle3(deep, tmp_path / "third")
+    del third["embed_tokens.weight"], third["d2t"]
+    write(tmp_path / "third", third, json.loads((tmp_path / "third" / "config.json").read_text()))
+    for name, words in [
+        *(("cut", "not a whole file"), ("lacks", "lack layers.0.self_attn.o_proj.weight")),
+        *(("more", "unexpected tensor layers.0.input_layernorm.weight"), ("other", "no EAGLE-2 or EAGLE-3")),
+        *(("code", "not a whole file of weights"), ("third", "lack d2t")),
+    ]:
+        with pytest.raises(BadInput, match=words) as error:
+            load_head(tmp_path / name, deep)
+        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="3 layers"):
+        eagle3(deep, tmp_path / "short")
+        load_head(tmp_path / "short", random_model(num_layers=2))
+
+
+@torch.no_grad()
+def test_training_unrolls_what_drafting_does():
+    """Row p of step i starts from features that were guessed i times, and so does draft i + 1 of a text that
+    goes on as the training text does."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from train_tiny import unrolled_attention
+
+    target = random_model()
+    head = guessing_head(target)
+    w = dict(head.checkpoint_tensors())
+    [text] = random_prompts([9])
+    truth = true_features(target, w, text, (2,))
+    tokens, positions = torch.tensor([text[1:]]), torch.arange(8)[None]
+    features, past = truth[None, :-1], []
+    for i in range(3):
+        guess = head(tokens, features, positions, partial(unrolled_attention, past))
+        for p in range(i, 8):
+            drafted = truth[: p - i + 1]
+            for _ in range(i + 1):
+                rows = naive_rows(w, torch.tensor(text[1 : len(drafted) + 1]), drafted, 10000.0)
+                drafted = torch.cat((drafted, rows[-1:]))
+            torch.testing.assert_close(guess[0, p], drafted[-1], rtol=1e-4, atol=1e-4)
+        features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
+
+
+# ---- trees ----------------------------------------------------------------------------------------
+
+
+def brute_force(score, depth, k):
+    """All nodes that EAGLE-2 looks at, in the order in which it meets them: (path, log-probability of it).
+
+    `score(path)`: float32 [V]. Lists and Python's stable sort; the beam is the first k of the best.
+    """
+    pool, beam = [], [((), 0.0)]
+    for _ in range(depth):
+        children = []
+        for path, total in beam:
+            steps = score(path).log_softmax(-1).tolist()
+            best = sorted(range(len(steps)), key=lambda token: -steps[token])[:k]
+            children += [((*path, token), total + min(steps[token], 0.0)) for token in best]
+        pool += children
+        beam = sorted(children, key=lambda entry: -entry[1])[:k]
+    return pool
+
+
+def paths_of(draft):
+    """The path of every node of a draft of one row, the root's is ()."""
+    tokens, parents, paths = draft.tokens[0].tolist(), draft.parent[0].tolist(), [()]
+    for token, parent in zip(tokens[1:], parents[1:]):
+        paths.append((*paths[parent], token))  # fails if a child precedes its parent
+    return paths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("depth, k, n", [(1, 3, 4), (2, 5, 31), (3, 2, 8), (4, 3, 12), (3, 5, 40)])
+def test_trees_equal_brute_force(depth, k, n, sampling):
+    """On a vocabulary of 5: k = 5 and depth 2 is every path there is; k = 2 and 3 prune."""
+    target = random_model(vocab_size=5)
+    head = guessing_head(target)
+    drafter = TreeDrafter(head, n, depth, k)
+    decoder = Decoder(target, drafter, sampling, 64, compile=False)
+    w = dict(head.checkpoint_tensors())
+    [prompt] = random_prompts([7], vocab_size=5)
+    text = prompt + [decoder.prefill(0, prompt, sampling.seed)]
+    for _ in range(3):  # first tree, then trees whose catch-up has several rows
+        features = true_features(target, w, text[:-1], (2,))
+
+        def score(path, text=text, features=features):
+            logits = naive_scores(w, text, features, path, 10000.0, target.lm_head.weight)
+            if sampling.temperature == 0:
+                return logits
+            position = torch.tensor([[len(text) + len(path)]])
+            return logits + gumbel(torch.tensor([sampling.seed]), position, 5)[0, 0]
+
+        pool = brute_force(score, depth, k)
+        expected = sorted(pool, key=lambda entry: -entry[1])[: n - 1]
+        draft = drafter.propose(decoder.state)
+        paths = paths_of(draft)
+        assert draft.tokens[0, 0] == text[-1]
+        assert len(set(paths)) == n and set(paths[1:]) == {path for path, _ in expected}
+        total = sum(torch.tensor([score]).exp().item() for _, score in expected)
+        torch.testing.assert_close(draft.expected, torch.tensor([total]), rtol=1e-4, atol=1e-4)
+        text = text + decoder.commit(draft)[0].tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 3, 4, 10])
+def test_equal_scores_go_to_the_first(k):
+    """All logits equal: which nodes are best is a matter of the rule for ties alone, and no child may come
+    without its parent."""
+    target = random_model(vocab_size=12)
+    head = guessing_head(target)
+    target.lm_head.weight.zero_()
+    depth, n = 3, 1 + k + k * k
+    drafter = TreeDrafter(head, n, depth, k)
+    decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
+    decoder.prefill(0, [3, 1, 4], 0)
+    draft = drafter.propose(decoder.state)
+    expected = sorted(brute_force(lambda path: torch.zeros(12), depth, k), key=lambda entry: -entry[1])
+    assert paths_of(draft)[1:] == [path for path, _ in expected[: n - 1]]
+
+
+@torch.no_grad()
+def test_a_sure_head_never_drafts_a_child_without_its_parent():
+    """Probabilities that round to 1 make children as good as their parents."""
+    target = random_model(sharpness=1e4)
+    drafter = TreeDrafter(guessing_head(target), 20, 6, 4)
+    decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
+    decoder.prefill(0, [3, 1, 4], 0)
+    draft = drafter.propose(decoder.state)
+    paths = paths_of(draft)
+    assert len(set(paths)) == 20 and max(map(len, paths)) == 6
+    _, depth = tree_geometry(draft.parent, draft.max_depth)
+    assert depth[0].tolist() == [len(path) for path in paths]
+
+
+@torch.no_grad()
+def test_a_head_that_yields_nan_drafts_a_tree_all_the_same():
+    target = random_model()
+    drafter = TreeDrafter(guessing_head(target), 20, 3, 4)
+    drafter.head.fc.weight.fill_(torch.nan)
+    decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
+    texts = [e.tokens for es in decoder.run([[3, 1, 4]], 20) for e in es]
+    plain = [
+        e.tokens for es in Decoder(target, max_length=64, compile=False).run([[3, 1, 4]], 20) for e in es
+    ]
+    assert sum(texts, []) == sum(plain, [])
+
+
+@torch.no_grad()
+def test_the_best_small_tree_is_the_beginning_of_a_larger_one():
+    target = random_model()
+    drafts = []
+    for n in (4, 12, 30):
+        drafter = TreeDrafter(guessing_head(target), n, 3, 4)
+        decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
+        decoder.prefill(0, [3, 1, 4], 0)
+        drafts.append(drafter.propose(decoder.state))
+    for small, large in zip(drafts, drafts[1:]):
+        n = small.tokens.shape[1]
+        assert torch.equal(small.tokens, large.tokens[:, :n]) and torch.equal(
+            small.parent, large.parent[:, :n]
+        )
+        assert small.expected < large.expected
+
+
+def test_trees_that_cannot_be_are_refused():
+    head = guessing_head(random_model())
+    for size, depth, k, words in [
+        (1, 3, 4, "tree_size is 1"),
+        (38, 3, 4, "2 to 37"),
+        (4, 2, 62, "61 tokens"),
+    ]:
+        with pytest.raises(BadInput, match=words):
+            TreeDrafter(head, size, depth, k)
+    assert TreeDrafter(head, None, 1, 2).draft_sizes() == [3]
+    assert TreeDrafter(head, None, 5, 8).draft_sizes() == [4, 8, 16, 32, 60]
+
+
+# ---- how many nodes to verify ---------------------------------------------------------------------
+
+
+def test_the_pace_chooses_what_is_fastest():
+    """Held at the rate that it leads to, the choice has the largest tokens per second of all sizes."""
+    seconds = {4: 1.0, 8: 1.2, 16: 1.7, 32: 3.0}
+    for expected in (
+        {4: 2.0, 8: 2.1, 16: 2.2, 32: 2.3},
+        {4: 1.5, 8: 2.5, 16: 3.2, 32: 4.0},
+        {4: 1, 8: 2, 16: 4, 32: 9},
+    ):
+        pace, drafting = Pace(seconds), 0.5
+        for _ in range(500):
+            n = pace.best(expected)
+            pace.count(expected[n], drafting + seconds[n])
+        rates = {n: expected[n] / (drafting + seconds[n]) for n in seconds}
+        assert rates[pace.best(expected)] == max(rates.values())
+
+
+def test_costs_are_measured_and_sizes_are_used(target):
+    drafter = TreeDrafter(guessing_head(target), None, 3, 4)
+    decoder = Decoder(target, drafter, SAMPLED, 128, batch_size=2, compile=False)
+    decoder.warm_up()
+    pace = decoder.setup.pace
+    assert set(pace.seconds) == {4, 8, 16, 32} and all(t > 0 for t in pace.seconds.values())
+    stats = Stats()
+    pace.seconds = {4: 1e-9, 8: 1e3, 16: 1e3, 32: 1e3}  # only four nodes are ever worth it
+    list(decoder.run(random_prompts([5, 9]), 20, stats=stats))
+    assert set(stats.nodes_histogram) == {4} and sum(stats.nodes_histogram.values()) == stats.target_forwards
+    pace.seconds = dict.fromkeys(pace.seconds, 0.0)  # more never hurts
+    list(decoder.run(random_prompts([5, 9]), 20, stats=stats))
+    assert set(stats.nodes_histogram) == {4, 32}
+
+
+def test_expected_tokens_are_counted(target):
+    """The sum of the path probabilities: 2 nodes of probability near 1, and what the target makes of them."""
+    stats = Stats()
+    sharp = random_model(sharpness=1e4)
+    drafter = TreeDrafter(guessing_head(sharp, noise=0.0), 3, 2, 1)
+    list(generate(sharp, random_prompts([5]), drafter, GREEDY, 40, compile=False, stats=stats))
+    assert stats.expected_accepted_tokens == pytest.approx(2 * stats.target_forwards, rel=1e-3)
+    assert stats.drafted_tokens == 2 * stats.target_forwards

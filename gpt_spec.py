@@ -641,14 +641,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.top_k == 0 and sampling.top_p == 1:
         return logits
-    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    kept = rank < (sampling.top_k or logits.shape[-1])
-    if sampling.top_p < 1:
-        share = torch.where(kept, ordered / sampling.temperature, -math.inf).softmax(dim=-1)
-        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
-        kept = kept & ((before < sampling.top_p) | (rank == 0))
-    return torch.full_like(logits, -math.inf).scatter(-1, token, torch.where(kept, ordered, -math.inf))
+    return kernels.filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
@@ -1348,13 +1341,13 @@ class Decoder:
     @torch.no_grad()
     def commit(self, draft: Draft) -> list[Verified]:
         """Verify a draft and keep what was accepted -> what became of every row."""
-        old_length = self.state.length
-        self.state.length, path, report = self.verify_step(draft, self.state)
+        length, path, report = self.verify_step(draft, self.state)
         expected = [0.0] * len(path) if draft.expected is None else draft.expected.tolist()
         # The one host read of a step, but for what a drafter has read already.
         rows = [Verified(*row[:3], row[3 : 4 + row[0]], e) for row, e in zip(report.tolist(), expected)]
         if any(row.moves for row in rows):  # never for a chain: its path is in place
-            self.cache.keep(path, old_length)
+            self.cache.keep(path, self.state.length)
+        self.state.length = length  # last: an interrupted step has not happened
         return rows
 
     @torch.no_grad()

@@ -1014,11 +1014,87 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
   return {values, places};
 }
 
+// ------------------------------------------------------------------------------------------------------------
+// Sampling: the top_k largest of a row and, of these, the smallest set with top_p of their softmax.
+// ------------------------------------------------------------------------------------------------------------
+
+struct Candidate {
+  float value;
+  int64_t place;
+  bool operator<(const Candidate& other) const {  // comes first
+    return value > other.value || (value == other.value && place < other.place);
+  }
+};
+
+// Copies to `out` the first candidates, until these hold `enough` weight -> did they? At least one is copied.
+bool keep_best(std::vector<Candidate>& candidates, float most, float temperature, double enough, float* out) {
+  std::sort(candidates.begin(), candidates.end());
+  double held = 0;
+  for (const Candidate& c : candidates) {
+    if (held >= enough && held > 0) return true;
+    out[c.place] = c.value;
+    held += std::exp((c.value - most) / temperature);
+  }
+  return held >= enough;
+}
+
+void filter_row(const float* x, int64_t n, float temperature, int64_t top_k, float top_p, float* out) {
+  static thread_local std::vector<Candidate> candidates;
+  const float most = *std::max_element(x, x + n), infinity = std::numeric_limits<float>::infinity();
+  auto weight = [&](float value) { return std::exp((value - most) / temperature); };
+  auto gather = [&](float lowest) {
+    candidates.clear();
+    for (int64_t i = 0; i < n; i++)
+      if (x[i] >= lowest) candidates.push_back({x[i], i});
+  };
+  const bool all_ranks = top_k == 0 || top_k >= n;
+  if (most != most || (all_ranks && top_p >= 1)) {  // a row of NaN stays one
+    std::copy(x, x + n, out);
+    return;
+  }
+  std::fill(out, out + n, -infinity);
+  if (!all_ranks) {
+    gather(-infinity);
+    if ((int64_t)candidates.size() > top_k) {
+      std::nth_element(candidates.begin(), candidates.begin() + top_k, candidates.end());
+      candidates.resize(top_k);
+    }
+    double total = 0;
+    for (const Candidate& c : candidates) total += weight(c.value);
+    keep_best(candidates, most, temperature, top_p < 1 ? (double)top_p * total : infinity, out);
+    return;
+  }
+  Floats sums = all(0.0f), scale = all(1.0f / temperature);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sums = sums + exp((load(x + i) - all(most)) * scale);
+  float total = sum(sums);
+  for (; i < n; i++) total += weight(x[i]);
+  // Nearly always, a few of the largest hold enough; only they are sorted.
+  for (float depth : {4.0f, 8.0f, 16.0f, infinity}) {
+    gather(most - depth * temperature);
+    if (keep_best(candidates, most, temperature, (double)top_p * total, out)) return;
+  }
+}
+
+Tensor filter(const Tensor& logits_any, double temperature, int64_t top_k, double top_p) {
+  Tensor logits = logits_any.contiguous(), out = at::empty(logits.sizes(), logits.options());
+  const int64_t n = logits.dim() ? logits.size(-1) : 0, rows = n ? logits.numel() / n : 0;
+  TORCH_CHECK(logits.scalar_type() == at::kFloat, "filter: float32, not ", logits.scalar_type());
+  TORCH_CHECK(temperature > 0 && top_k >= 0 && top_p > 0, "filter: temperature ", temperature, ", top_k ", top_k,
+              ", top_p ", top_p);
+  const float* from = logits.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+#pragma omp parallel for if (logits.numel() > SMALL)
+  for (int64_t row = 0; row < rows; row++) filter_row(from + row * n, n, temperature, top_k, top_p, to + row * n);
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("linear", linear);
   m.impl("rms_norm", rms_norm);
   m.impl("top_k", top_k);
+  m.impl("filter", filter);
   m.impl("attention", attention);
 }

@@ -4,6 +4,7 @@
                 activations) and after (bias, residual) is part of it
     rms_norm    the norm alone
     top_k       the largest of every row, with a rule for equal ones
+    filter      what top-k and top-p sampling leave of logits, without sorting them all
     attention   n queries of every text over a static cache
 
 Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
@@ -282,6 +283,17 @@ def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered[..., :k].contiguous(), index[..., :k].contiguous()
 
 
+def filter_reference(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    kept = rank < (top_k or logits.shape[-1])
+    if top_p < 1:
+        share = torch.where(kept, ordered / temperature, -torch.inf).softmax(dim=-1)
+        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
+        kept = kept & ((before < top_p) | (rank == 0))
+    return torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
+
+
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
@@ -312,10 +324,12 @@ library.define(
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
+library.define("filter(Tensor logits, float temperature, int top_k, float top_p) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
+library.impl("filter", filter_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
@@ -332,6 +346,11 @@ def _(x, weight, eps):
 @torch.library.register_fake("gpt_spec::top_k")
 def _(x, k):
     return x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
+
+
+@torch.library.register_fake("gpt_spec::filter")
+def _(logits, temperature, top_k, top_p):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("gpt_spec::attention")
@@ -386,6 +405,12 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     as -inf.
     """
     return torch.ops.gpt_spec.top_k(x, k)
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """-inf outside the `top_k` largest (0: all) and, of these, the smallest set with `top_p` of their softmax
+    at `temperature`. float32 [..., V]; of equal logits the one with the lower place counts as larger."""
+    return torch.ops.gpt_spec.filter(logits, temperature, top_k, top_p)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:

@@ -497,6 +497,27 @@ def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, monkeypatch):
     assert [row_text[12:]] == texts(target, [first[:12]], max_new_tokens=5)
 
 
+def test_an_interrupted_step_has_not_happened(target, monkeypatch):
+    """Ctrl-C between verifying a tree and moving its path: the text can be continued from what was shown."""
+    [prompt], so_far = random_prompts([12]), []
+    [expected] = texts(target, [prompt])
+    decoder = Decoder(target, drafters(target)["tree"], max_length=80, compile=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for emissions in decoder.run([prompt], 40):
+            so_far += emissions[0].tokens
+            if len(so_far) > 8:
+                patch.setattr("gpt_spec.KVCache.keep", interrupt)
+    assert 8 < len(so_far) < 40
+    for emissions in decoder.run([prompt + so_far], 40 - len(so_far), reuse=True):
+        so_far += emissions[0].tokens
+        assert_caches_are_fresh(decoder, [prompt + so_far])
+    assert so_far == expected
+
+
 def test_impossible_requests_are_refused(target):
     for prompts, options, words in [
         ([[]], {}, "empty"),

@@ -244,6 +244,29 @@ def test_top_k_against_sorting(n, k, shape):
     assert kernels.top_k((3 * x).round(), k)[1].reshape(-1, k).tolist() == by_hand
 
 
+@pytest.mark.parametrize("n", [1, 15, 40, 4096, 20011])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 64, 10**6])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3, 1e-9])
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_filter_against_float64(n, top_k, top_p, temperature):
+    """Flat rows and sharp ones, with ties; sums within 1e-5 of top_p, which float32 cannot tell, are free."""
+    torch.manual_seed(n)
+    for scale in (0.5, 4.0):
+        logits = (scale * torch.randn(2, 3, n) * 16).round() / 16
+        kept = kernels.filter_logits(logits, temperature, top_k, top_p)
+        for row, out in zip(logits.view(-1, n), kept.view(-1, n)):
+            value, place = row.double().sort(descending=True, stable=True)
+            value = value[: top_k or n]
+            share = (value / temperature).softmax(0)
+            before = share.cumsum(0) - share
+            expected = (before < top_p) | (torch.arange(len(value)) == 0) | (top_p == 1)
+            free = ((before - top_p).abs() < 1e-5) & (top_p < 1)
+            decided = place[: len(value)][~free]
+            assert torch.equal(out[decided].isfinite(), expected[~free])
+            assert not out[place[len(value) :]].isfinite().any()
+            assert torch.equal(out[out.isfinite()], row[out.isfinite()])
+
+
 def attention_by_definition(q, keys, values, ancestors, length):
     """The slow twin: one query at a time, over the slots it may see, in order, in float64."""
     batch, n, heads, size = q.shape

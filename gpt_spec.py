@@ -455,9 +455,8 @@ class EagleHead(CheckpointModule):
             row = (torch.arange(len(last), device=last.device)[:, None], last[:, None])  # [B, 1] each
             q, residual = q[row], residual[row]  # [B, 1, H, D], [B, 1, hidden]
         attended = attend(q, k, v)
-        x = self.layer.self_attn.o_proj(
-            attended.flatten(2), residual=residual
-        )  # [B, n, H D] -> [B, n, hidden]
+        # [B, n, H D] -> [B, n, hidden]
+        x = self.layer.self_attn.o_proj(attended.flatten(2), residual=residual)
         return self.layer.mlp(x, self.layer.post_attention_layernorm)
 
     @property
@@ -1025,10 +1024,8 @@ class TreeDrafter(Drafter):
         return min(self.depth, n - 1)
 
     def start(self, setup: Setup) -> None:
-        slots, like = (
-            setup.slots + self.topk * (self.depth - 1),
-            self.head.layer.post_attention_layernorm.weight,
-        )
+        like = self.head.layer.post_attention_layernorm.weight
+        slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
         self.length = torch.zeros(setup.batch_size, dtype=torch.int64, device=like.device)  # true rows
         self.sampling, self.pace = setup.sampling, setup.pace

@@ -965,7 +965,7 @@ class OneLineParser(argparse.ArgumentParser):
 METHODS = ["autoregressive", "lookup", "sequential", "tree"]
 
 
-TREE_DEPTH, TREE_TOPK = 5, 8
+TREE_DEPTH, TREE_TOPK = 6, 4
 
 
 def tree_size(text: str) -> int | str:

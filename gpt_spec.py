@@ -568,14 +568,10 @@ class KVCache:
     def keep(self, path: Tensor, length: Tensor) -> None:
         """Move an accepted path to where it belongs: slot length + path[d] -> length + d, for all d at once.
 
-        path: int64 [B, D + 1], increasing where it is valid, anything beyond. The keys need no new rotation:
+        path: int64 [B, D + 1], increasing where it is valid, some node beyond. The keys need no new rotation:
         a node of depth d already stands at position length + d.
         """
-        rows = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
-        source = length[:, None] + path
-        goal = length[:, None] + torch.arange(path.shape[1], device=path.device)
-        for tensor in (*self.keys, *self.values):
-            tensor[rows, goal] = tensor[rows, source]  # the right side is gathered before the left is written
+        kernels.move_slots([*self.keys, *self.values], path, length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -998,7 +994,7 @@ class TreeDrafter(Drafter):
     SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
 
     def __init__(
-        self, head: EagleHead, tree_size: int | None = None, tree_depth: int = 5, tree_topk: int = 8
+        self, head: EagleHead, tree_size: int | None = None, tree_depth: int = 6, tree_topk: int = 4
     ):
         """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
         pool = tree_topk + (tree_depth - 1) * tree_topk**2

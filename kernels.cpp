@@ -975,6 +975,32 @@ Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, 
 }
 
 // ------------------------------------------------------------------------------------------------------------
+// The slots of an accepted path, to where they belong. A path increases, so its node d is never below d, and
+// going upwards nothing is overwritten that is still to be moved.
+// ------------------------------------------------------------------------------------------------------------
+
+void move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any) {
+  Tensor path = path_any.contiguous(), length = length_any.contiguous();
+  TORCH_CHECK(path.scalar_type() == at::kLong && length.scalar_type() == at::kLong && path.dim() == 2 &&
+                  length.numel() == path.size(0),
+              "move: path int64 [B, n], length int64 [B]");
+  const int64_t batch = path.size(0), n = path.size(1);
+  const int64_t *nodes = path.const_data_ptr<int64_t>(), *past = length.const_data_ptr<int64_t>();
+  for (const Tensor& cache : caches) {
+    TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(0) == batch, "move: caches [B, slots, G, D]");
+    const int64_t bytes = cache.stride(1) * cache.element_size(), slots = cache.size(1);
+    for (int64_t b = 0; b < batch; b++) {
+      char* row = (char*)cache.data_ptr() + b * slots * bytes;
+      for (int64_t d = 0; d < n; d++) {
+        const int64_t from = past[b] + nodes[b * n + d], to = past[b] + d;
+        TORCH_CHECK(0 <= from && from < slots && to < slots, "move: slot ", from, " to ", to, " of ", slots);
+        if (from != to) std::memcpy(row + to * bytes, row + from * bytes, bytes);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------
 // The k largest of a row, the first of equal ones first. A NaN counts as minus infinity.
 // ------------------------------------------------------------------------------------------------------------
 
@@ -1094,6 +1120,7 @@ Tensor filter(const Tensor& logits_any, double temperature, int64_t top_k, doubl
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("linear", linear);
   m.impl("rms_norm", rms_norm);
+  m.impl("move", move);
   m.impl("top_k", top_k);
   m.impl("filter", filter);
   m.impl("attention", attention);

@@ -6,6 +6,7 @@
     top_k       the largest of every row, with a rule for equal ones
     filter      what top-k and top-p sampling leave of logits, without sorting them all
     attention   n queries of every text over a static cache
+    move        what an accepted path left in the caches, to where it belongs
 
 Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
 which is the twin that the tests compare with; `cpu`, in kernels.cpp, compiled when it is first needed; and
@@ -294,6 +295,14 @@ def filter_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
     return torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
 
 
+def move_reference(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
+    rows = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
+    source = length[:, None] + path
+    goal = length[:, None] + torch.arange(path.shape[1], device=path.device)
+    for cache in caches:
+        cache[rows, goal] = cache[rows, source]  # the right side is gathered before the left is written
+
+
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 
@@ -326,6 +335,8 @@ library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
 library.define("filter(Tensor logits, float temperature, int top_k, float top_p) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
+library.define("move(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()")
+library.impl("move", move_reference, "CompositeExplicitAutograd")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
@@ -405,6 +416,15 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     as -inf.
     """
     return torch.ops.gpt_spec.top_k(x, k)
+
+
+def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
+    """In every cache [B, slots, G, D], slot length + path[d] -> length + d, as if for all d at once.
+
+    path: int64 [B, n], of which a beginning increases and counts; what is behind it may become anything.
+    length: int64 [B].
+    """
+    torch.ops.gpt_spec.move(caches, path, length)
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

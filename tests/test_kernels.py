@@ -228,6 +228,28 @@ def test_rms_norm_against_its_definition_and_rows(size):
 # ---- attention -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, nodes", [(1, 1), (4, 9), (7, 60)])
+def test_moving_slots_against_indexing(n, nodes, dtype):
+    """Every path of every row; what is behind the valid part of a path may come out differently."""
+    torch.manual_seed(n)
+    for _ in range(20):
+        caches = [torch.randn(3, 100, 2, 6).to(dtype) for _ in range(4)]
+        expected = [cache.clone() for cache in caches]
+        length = torch.randint(0, 100 - nodes, (3,))
+        path = torch.stack([torch.randperm(nodes)[:n].sort().values for _ in range(3)])
+        count = torch.randint(1, n + 1, (3,))
+        for b in range(3):
+            path[b, count[b] :] = path[b, count[b] - 1]
+        kernels.move_slots(caches, path, length)
+        kernels.move_reference(expected, path, length)
+        for ours, theirs in zip(caches, expected):
+            for b, past in enumerate(length.tolist()):
+                valid = past + count[b]
+                assert torch.equal(ours[b, :valid], theirs[b, :valid])
+                assert torch.equal(ours[b, past + nodes :], theirs[b, past + nodes :])
+
+
 @pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (16, 3), (17, 17), (100, 10), (4096, 64), (20011, 8)])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
 def test_top_k_against_sorting(n, k, shape):

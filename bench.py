@@ -66,6 +66,20 @@ class GreedyDrafter(SequentialDrafter):
         self.sampling = Sampling()
 
 
+class FixedTree(TreeDrafter):
+    """The n best nodes of the trees that `auto` grows, so that both run the same compiled graphs."""
+
+    def __init__(self, head, n: int, *shape: int):
+        super().__init__(head, None, *shape)
+        self.n, self.needs_costs = n, False
+
+    def draft_sizes(self) -> list[int]:
+        return [self.n]
+
+    def choose(self, total: Tensor) -> int:
+        return self.n
+
+
 class NoiselessTree(TreeDrafter):
     """Grows its tree from the head's logits alone, as EAGLE-2 does at every temperature."""
 
@@ -188,7 +202,7 @@ def measure_trees(precision: str, args: argparse.Namespace) -> dict:
     target = generate.load_model(generate.SHIPPED_TARGET, precision)
     head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
     sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
-    drafters = {"1": Drafter()} | {str(n): TreeDrafter(head, n, *shape) for n in TreeDrafter.SIZES}
+    drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in TreeDrafter.SIZES}
     drafters["auto"] = TreeDrafter(head, None, *shape)
     decoders = {name: Decoder(target, drafter, sampling, 1024) for name, drafter in drafters.items()}
     for decoder in decoders.values():

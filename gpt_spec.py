@@ -11,6 +11,7 @@ the speed and nothing else.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -784,27 +785,23 @@ class Pace:
     """What time buys, measured: the cost of verifying n nodes, and the tokens per second of late."""
 
     seconds: dict[int, float] = field(default_factory=dict)  # T(n)
-    # Of recent steps, older ones counting less and less:
-    tokens: float = 0.0
-    elapsed: float = 0.0  # seconds
-    expected: float = 0.0  # accepted draft tokens that the drafter expected,
-    accepted: float = 0.0  # and those there were
+    tokens: float = 0.0  # of recent steps, older ones counting less and less,
+    elapsed: float = 0.0  # and their seconds
+    trust: float = 1.0  # what a head's logits are multiplied with, so that as much is accepted as it expects
 
     def count(self, tokens: int, elapsed: float, expected: float = 0.0, accepted: int = 0) -> None:
+        """A step: tokens and seconds; drafted tokens that were expected to be accepted, and that were."""
         self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + elapsed
-        self.expected, self.accepted = 0.98 * self.expected + expected, 0.98 * self.accepted + accepted
+        self.trust = min(max(self.trust * math.exp(0.02 * (accepted - expected)), 0.25), 4.0)
 
     def best(self, expected: dict[int, float]) -> int:
-        """The number of nodes to verify, given the accepted tokens that the drafter expects of each.
+        """The number of nodes to verify, given the accepted tokens that are expected of each.
 
         More nodes are worth their time while they bring more tokens than that time brings on average: the
-        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice. A drafter
-        that is too modest or too bold, as heads are at another temperature than they were trained for, is
-        taken at its word times what its words were worth lately.
+        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice.
         """
         rate = self.tokens / self.elapsed if self.elapsed else 0.0
-        trust = self.accepted / self.expected if self.expected else 1.0
-        return max(expected, key=lambda n: trust * expected[n] - rate * self.seconds.get(n, 0.0))
+        return max(expected, key=lambda n: expected[n] - rate * self.seconds.get(n, 0.0))
 
 
 @dataclass(frozen=True)
@@ -831,7 +828,10 @@ class Setup:
         options = {"emulate_precision_casts": True}
         # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
         options["cpp_wrapper"] = self.device.type == "cpu"
-        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
+        can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        isolate = {"isolate_recompiles": True} if can_isolate else {}
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options, **isolate)
 
 
 class Drafter:
@@ -853,7 +853,7 @@ class Drafter:
 
     def propose(self, state: State) -> Draft:
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
-        return Draft.chain(root)
+        return Draft(root, torch.full_like(root, -1), 0)
 
     def warm_up(self, state: State) -> None:
         """Run once whatever `propose` may run, so that it is compiled. Nothing of the state changes."""
@@ -984,8 +984,10 @@ class TreeDrafter(Drafter):
 
     The k best continuations of the root are the first beam. `tree_depth` - 1 times, every node of the beam
     gets its k best children, and the k best of these are the next beam. Of all nodes ever seen, the best are
-    verified. A node is as good as the product of the probabilities on its path; the noise of its position
-    is added to the head's logits first, so that the tree grows around what the target is going to pick.
+    verified. A node is as good as the product of the probabilities on its path. What is new here: the noise
+    of its position is added to the head's logits, so that the tree grows around what the target is going to
+    pick; and they are multiplied with `Pace.trust`, because a head that learnt the target's distribution is
+    too modest about what the target, which has made up its mind, will say.
 
     The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
     it grows a tree goes to scratch slots above and is forgotten.
@@ -1024,6 +1026,7 @@ class TreeDrafter(Drafter):
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
         self.length = torch.zeros(setup.batch_size, dtype=torch.int64, device=like.device)  # true rows
+        self.trust = torch.ones((), device=like.device)
         self.sampling, self.pace = setup.sampling, setup.pace
         self.grow_tree = setup.compiled(self.grow)
 
@@ -1052,7 +1055,9 @@ class TreeDrafter(Drafter):
         attend = partial(self.cache.attend, place, seen, start, 0)
         return self.head(state.tokens[row, place + 1], features, place, attend, count - 1)
 
-    def children(self, features: Tensor, position: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def children(
+        self, features: Tensor, position: Tensor, seed: Tensor, trust: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The k best tokens at `position` int64 [B], given features [B, n, hidden] -> int64 [B, n, k], and
         their log-probabilities."""
         logits = self.head.logits(features)  # [B, n, V]
@@ -1060,21 +1065,23 @@ class TreeDrafter(Drafter):
             noise = gumbel(seed, position[:, None], self.head.config.vocab_size)  # [B, 1, V]
             noise = noise if self.head.draft_ids is None else noise[..., self.head.draft_ids]
             logits = logits + self.sampling.temperature * noise
+        logits = trust * logits
         best, index = kernels.top_k(logits, self.topk)
         # At most 0, though rounding may say otherwise: no child is better than its parent.
         scores = (best - logits.logsumexp(dim=-1, keepdim=True)).clamp(max=0)
         return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
 
-    def grow(self, state: State, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n], and what their
-        first nodes are worth, float32 [B, sizes]: the accepted length to expect of each size.
+    def grow(self, state: State, length: Tensor, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n]; the accepted
+        length to expect of each size, float32 [B, sizes], and its sum over active rows.
 
-        `length` int64 [B]: how many true rows the head's cache has.
+        `length` int64 [B]: how many true rows the head's cache has; `trust` float32 []: see `Pace`.
         """
         k, past = self.topk, state.length
         rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
         features = self.catch_up(state, torch.minimum(length, past - 1))  # [B, 1, hidden]
-        tokens, scores = (t.squeeze(1) for t in self.children(features, past + 1, state.seed))  # [B, k]
+        below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
+        tokens, scores = below.squeeze(1), steps.squeeze(1)
         pool = Pool([tokens], [scores], [torch.zeros_like(tokens)])
         node, features = 1 + rank.expand_as(tokens), features.expand(-1, k, -1)  # [B, k], [B, k, hidden]
         itself = (rank[:, None] == rank).expand(len(past), -1, -1)  # [B, k, k]
@@ -1083,7 +1090,7 @@ class TreeDrafter(Drafter):
             positions = (past + level)[:, None].expand_as(tokens)  # [B, k]
             attend = partial(self.cache.attend, past[:, None] + level * k + rank, ancestors, past, 0)
             features = self.head(tokens, features, positions, attend)  # [B, k, hidden]
-            below, steps = self.children(features, past + level + 2, state.seed)  # [B, k, k] each
+            below, steps = self.children(features, past + level + 2, state.seed, trust)  # [B, k, k] each
             first = pool.size + 1
             pool.add(below, scores[..., None] + steps, node)
             if level == self.depth - 2:
@@ -1092,18 +1099,25 @@ class TreeDrafter(Drafter):
             above, tokens, node = best // k, pool.tokens[-1].gather(1, best), first + best  # [B, k] each
             features = features[row, above]
             ancestors = torch.cat((ancestors[row, above], itself), dim=-1)  # [B, k, (level + 2) k]
-        return pool.best(state, self.sizes)
+        tokens, parents, scores = pool.best(state, self.max_nodes - 1)
+        accepted = scores.exp().cumsum(dim=1)  # [B, n - 1]
+        worth = torch.stack([accepted[:, n - 2] for n in self.sizes], dim=1)  # [B, sizes]
+        return tokens, parents, worth, (worth * state.active[:, None]).sum(dim=0)
 
     def propose(self, state: State) -> Draft:
-        tokens, parent, worth = self.grow_tree(state, self.length)
-        self.length, choice = state.length.clone(), 0
-        if self.needs_costs:  # a read of the host, the price of choosing
-            total = (worth * state.active[:, None]).sum(dim=0).tolist()
-            choice = self.sizes.index(self.pace.best(dict(zip(self.sizes, total))))
-        n = self.sizes[choice]
+        self.trust.fill_(self.pace.trust)
+        tokens, parent, worth, total = self.grow_tree(state, self.length, self.trust)
+        self.length, n = state.length.clone(), self.choose(total)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
-        return Draft(tokens, parent, self.max_depth(n), worth[:, choice])
+        return Draft(tokens, parent, self.max_depth(n), worth[:, self.sizes.index(n)])
+
+    def choose(self, total: Tensor) -> int:
+        """The number of nodes to verify; `total`, float32 [sizes]: see `grow`."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        # A read of the host, the price of choosing.
+        return self.pace.best(dict(zip(self.sizes, total.tolist())))
 
 
 @dataclass
@@ -1124,18 +1138,20 @@ class Pool:
         self.scores.append(scores.flatten(1))
         self.parents.append(parents[..., None].expand_as(tokens).flatten(1))
 
-    def best(self, state: State, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The best nodes: see `TreeDrafter.grow`. Of equals the first wins, so a parent always precedes its
-        children, and the first n nodes are the best tree of n nodes."""
+    def best(self, state: State, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Root and best nodes, tokens and parents int64 [B, count + 1], and the scores of all but the root.
+
+        Of equals the first wins, so that a parent always precedes its children, and the first n nodes are the
+        best tree of n nodes.
+        """
         tokens, parents = torch.cat(self.tokens, dim=1), torch.cat(self.parents, dim=1)  # [B, pool]
-        scores, order = kernels.top_k(torch.cat(self.scores, dim=1), sizes[-1] - 1)  # [B, n - 1]
+        scores, order = kernels.top_k(torch.cat(self.scores, dim=1), count)  # [B, count]
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
-        node = torch.arange(1, sizes[-1], device=root.device).expand_as(order)
+        node = torch.arange(1, count + 1, device=root.device).expand_as(order)
         # Where in the tree a node of the pool is: [B, pool + 1]
         place = torch.zeros_like(F.pad(parents, (1, 0))).scatter(1, order + 1, node)
         parent = torch.cat((torch.full_like(root, -1), place.gather(1, parents.gather(1, order))), dim=1)
-        worth = scores.exp().cumsum(dim=1)[:, [n - 2 for n in sizes]]  # [B, n - 1] -> [B, sizes]
-        return torch.cat((root, tokens.gather(1, order)), dim=1), parent, worth
+        return torch.cat((root, tokens.gather(1, order)), dim=1), parent, scores
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1248,7 +1264,7 @@ class Decoder:
         width = len(self.taps) * model.config.hidden_size
         self.state = State.allocate(batch_size, self.setup.slots, width, like)
         self.drafter.start(self.setup)
-        self.verify_step = self.setup.compiled(self.verify)
+        self.verify_steps: dict[int, Callable] = {}  # by number of nodes
 
     @torch.no_grad()
     def warm_up(self) -> float:
@@ -1272,8 +1288,12 @@ class Decoder:
         return Draft(tokens, parent, self.drafter.max_depth(n))
 
     def measure_costs(self) -> None:
-        """T(n) of every size, the median of up to 7 verifications; for a decoder that holds no text yet."""
+        """T(n) of every size, the median of up to 7 verifications, as if the caches were half full.
+
+        For a decoder that holds no text yet.
+        """
         pace, sizes = self.setup.pace, self.drafter.draft_sizes()
+        self.state.length.fill_(self.max_length // 2)
         for n in sizes:
             draft, times = self.blank_draft(n), []
             while len(times) < 7 and sum(times) < 0.5:
@@ -1281,6 +1301,7 @@ class Decoder:
                 self.commit(draft)
                 times.append(time.perf_counter() - begin)
             pace.seconds[n] = statistics.median(times)
+        self.state.length.fill_(1)
         pace.count(self.setup.batch_size, pace.seconds[sizes[0]])  # until there is something to go by
 
     @torch.no_grad()
@@ -1334,7 +1355,10 @@ class Decoder:
     @torch.no_grad()
     def commit(self, draft: Draft) -> list[Verified]:
         """Verify a draft and keep what was accepted -> what became of every row."""
-        length, path, report = self.verify_step(draft, self.state)
+        n = draft.tokens.shape[1]
+        if n not in self.verify_steps:
+            self.verify_steps[n] = self.setup.compiled(self.verify)
+        length, path, report = self.verify_steps[n](draft, self.state)
         expected = [0.0] * len(path) if draft.expected is None else draft.expected.tolist()
         # The one host read of a step, but for what a drafter has read already.
         rows = [Verified(*row[:3], row[3 : 4 + row[0]], e) for row, e in zip(report.tolist(), expected)]

@@ -1,6 +1,7 @@
 """EAGLE heads and the trees they grow: against a naive head, against brute force, from published files."""
 
 import json
+import math
 import sys
 from functools import partial
 
@@ -340,14 +341,16 @@ def paths_of(draft):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("trust", [1.0, 2.5])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("depth, k, n", [(1, 3, 4), (2, 5, 31), (3, 2, 8), (4, 3, 12), (3, 5, 40)])
-def test_trees_equal_brute_force(depth, k, n, sampling):
+def test_trees_equal_brute_force(depth, k, n, sampling, trust):
     """On a vocabulary of 5: k = 5 and depth 2 is every path there is; k = 2 and 3 prune."""
     target = random_model(vocab_size=5)
     head = guessing_head(target)
     drafter = TreeDrafter(head, n, depth, k)
     decoder = Decoder(target, drafter, sampling, 64, compile=False)
+    decoder.setup.pace.trust = trust
     w = dict(head.checkpoint_tensors())
     [prompt] = random_prompts([7], vocab_size=5)
     text = prompt + [decoder.prefill(0, prompt, sampling.seed)]
@@ -357,9 +360,9 @@ def test_trees_equal_brute_force(depth, k, n, sampling):
         def score(path, text=text, features=features):
             logits = naive_scores(w, text, features, path, 10000.0, target.lm_head.weight)
             if sampling.temperature == 0:
-                return logits
+                return trust * logits
             position = torch.tensor([[len(text) + len(path)]])
-            return logits + gumbel(torch.tensor([sampling.seed]), position, 5)[0, 0]
+            return trust * (logits + gumbel(torch.tensor([sampling.seed]), position, 5)[0, 0])
 
         pool = brute_force(score, depth, k)
         expected = sorted(pool, key=lambda entry: -entry[1])[: n - 1]
@@ -463,6 +466,19 @@ def test_the_pace_chooses_what_is_fastest():
             pace.count(expected[n], drafting + seconds[n])
         rates = {n: expected[n] / (drafting + seconds[n]) for n in seconds}
         assert rates[pace.best(expected)] == max(rates.values())
+
+
+def test_trust_grows_until_as_much_is_accepted_as_expected():
+    """Of three kinds of nodes, the target accepts what the head's logits times 1.7 would say."""
+    pace = Pace()
+    for _ in range(300):
+        for logit in (0.2, 0.8, 2.2):
+            expected = 1 / (1 + math.exp(-pace.trust * logit))
+            pace.count(1, 1.0, expected, 1 / (1 + math.exp(-1.7 * logit)))
+    assert pace.trust == pytest.approx(1.7, rel=0.02)
+    for _ in range(1000):
+        pace.count(1, 1.0, 0.9, 0.0)
+    assert pace.trust == 0.25
 
 
 def test_costs_are_measured_and_sizes_are_used(target):

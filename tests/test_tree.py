@@ -471,7 +471,7 @@ def test_the_pace_chooses_what_is_fastest():
 def test_trust_grows_until_as_much_is_accepted_as_expected():
     """Of three kinds of nodes, the target accepts what the head's logits times 1.7 would say."""
     pace = Pace()
-    for _ in range(300):
+    for _ in range(2000):
         for logit in (0.2, 0.8, 2.2):
             expected = 1 / (1 + math.exp(-pace.trust * logit))
             pace.count(1, 1.0, expected, 1 / (1 + math.exp(-1.7 * logit)))

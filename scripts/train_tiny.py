@@ -59,7 +59,7 @@ SHAPES = {
 }
 FOLDERS = {"target": ROOT / "models" / "python-7m", "small": ROOT / "models" / "python-1m"}
 HEADS = {f"{kind}-eagle": folder.with_name(f"{folder.name}-eagle") for kind, folder in FOLDERS.items()}
-STEPS = {"target": 6000, "small": 4000, "target-eagle": 2000, "small-eagle": 1200}
+STEPS = {"target": 6000, "small": 4000, "target-eagle": 2000, "small-eagle": 700}
 FEATURE_WEIGHT = 1.0  # of the loss of features; that of the distributions has 1
 UNROLL = 3  # of a head: one row from the target's features and two from its own guesses
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import generate
+import gpt_spec
 import kernels
 import quantize
 from gpt_spec import (
@@ -606,8 +607,8 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--tree_depth", type=int, default=generate.TREE_DEPTH, help="tree: levels")
-    parser.add_argument("--tree_topk", type=int, default=generate.TREE_TOPK, help="tree: nodes of a beam")
+    parser.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="tree: levels")
+    parser.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="tree: nodes of a beam")
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")

@@ -329,6 +329,8 @@ def load_model(
 def read_head(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of a published head, by name: of safetensors files, or of a pytorch_model.bin."""
     path = directory / "pytorch_model.bin"
+    if not path.exists() and not any(directory.glob("model*.safetensors*")):
+        raise BadInput(f"{directory}: has no weights; model.safetensors or pytorch_model.bin is needed")
     if not path.exists() or any(directory.glob("model*.safetensors*")):
         tensors = {name: read() for name, read in read_tensors(weight_files(directory))}
     else:
@@ -339,7 +341,8 @@ def read_head(directory: Path) -> dict[str, torch.Tensor]:
         except Exception as error:  # torch.load raises what pickle, zipfile and itself do
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+        if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise BadInput(f"{path}: holds something else than named tensors")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -351,8 +354,10 @@ def build_head(raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Tr
     if not third and "layers.0.self_attn.q_proj.weight" not in tensors:
         raise BadInput(f"{where}: the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
     layer = "midlayer" if third else "layers.0"
-    biases = {"qkv_bias": f"{layer}.self_attn.q_proj.bias", "o_bias": f"{layer}.self_attn.o_proj.bias"}
-    config = replace(config, num_layers=1, **{name: key in tensors for name, key in biases.items()})
+    optional = {"qkv_bias": "self_attn.q_proj.bias", "o_bias": "self_attn.o_proj.bias"}
+    optional |= {"mlp_bias": "mlp.gate_proj.bias", "qk_norm": "self_attn.q_norm.weight"}
+    present = {name: f"{layer}.{key}" in tensors for name, key in optional.items()}
+    config = replace(config, num_layers=1, **present)
     width = integer_of(raw, "target_hidden_size", config.hidden_size, where) if third else config.hidden_size
     for name, ours, theirs in (
         ("vocabulary", config.vocab_size, target.config.vocab_size),
@@ -365,8 +370,12 @@ def build_head(raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Tr
             return EagleHead(config, fc_bias="fc.bias" in tensors)
         if target.config.num_layers < 3:
             raise BadInput(f"{where}: an EAGLE-3 head needs a target of at least 3 layers")
-        drafted = integer_of(raw, "draft_vocab_size", config.vocab_size, where)
-        return Eagle3Head(config, width, drafted, own_embedding=config.hidden_size != width)
+        rows = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else config.vocab_size
+        drafted = integer_of(raw, "draft_vocab_size", rows, where)
+        if drafted < 1:
+            raise BadInput(f"{where}: draft_vocab_size is {drafted}; it must be at least 1")
+        # As in the authors' code: with this key, the embedding in the file is the head's own.
+        return Eagle3Head(config, width, drafted, own_embedding="target_hidden_size" in raw)
 
 
 def integer_of(raw: dict[str, Any], name: str, default: int, where: str) -> int:
@@ -401,8 +410,9 @@ def take_vocabulary(
         if head.draft_ids is not None and len(head.draft_ids) != head.config.vocab_size:
             raise BadInput(f"{directory}: the weights lack d2t, which says what the head's tokens are")
         return None
-    ids = torch.arange(len(offsets)) + offsets.long()
-    if ids.shape != head.draft_ids.shape or not 0 <= ids.min() <= ids.max() < head.config.vocab_size:
+    ids = torch.arange(offsets.numel()) + offsets.flatten().long()
+    known = ids.shape == head.draft_ids.shape and 0 <= ids.min() <= ids.max() < head.config.vocab_size
+    if not known or len(ids.unique()) < len(ids):
         raise BadInput(f"{directory}: d2t does not map {len(head.draft_ids)} tokens into the vocabulary")
     return ids
 
@@ -413,6 +423,8 @@ def load_head(path: str | Path, target: Transformer, precision: str | None = Non
     directory = find_checkpoint(str(path), HEAD_FLAG)
     raw = read_json(directory / "config.json", required=True)
     tensors, like = read_head(directory), target.norm.weight
+    if precision not in (None, *ALL_PRECISIONS):
+        raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
     dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
     if dtype != like.dtype:
         raise BadInput(
@@ -926,7 +938,7 @@ def draw_step(emission: Emission, tokenizer: Tokenizer | None) -> str:
     children = {
         node: [i for i, parent in enumerate(parents) if parent == node] for node in range(len(tokens))
     }
-    accepted, node = {0}, 0
+    accepted, node = set(), 0
     for token in emission.tokens[: emission.accepted]:
         node = next(i for i in children[node] if tokens[i] == token)
         accepted.add(node)
@@ -948,7 +960,8 @@ def draw_step(emission: Emission, tokenizer: Tokenizer | None) -> str:
         ]
 
     own = "".join(f", then {word(token)}" for token in emission.tokens[emission.accepted :])
-    head = f"\n[{emission.prompt_index + 1}] {len(tokens) - 1} drafted, {emission.accepted} accepted{own}"
+    drafted = sum(parent >= 0 for parent in parents)
+    head = f"\n[{emission.prompt_index + 1}] {drafted} drafted, {emission.accepted} accepted{own}"
     return "\n".join([head, *draw(0, "    ")])
 
 
@@ -963,9 +976,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 METHODS = ["autoregressive", "lookup", "sequential", "tree"]
-
-
-TREE_DEPTH, TREE_TOPK = 6, 4
 
 
 def tree_size(text: str) -> int | str:
@@ -995,25 +1005,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE", help='JSON lines: {"prompt": TEXT} or {"prompt_ids": [...]}'
     )
     p.add_argument("--batch_size", type=int, default=1, help="texts decoded at a time")
-    p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
-    p.add_argument("--eagle_checkpoint_path", help=f"tree: an EAGLE-1, 2 or 3 head, {directory}")
-    p.add_argument("--draft_precision", choices=ALL_PRECISIONS, help="of the drafter (default: --precision)")
-    p.add_argument(
-        "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
-    )
-    p.add_argument(
-        "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
-    )
-    p.add_argument(
-        "--tree_size",
-        type=tree_size,
-        metavar="N|auto",
-        help="nodes to verify, the root included (default: auto, what pays, step by step)",
-    )
-    p.add_argument("--tree_depth", type=int, help=f"levels below the root (default: {TREE_DEPTH})")
-    p.add_argument(
-        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {TREE_TOPK})"
-    )
+    add_draft_flags(p, directory)
     p.add_argument("--max_new_tokens", type=int, default=200)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens (0: all)")
@@ -1033,9 +1025,34 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--compile", choices=["none", "default"], default="default", help="torch.compile")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
-    p.add_argument("--explain", action="store_true", help="colour each token by who proposed it")
+    p.add_argument(
+        "--explain", action="store_true", help="colour each token by who proposed it; every draft to stderr"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     return p
+
+
+def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
+    """Who drafts, and how much."""
+    p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
+    p.add_argument("--eagle_checkpoint_path", help=f"tree: an EAGLE-1, 2 or 3 head, {directory}")
+    p.add_argument("--draft_precision", choices=ALL_PRECISIONS, help="of the drafter (default: --precision)")
+    p.add_argument(
+        "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
+    )
+    p.add_argument(
+        "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
+    )
+    p.add_argument(
+        "--tree_size",
+        type=tree_size,
+        metavar="N|auto",
+        help="nodes to verify, the root included (default: auto, what pays, step by step)",
+    )
+    p.add_argument("--tree_depth", type=int, help=f"levels below the root (default: {gpt_spec.TREE_DEPTH})")
+    p.add_argument(
+        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {gpt_spec.TREE_TOPK})"
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -1101,7 +1118,7 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     default = "sequential" if shipped or args.draft_checkpoint_path else "autoregressive"
     method = args.method or ("tree" if args.eagle_checkpoint_path else default)
     for flag, methods in FLAGS_OF.items():
-        if getattr(args, flag) and method not in methods:
+        if getattr(args, flag) not in (None, 0.0) and method not in methods:
             raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
     if method == "autoregressive":
         return method, Drafter()
@@ -1124,8 +1141,9 @@ def tree_drafter(args: argparse.Namespace, target: Target, default: Path | None)
         raise BadInput("--method tree needs --eagle_checkpoint_path: an EAGLE head of this very target")
     head = load_head(path, target.model, args.draft_precision or target.precision)
     size = args.tree_size if isinstance(args.tree_size, int) else None
+    shape = (args.tree_depth or gpt_spec.TREE_DEPTH, args.tree_topk or gpt_spec.TREE_TOPK)
     try:
-        return gpt_spec.TreeDrafter(head, size, args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
+        return gpt_spec.TreeDrafter(head, size, *shape)
     except BadInput as error:  # it begins with the name of the flag
         raise BadInput(f"--{error}") from None
 
@@ -1347,11 +1365,9 @@ STATS_FIELDS = [
 TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
 
 
-def stats_json(stats: Stats, models: list[torch.nn.Module], device: str) -> dict[str, Any]:
+def stats_json(stats: Stats, models: list[torch.nn.Module], device: str, method: str) -> dict[str, Any]:
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
-    names = STATS_FIELDS + (
-        ["expected_accepted_tokens", "nodes_histogram"] if stats.expected_accepted_tokens else []
-    )
+    names = STATS_FIELDS + (TREE_FIELDS if method == "tree" else [])
     return {name: getattr(stats, name) for name in names} | memory
 
 
@@ -1440,7 +1456,7 @@ def run(args: argparse.Namespace) -> int:
             interact(decoder, target, args, stats)
         else:
             decode_all(decoder, outputs, args, target.stop_ids, stats)
-    summary = stats_json(stats, [target.model, *drafter.models], args.device)
+    summary = stats_json(stats, [target.model, *drafter.models], args.device, method)
     if args.json:
         head = {"method": method, "precision": target.precision, "device": args.device, "seed": args.seed}
         print(json.dumps({**head, "outputs": [output.as_json() for output in outputs], "stats": summary}))

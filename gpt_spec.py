@@ -782,17 +782,18 @@ class State:
 
 @dataclass
 class Pace:
-    """What time buys, measured: the cost of verifying n nodes, and the tokens per second of late."""
+    """What a decoder learns about itself: what verifying n nodes costs, measured once, when it starts; the
+    tokens per second of late; and how far its drafter is to be trusted. Nothing of it can change a text."""
 
     seconds: dict[int, float] = field(default_factory=dict)  # T(n)
     tokens: float = 0.0  # of recent steps, older ones counting less and less,
     elapsed: float = 0.0  # and their seconds
     trust: float = 1.0  # what a head's logits are multiplied with, so that as much is accepted as it expects
 
-    def count(self, tokens: int, elapsed: float, expected: float = 0.0, accepted: int = 0) -> None:
-        """A step: tokens and seconds; drafted tokens that were expected to be accepted, and that were."""
+    def count(self, tokens: int, elapsed: float, surplus: float = 0.0) -> None:
+        """A step: its tokens, its seconds, and how much more of a draft was accepted than expected."""
         self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + elapsed
-        self.trust = min(max(self.trust * math.exp(0.02 * (accepted - expected)), 0.25), 4.0)
+        self.trust = min(max(self.trust * math.exp(0.02 * surplus), 0.25), 4.0)
 
     def best(self, expected: dict[int, float]) -> int:
         """The number of nodes to verify, given the accepted tokens that are expected of each.
@@ -813,6 +814,7 @@ class Setup:
     slots: int  # of every cache: the longest text plus the widest draft
     compile: bool
     device: torch.device
+    # The one part that changes: the decoder counts, the drafter asks.
     pace: Pace = field(default_factory=Pace)
 
     def compiled(self, function: Callable) -> Callable:
@@ -932,9 +934,8 @@ class SequentialDrafter(Drafter):
         prefill(self.model, self.cache, row, tokens, start)
 
     def warm_up(self, state: State) -> None:
-        for n in (2, 1)[
-            : 1 if self.stride > 1 else 2
-        ]:  # whatever the confidence, which may end `propose` early
+        # Whatever the confidence, which may end `propose` early.
+        for n in (2,) if self.stride > 1 else (2, 1):
             self.write_some(state.tokens.new_zeros(len(state.tokens), n), state.length - 1, state.seed)
 
     def write(self, fed: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -979,6 +980,10 @@ class SequentialDrafter(Drafter):
         return [n for n in (1, 2, 3, 5, 9, 17, 33) if n < self.max_nodes] + [self.max_nodes]
 
 
+TREE_DEPTH, TREE_TOPK = 6, 4  # unless somebody asks for others
+MAX_TREE_DEPTH = 64  # each level is a forward of the head, unrolled in one graph
+
+
 class TreeDrafter(Drafter):
     """An EAGLE head grows a tree where it is sure of itself (EAGLE-2, arXiv 2406.16858, section 4).
 
@@ -996,9 +1001,15 @@ class TreeDrafter(Drafter):
     SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
 
     def __init__(
-        self, head: EagleHead, tree_size: int | None = None, tree_depth: int = 6, tree_topk: int = 4
+        self,
+        head: EagleHead,
+        tree_size: int | None = None,
+        tree_depth: int = TREE_DEPTH,
+        tree_topk: int = TREE_TOPK,
     ):
         """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
+        if not 1 <= tree_depth <= MAX_TREE_DEPTH:
+            raise BadInput(f"tree_depth is {tree_depth}; it must be 1 to {MAX_TREE_DEPTH}")
         pool = tree_topk + (tree_depth - 1) * tree_topk**2
         if tree_size is not None and not 2 <= tree_size <= pool + 1:
             raise BadInput(
@@ -1172,9 +1183,7 @@ class Stats:
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    expected_accepted_tokens: float = (
-        0.0  # by drafters that estimate it: the path probabilities of their nodes
-    )
+    expected_accepted_tokens: float = 0.0  # of drafters that say how probable their nodes are
     accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
     nodes_histogram: dict[int, int] = field(default_factory=dict)  # steps by nodes verified, root included
 
@@ -1203,7 +1212,7 @@ class Stats:
         self.target_forwards += 1
         self.drafted_tokens += result.drafted
         self.accepted_tokens += accepted
-        self.expected_accepted_tokens += result.expected
+        self.expected_accepted_tokens += result.expected * accepted / max(result.accepted, 1)
         self.accepted_histogram += [0] * (draft.max_depth + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
         n = draft.tokens.shape[1]
@@ -1439,8 +1448,8 @@ class Decoder:
             stats.count_row(draft, result, emission.accepted)
         stats.decode_seconds += seconds
         tokens = sum(len(emission.tokens) for _, emission in results)
-        expected, accepted = sum(r.expected for r, _ in results), sum(r.accepted for r, _ in results)
-        self.setup.pace.count(tokens, seconds, expected, accepted)
+        surplus = sum(r.accepted - r.expected for r, _ in results) / len(results)
+        self.setup.pace.count(tokens, seconds, surplus if draft.expected is not None else 0.0)
 
 
 def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:

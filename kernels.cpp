@@ -1074,7 +1074,8 @@ void filter_row(const float* x, int64_t n, float temperature, int64_t top_k, flo
       if (x[i] >= lowest) candidates.push_back({x[i], i});
   };
   const bool all_ranks = top_k == 0 || top_k >= n;
-  if (most != most || (all_ranks && top_p >= 1)) {  // a row of NaN stays one
+  const bool broken = std::any_of(x, x + n, [](float value) { return value != value; });  // NaN: let it be seen
+  if (broken || (all_ranks && top_p >= 1)) {
     std::copy(x, x + n, out);
     return;
   }

@@ -292,7 +292,8 @@ def filter_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
         share = torch.where(kept, ordered / temperature, -torch.inf).softmax(dim=-1)
         before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
         kept = kept & ((before < top_p) | (rank == 0))
-    return torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
+    left = torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
+    return torch.where(logits.isnan().any(dim=-1, keepdim=True), logits, left)
 
 
 def move_reference(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
@@ -429,7 +430,8 @@ def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """-inf outside the `top_k` largest (0: all) and, of these, the smallest set with `top_p` of their softmax
-    at `temperature`. float32 [..., V]; of equal logits the one with the lower place counts as larger."""
+    at `temperature`. float32 [..., V]; of equal logits the one with the lower place counts as larger. A row
+    with a NaN stays as it is."""
     return torch.ops.gpt_spec.filter(logits, temperature, top_k, top_p)
 
 

@@ -132,9 +132,9 @@ def test_explain_shows_the_tree_of_every_step(capsys):
         plain = re.sub(r"\033\[\d+m", "", " ".join(tree))
         words = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", plain)
         green = re.findall(r"\033\[32m(.*?)\033\[0m", "\n".join(tree))
-        assert drafted == 7 and len(words) == 8 and len(green) == accepted + 1  # with the root
+        assert drafted == 7 and len(words) == 8 and len(green) == accepted  # words: with the root
         own = head.partition(", then ")[2]
-        text += "".join(map(ast.literal_eval, [*green[1:], *([own] if own else [])]))
+        text += "".join(map(ast.literal_eval, [*green, *([own] if own else [])]))
     assert result["outputs"][0]["text"].endswith(text)
 
 
@@ -370,6 +370,8 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
         (["--method", "tree", "--tree_size", "100000"], ["--tree_size", "2 to"]),
         (["--method", "tree", "--tree_size", "all"], ["--tree_size", "all", "auto"]),
         (["--method", "tree", "--tree_depth", "0"], ["--tree_depth", "at least 1"]),
+        (["--method", "tree", "--tree_depth", "99999999999999999999"], ["--tree_depth", "1 to"]),
+        (["--method", "autoregressive", "--tree_size", "0"], ["--tree_size", "autoregressive"]),
         (["--method", "tree", "--tree_topk", "5000"], ["--tree_topk", "4096"]),
         (["--method", "sequential", "--tree_size", "8"], ["--tree_size", "tree"]),
         (["--eagle_checkpoint_path", "/no/such/dir"], ["--eagle_checkpoint_path", "/no/such/dir"]),

@@ -289,6 +289,15 @@ def test_filter_against_float64(n, top_k, top_p, temperature):
             assert torch.equal(out[out.isfinite()], row[out.isfinite()])
 
 
+def test_filter_leaves_a_row_with_nan_alone():
+    logits = torch.randn(3, 40)
+    logits[1, 17] = torch.nan
+    for body in (kernels.filter_logits, kernels.filter_reference):
+        kept = body(logits, 1.0, 3, 0.5)
+        assert torch.equal(kept[1].isnan(), logits[1].isnan()) and kept[1].nan_to_num().isfinite().all()
+        assert (kept[[0, 2]].isfinite().sum(dim=1) <= 3).all()
+
+
 def attention_by_definition(q, keys, values, ancestors, length):
     """The slow twin: one query at a time, over the slots it may see, in order, in float64."""
     batch, n, heads, size = q.shape

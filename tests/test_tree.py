@@ -15,6 +15,8 @@ from generate import load_head
 from gpt_spec import (
     BadInput,
     Decoder,
+    Eagle3Head,
+    EagleHead,
     Pace,
     Sampling,
     Stats,
@@ -155,8 +157,8 @@ def write(directory, tensors, config, as_bin=False):
 
 @pytest.fixture(scope="module")
 def deep():
-    """A target with enough layers for EAGLE-3, whose states 2, 3 and 3 are tapped."""
-    return random_model(num_layers=6)
+    """A target whose states 2, 4 and 5 an EAGLE-3 head reads."""
+    return random_model(num_layers=8)
 
 
 KINDS = {
@@ -179,14 +181,14 @@ def test_a_published_head_agrees_with_a_naive_one(deep, tmp_path, kind):
     w = make(deep, tmp_path)
     head = load_head(tmp_path, deep)
     [text] = random_prompts([12])
-    states = deep(torch.tensor([text]), torch.arange(12)[None], causal_attention, head.taps(6))[1][:, :-1]
+    states = deep(torch.tensor([text]), torch.arange(12)[None], causal_attention, head.taps(8))[1][:, :-1]
     ours = head(
         torch.tensor([text[1:]]),
         head.fuse(states),
         torch.arange(11)[None],
         lambda *qkv: causal_attention(0, *qkv),
     )
-    features = true_features(deep, w, text, head.taps(6))[:-1]
+    features = true_features(deep, w, text, head.taps(8))[:-1]
     theirs = naive_rows(w, torch.tensor(text[1:]), features, theta)
     torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
     logits = naive_logits(w, theirs, deep.lm_head.weight)
@@ -198,12 +200,15 @@ def test_a_published_head_agrees_with_a_naive_one(deep, tmp_path, kind):
 def test_the_states_of_eagle_3_are_inputs_of_layers(deep):
     """As transformers counts them: hidden_states[2], [L // 2] and [L - 3], and [0] is the embedding."""
     tokens, positions = torch.arange(5)[None], torch.arange(5)[None]
-    states = deep(tokens, positions, causal_attention, (0, 2, 6))[1].chunk(3, dim=-1)
+    states = deep(tokens, positions, causal_attention, (0, 2, 8))[1].chunk(3, dim=-1)
     torch.testing.assert_close(states[0], deep.embed_tokens(tokens))
     x = states[1]
-    for i in range(2, 6):
+    for i in range(2, 8):
         x = deep.layers[i](x, *deep.rope(positions), lambda q, k, v, i=i: causal_attention(i, q, k, v))
     torch.testing.assert_close(deep.norm(x), states[2])
+    for layers, taps in ((8, (2, 4, 5)), (32, (2, 16, 29)), (80, (2, 40, 77))):
+        assert Eagle3Head.taps(None, layers) == taps
+        assert EagleHead.taps(None, layers) == (layers,)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -228,16 +233,36 @@ def test_random_heads_never_change_the_text(deep, tmp_path, kind, sampling):
     assert texts(TreeDrafter(load_head(tmp_path, deep)), 4) == expected
 
 
+@torch.no_grad()
+def test_a_head_may_have_its_own_width_and_embedding(deep, tmp_path):
+    """As the EAGLE-3 head for Llama 3.3 70B: `target_hidden_size` in its config."""
+    w = eagle3(deep, tmp_path)
+    wide = random_model(num_layers=8, hidden_size=96)
+    own = w | {"fc.weight": torch.randn(48, 3 * 96) / 17, "embed_tokens.weight": torch.randn(61, 48)}
+    config = json.loads((tmp_path / "config.json").read_text())
+    write(tmp_path, own, config | {"target_hidden_size": 96})
+    head = load_head(tmp_path, wide)
+    assert torch.equal(head.embed_tokens.weight, own["embed_tokens.weight"])
+    features = true_features(wide, own, [1, 2, 3, 4], (2, 4, 5))[:-1]
+    theirs = naive_rows(own, torch.tensor([2, 3, 4]), features, 10000.0)
+    ours = head(
+        torch.tensor([[2, 3, 4]]), features[None], torch.arange(3)[None], partial(causal_attention, 0)
+    )
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadInput, match="hidden size of 96, not 48"):
+        load_head(tmp_path, deep)
+
+
 @pytest.mark.parametrize("kind", ["eagle2", "eagle3"])
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
 def test_a_head_loads_in_every_precision(deep, tmp_path, kind, precision):
     KINDS[kind][0](deep, tmp_path)
-    target = random_model(num_layers=6).to(torch.bfloat16)
+    target = random_model(num_layers=8).to(torch.bfloat16)
     target.frequencies = deep.frequencies
     head, exact = load_head(tmp_path, target, precision), load_head(tmp_path, deep)
     tokens, positions = torch.tensor(random_prompts([8])), torch.arange(8)[None]
     attend = lambda *qkv: causal_attention(0, *qkv)  # noqa: E731
-    states = torch.randn(1, 8, 48 * len(head.taps(6)))
+    states = torch.randn(1, 8, 48 * len(head.taps(8)))
     expected = exact(tokens, exact.fuse(states), positions, attend).flatten()
     got = head(tokens, head.fuse(states.bfloat16()), positions, attend).float().flatten()
     assert F.cosine_similarity(got, expected, dim=0) > (0.999 if precision == "bf16" else 0.95)
@@ -282,6 +307,24 @@ def test_broken_files_of_heads_are_refused(deep, tmp_path):
         with pytest.raises(BadInput, match=words) as error:
             load_head(tmp_path / name, deep)
         assert "\n" not in str(error.value)
+    for name, change in [("draft_vocab_size", {"draft_vocab_size": -1}), ("precision 'w4a9'", {})]:
+        eagle3(deep, tmp_path / "odd", **change)
+        with pytest.raises(BadInput, match=name):
+            load_head(tmp_path / "odd", deep, None if change else "w4a9")
+    for offsets in (
+        torch.tensor(3),
+        -torch.arange(20),
+        torch.arange(20) * 9,
+    ):  # one number, all the same, too far
+        third = eagle3(deep, tmp_path / "map")
+        config = json.loads((tmp_path / "map" / "config.json").read_text())
+        del third["embed_tokens.weight"]
+        write(tmp_path / "map", third | {"d2t": offsets}, config)
+        with pytest.raises(BadInput, match="d2t does not map"):
+            load_head(tmp_path / "map", deep)
+    write(tmp_path / "keys", {1: torch.ones(2)}, CONFIG, as_bin=True)
+    with pytest.raises(BadInput, match="named tensors"):
+        load_head(tmp_path / "keys", deep)
     with pytest.raises(BadInput, match="3 layers"):
         eagle3(deep, tmp_path / "short")
         load_head(tmp_path / "short", random_model(num_layers=2))
@@ -341,6 +384,36 @@ def paths_of(draft):
 
 
 @torch.no_grad()
+def check_trees(target, w, theta, taps, ids, drafter, sampling, trust):
+    """Three trees in a row, whose catch-up has several rows from the second on, against brute force."""
+    decoder = Decoder(target, drafter, sampling, 64, compile=False)
+    decoder.setup.pace.trust = trust
+    size, n = target.config.vocab_size, drafter.max_nodes
+    [prompt] = random_prompts([7], vocab_size=size)
+    text = prompt + [decoder.prefill(0, prompt, sampling.seed)]
+    for _ in range(3):
+        features = true_features(target, w, text[:-1], taps)
+
+        def score(path, text=text, features=features):
+            logits = torch.full((size,), -torch.inf)
+            logits[ids] = naive_scores(w, text, features, path, theta, target.lm_head.weight)
+            if sampling.temperature > 0:
+                position = torch.tensor([[len(text) + len(path)]])
+                logits += sampling.temperature * gumbel(torch.tensor([sampling.seed]), position, size)[0, 0]
+            return trust * logits
+
+        pool = brute_force(score, drafter.depth, drafter.topk)
+        expected = sorted(pool, key=lambda entry: -entry[1])[: n - 1]
+        draft = drafter.propose(decoder.state)
+        paths = paths_of(draft)
+        assert draft.tokens[0, 0] == text[-1]
+        assert len(set(paths)) == n and set(paths[1:]) == {path for path, _ in expected}
+        total = sum(math.exp(score) for _, score in expected)
+        torch.testing.assert_close(draft.expected, torch.tensor([total]), rtol=1e-4, atol=1e-4)
+        text = text + decoder.commit(draft)[0].tokens
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("trust", [1.0, 2.5])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("depth, k, n", [(1, 3, 4), (2, 5, 31), (3, 2, 8), (4, 3, 12), (3, 5, 40)])
@@ -348,31 +421,20 @@ def test_trees_equal_brute_force(depth, k, n, sampling, trust):
     """On a vocabulary of 5: k = 5 and depth 2 is every path there is; k = 2 and 3 prune."""
     target = random_model(vocab_size=5)
     head = guessing_head(target)
-    drafter = TreeDrafter(head, n, depth, k)
-    decoder = Decoder(target, drafter, sampling, 64, compile=False)
-    decoder.setup.pace.trust = trust
     w = dict(head.checkpoint_tensors())
-    [prompt] = random_prompts([7], vocab_size=5)
-    text = prompt + [decoder.prefill(0, prompt, sampling.seed)]
-    for _ in range(3):  # first tree, then trees whose catch-up has several rows
-        features = true_features(target, w, text[:-1], (2,))
+    check_trees(target, w, 10000.0, (2,), torch.arange(5), TreeDrafter(head, n, depth, k), sampling, trust)
 
-        def score(path, text=text, features=features):
-            logits = naive_scores(w, text, features, path, 10000.0, target.lm_head.weight)
-            if sampling.temperature == 0:
-                return trust * logits
-            position = torch.tensor([[len(text) + len(path)]])
-            return trust * (logits + gumbel(torch.tensor([sampling.seed]), position, 5)[0, 0])
 
-        pool = brute_force(score, depth, k)
-        expected = sorted(pool, key=lambda entry: -entry[1])[: n - 1]
-        draft = drafter.propose(decoder.state)
-        paths = paths_of(draft)
-        assert draft.tokens[0, 0] == text[-1]
-        assert len(set(paths)) == n and set(paths[1:]) == {path for path, _ in expected}
-        total = sum(torch.tensor([score]).exp().item() for _, score in expected)
-        torch.testing.assert_close(draft.expected, torch.tensor([total]), rtol=1e-4, atol=1e-4)
-        text = text + decoder.commit(draft)[0].tokens
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_of_published_heads_equal_brute_force(deep, tmp_path, kind, sampling):
+    """Of EAGLE-3 too: its taps, its own tokens, whose noise is that of the target's, its RoPE base."""
+    make, theta = KINDS[kind]
+    w = make(deep, tmp_path)
+    third = kind == "eagle3"
+    taps, ids = ((2, 4, 5), torch.arange(20) * 3) if third else ((8,), torch.arange(61))
+    check_trees(deep, w, theta, taps, ids, TreeDrafter(load_head(tmp_path, deep), 16, 4, 3), sampling, 1.0)
 
 
 @torch.no_grad()
@@ -474,11 +536,20 @@ def test_trust_grows_until_as_much_is_accepted_as_expected():
     for _ in range(2000):
         for logit in (0.2, 0.8, 2.2):
             expected = 1 / (1 + math.exp(-pace.trust * logit))
-            pace.count(1, 1.0, expected, 1 / (1 + math.exp(-1.7 * logit)))
+            pace.count(1, 1.0, 1 / (1 + math.exp(-1.7 * logit)) - expected)
     assert pace.trust == pytest.approx(1.7, rel=0.02)
     for _ in range(1000):
-        pace.count(1, 1.0, 0.9, 0.0)
+        pace.count(1, 1.0, -0.9)
     assert pace.trust == 0.25
+
+
+def test_trust_does_not_hang_on_the_batch(target):
+    """Many texts at once teach no faster than one: the average counts, or trust would swing."""
+    decoder = Decoder(target, TreeDrafter(guessing_head(target), 8, 3, 3), SAMPLED, 64, 32, compile=False)
+    seen = []
+    for _ in decoder.run(random_prompts(32 * [5]), 40):
+        seen.append(decoder.setup.pace.trust)
+    assert all(abs(b / a - 1) < 0.07 for a, b in zip(seen, seen[1:]))
 
 
 def test_costs_are_measured_and_sizes_are_used(target):

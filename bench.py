@@ -210,12 +210,16 @@ def measure_trees(precision: str, args: argparse.Namespace) -> dict:
         decoder.warm_up()
     cost = measure_tree_cost(decoders)
     totals, speeds = {name: Stats() for name in decoders}, {name: [] for name in decoders}
+    different = dict.fromkeys(decoders, 0)
     for turn, prompt in enumerate(read_prompts(args.prompts)):
+        texts = {}
         for name in rotate_names(list(decoders), turn):
             stats = Stats()
-            decode(decoders[name], prompt, args.max_new_tokens, stats)
+            texts[name] = decode(decoders[name], prompt, args.max_new_tokens, stats)
             speeds[name].append(stats.decode_tokens_per_second)
             add_stats(totals[name], stats)
+        for name, text in texts.items():
+            different[name] += text != texts["1"]
     rows = {}
     first = cost["1"]["verify"]
     print(f"\n{precision}: T(1) is {first * 1e3:.2f} ms, tree depth {shape[0]}, top-k {shape[1]}")
@@ -234,6 +238,7 @@ def measure_trees(precision: str, args: argparse.Namespace) -> dict:
             "expected_accepted_tokens": stats.expected_accepted_tokens,
             "accepted_tokens": stats.accepted_tokens,
             "steps_by_nodes": stats.nodes_histogram,
+            "different_texts": different[name],
         }
         low, middle, high = against
         print(
@@ -245,6 +250,7 @@ def measure_trees(precision: str, args: argparse.Namespace) -> dict:
     auto = totals["auto"]
     print(f"auto verified {dict(sorted(auto.nodes_histogram.items()))} (nodes: steps),", end=" ")
     print(f"expected {auto.expected_accepted_tokens:.0f} accepted tokens and had {auto.accepted_tokens}")
+    print(f"{sum(different.values())} of {6 * args.prompts} texts are not the autoregressive one")
     return rows
 
 

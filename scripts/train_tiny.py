@@ -3,8 +3,8 @@
     python scripts/train_tiny.py tokenizer      # models/*/tokenizer.model, held-out prompts     seconds
     python scripts/train_tiny.py target         # models/python-7m: 8 layers of width 256        about an hour
     python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        20 minutes
-    python scripts/train_tiny.py target-eagle   # models/python-7m-eagle: the target's EAGLE-2 head
-    python scripts/train_tiny.py small-eagle    # models/python-1m-eagle: that of the small model
+    python scripts/train_tiny.py target-eagle   # models/python-7m-eagle: its EAGLE-2 head        40 minutes
+    python scripts/train_tiny.py small-eagle    # models/python-1m-eagle: the small model's       10 minutes
 
 In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from
 `.training/`.

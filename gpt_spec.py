@@ -814,6 +814,7 @@ class Setup:
     slots: int  # of every cache: the longest text plus the widest draft
     compile: bool
     device: torch.device
+    cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
     # The one part that changes: the decoder counts, the drafter asks.
     pace: Pace = field(default_factory=Pace)
 
@@ -829,7 +830,7 @@ class Setup:
         # text must not.
         options = {"emulate_precision_casts": True}
         # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
-        options["cpp_wrapper"] = self.device.type == "cpu"
+        options["cpp_wrapper"] = self.cpp_wrapper and self.device.type == "cpu"
         # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
         can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
         isolate = {"isolate_recompiles": True} if can_isolate else {}

@@ -158,7 +158,6 @@ def test_every_precision_gives_the_autoregressive_text(precision):
             assert texts(model, prompts, drafter, sampling, 200) == expected
         assert texts(model, prompts, SequentialDrafter(small, 4), sampling, 200, batch_size=2) == expected
         begun = [text[:100] for text in expected]
-        assert texts(model, prompts, TreeDrafter(head, 16), sampling, 100) == begun
         assert texts(model, prompts, TreeDrafter(head), sampling, 100, batch_size=2) == begun
 
 
@@ -225,7 +224,7 @@ def assert_head_is_fresh(decoder: Decoder, row: int, text: list[int], length: in
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("sampling", [GREEDY, WARM, SAMPLED], ids=["greedy", "warm", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", NAMES)
 def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, batch_size):
     """Five prompts of different lengths; with fewer rows, rows are refilled."""

@@ -1118,7 +1118,8 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     default = "sequential" if shipped or args.draft_checkpoint_path else "autoregressive"
     method = args.method or ("tree" if args.eagle_checkpoint_path else default)
     for flag, methods in FLAGS_OF.items():
-        if getattr(args, flag) not in (None, 0.0) and method not in methods:
+        unset = 0.0 if flag == "draft_confidence" else None
+        if getattr(args, flag) != unset and method not in methods:
             raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
     if method == "autoregressive":
         return method, Drafter()

@@ -149,7 +149,8 @@ def open_weights(path: Path):
 
 
 def tensor_names(weights) -> list[str]:
-    """Of an open file, without the RoPE frequencies of old Llama checkpoints: they follow from the config."""
+    """Of an open file or of a dictionary, without the RoPE frequencies of old Llama checkpoints: they follow
+    from the config."""
     return [name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")]
 
 
@@ -328,23 +329,22 @@ def load_model(
 
 def read_head(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of a published head, by name: of safetensors files, or of a pytorch_model.bin."""
+    if any(directory.glob("model*.safetensors*")):
+        return {name: read() for name, read in read_tensors(weight_files(directory))}
     path = directory / "pytorch_model.bin"
-    if not path.exists() and not any(directory.glob("model*.safetensors*")):
+    if not path.exists():
         raise BadInput(f"{directory}: has no weights; model.safetensors or pytorch_model.bin is needed")
-    if not path.exists() or any(directory.glob("model*.safetensors*")):
-        tensors = {name: read() for name, read in read_tensors(weight_files(directory))}
-    else:
-        try:
-            # Weights only: a pickle of somebody else's must not run.
-            mapped = zipfile.is_zipfile(path)  # as PyTorch has written them since 1.6
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # torch.load raises what pickle, zipfile and itself do
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
-        named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-        if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise BadInput(f"{path}: holds something else than named tensors")
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    try:
+        # Weights only: a pickle of somebody else's must not run.
+        mapped = zipfile.is_zipfile(path)  # as PyTorch has written them since 1.6
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch.load raises what pickle, zipfile and itself do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise BadInput(f"{path}: holds something else than named tensors")
+    return {name: tensors[name] for name in tensor_names(tensors)}
 
 
 def build_head(raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Transformer, where: str):

@@ -3,6 +3,7 @@
     python bench.py cost        # T(n): one target forward over n tokens, and one step of the drafter
     python bench.py methods     # every method on held-out prompts: tokens/s, tokens per step, speedup
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
+    python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
     python bench.py perplexity  # of every precision, on held-out modules
@@ -39,6 +40,8 @@ from gpt_spec import (
     Decoder,
     Draft,
     Drafter,
+    HierarchicalDrafter,
+    Level,
     LookupDrafter,
     ModelConfig,
     Sampling,
@@ -55,15 +58,15 @@ HELD_OUT = generate.MODELS / "held_out.jsonl"
 class IndependentDrafter(SequentialDrafter):
     """Draws with noise of its own, as every engine does that samples target and drafter separately."""
 
-    def write(self, fed: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        return super().write(fed, length, seed + 2**40)
+    def write(self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        return super().write(fed, start, last, seed + 2**40)
 
 
 class GreedyDrafter(SequentialDrafter):
     """Proposes its most probable token, whatever the temperature."""
 
-    def start(self, setup) -> None:
-        super().start(setup)
+    def start(self, level: Level) -> None:
+        super().start(level)
         self.sampling = Sampling()
 
 
@@ -84,8 +87,8 @@ class FixedTree(TreeDrafter):
 class NoiselessTree(TreeDrafter):
     """Grows its tree from the head's logits alone, as EAGLE-2 does at every temperature."""
 
-    def start(self, setup) -> None:
-        super().start(setup)
+    def start(self, level: Level) -> None:
+        super().start(level)
         self.sampling = Sampling()
 
 
@@ -149,129 +152,156 @@ def report_cost(args: argparse.Namespace) -> dict:
     return {name: {"seconds": seconds, "relative": seconds / cost["T(1)"]} for name, seconds in cost.items()}
 
 
+def compare(decoders: dict[str, Decoder], args: argparse.Namespace) -> dict[str, dict]:
+    """Every decoder on the same prompts, taking turns; the first is what the others are compared with.
+
+    Per decoder: tokens per step (tau), seconds of drafting in a step, T(n), the mean over the steps by what
+    was verified in them; tokens/s, speedups (quartiles of the prompts' ratios), and what the cost model makes
+    of the first three, tau * T(1) / (drafting + T(n)). T(n) is measured apart from the texts.
+    """
+    for decoder in decoders.values():
+        decoder.warm_up()
+    cost = measure_verification(decoders)
+    totals, speeds = {name: Stats() for name in decoders}, {name: [] for name in decoders}
+    different, base = dict.fromkeys(decoders, 0), next(iter(decoders))
+    for turn, prompt in enumerate(read_prompts(args.prompts)):
+        texts = {}
+        for name in rotate_names(list(decoders), turn):
+            before = totals[name].decode_seconds
+            texts[name] = decode(decoders[name], prompt, args.max_new_tokens, totals[name])
+            speeds[name].append((len(texts[name]) - 1) / (totals[name].decode_seconds - before))
+        for name, text in texts.items():
+            different[name] += text != texts[base]
+    rows, [first] = {}, cost[base].values()
+    for name, stats in totals.items():
+        steps = stats.target_forwards
+        verification = sum(cost[name][n] * count for n, count in stats.nodes_histogram.items()) / steps
+        drafting = stats.drafting_seconds / steps if stats.drafted_tokens else 0.0
+        ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[base])]
+        rows[name] = {
+            "tokens_per_step": stats.tokens_per_step,
+            "drafting_seconds": drafting,
+            "verification_seconds": verification,
+            "tokens_per_second": median(speeds[name]),
+            "speedup": quartiles(ratios),
+            "slowest": min(ratios),
+            "fastest": max(ratios),
+            "predicted": stats.tokens_per_step * first / (drafting + verification),
+            "different_texts": different[name],
+            "expected_accepted_tokens": stats.expected_accepted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
+            "steps_by_nodes": stats.nodes_histogram,
+            "levels": generate.levels_json(stats),
+            "speeds": speeds[name],
+        }
+    print_rows(rows, first)
+    return rows
+
+
+def print_rows(rows: dict[str, dict], first: float) -> None:
+    print(f"T(1) is {first * 1e3:.2f} ms")
+    print(f"{'':28}   tau  drafting/T(1)  T(n)/T(1)  tokens/s  speedup (slowest, fastest)  predicted")
+    for name, row in rows.items():
+        draft, verify = row["drafting_seconds"] / first, row["verification_seconds"] / first
+        print(
+            f"{name:28}{row['tokens_per_step']:6.2f}{draft:15.2f}{verify:11.2f}{row['tokens_per_second']:10.0f}"
+            f"{row['speedup'][1]:9.2f} ({row['slowest']:.2f}, {row['fastest']:.2f})"
+            f"{row['predicted']:19.2f}",
+            flush=True,
+        )
+        for level in row["levels"][1:]:
+            print(f"{'':14}inside: {level['tokens_per_step']:.2f} tokens per step of the middle model")
+    wrong = sum(row["different_texts"] for row in rows.values())
+    print(f"{wrong} texts are not those of {next(iter(rows))}\n")
+
+
+def measure_verification(decoders: dict[str, Decoder]) -> dict[str, dict[int, float]]:
+    """Seconds of verifying n nodes, for every n that a decoder meets, with 200 tokens in the cache."""
+    functions = {}
+    for name, decoder in decoders.items():
+        decoder.prefill(0, list(range(3, 203)), seed=0)
+        decoder.state.active.fill_(False)  # frozen: every repetition does the same work
+        for n in decoder.drafter.draft_sizes():
+            functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
+    with torch.no_grad():
+        seconds = interleave(functions, 50)
+    return {
+        name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}
+        for name, decoder in decoders.items()
+    }
+
+
 def report_methods(args: argparse.Namespace) -> dict:
-    """Tokens/s of every method over the same prompts; a speedup is the median of the prompts' ratios."""
+    """Every flat method on the same prompts: see `compare`."""
     target, small = shipped(args.precision)
     sampling = Sampling(args.temperature, top_p=args.top_p)
     drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
     drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
     drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, args.precision))
-    decoders = {name: Decoder(target, drafter, sampling, 1024) for name, drafter in drafters.items()}
-    for decoder in decoders.values():
-        decoder.warm_up()
-    totals: dict[str, Stats] = {name: Stats() for name in drafters}
-    speeds: dict[str, list[float]] = {name: [] for name in drafters}
-    same_text = dict.fromkeys(drafters, 0)
-    prompts = read_prompts(args.prompts)
-    for prompt in prompts:
-        texts = {}
-        for name, decoder in decoders.items():
-            before = totals[name].decode_seconds
-            texts[name] = decode(decoder, prompt, args.max_new_tokens, totals[name])
-            speeds[name].append((len(texts[name]) - 1) / (totals[name].decode_seconds - before))
-            same_text[name] += texts[name] == texts["autoregressive"]
-    rows = {}
-    for name, stats in totals.items():
-        ratios = sorted(ours / base for ours, base in zip(speeds[name], speeds["autoregressive"]))
-        rows[name] = {
-            "tokens_per_second": median(speeds[name]),
-            "speedup": median(ratios),
-            "slowest": ratios[0],
-            "fastest": ratios[-1],
-            "tokens_per_step": stats.tokens_per_step,
-            "same_text": same_text[name] / len(prompts),
-            "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
-        }
-        print(
-            "{:16} {:7.1f} tokens/s {:5.2f} x ({:.2f} to {:.2f})  {:.2f} tokens per step"
-            "  same text {:.2f}  {}".format(name, *rows[name].values())
-        )
-    return rows
+    return compare({name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}, args)
 
 
 def report_tree(args: argparse.Namespace) -> dict:
-    """Trees of fixed sizes and of `auto`, in bf16, w4a16 and w4a8; see `measure_trees`."""
-    return {precision: measure_trees(precision, args) for precision in ("bf16", "w4a16", "w4a8")}
+    """Trees of fixed sizes and of `auto`, in bf16, w4a16 and w4a8: see `compare`.
 
-
-def measure_trees(precision: str, args: argparse.Namespace) -> dict:
-    """Per size: tokens per step (tau), T(N) / T(1), drafting / T(1), tokens/s, speedup and its prediction.
-
-    All decoders take turns on every prompt; a speedup is the median of the prompts' ratios. `auto` is also
-    compared with every fixed size, prompt by prompt: median and quartiles of auto / fixed.
+    `auto` is also compared with every fixed size, prompt by prompt: median and quartiles of auto / fixed.
     """
-    target = generate.load_model(generate.SHIPPED_TARGET, precision)
-    head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
-    sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
-    drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in TreeDrafter.SIZES}
-    drafters["auto"] = TreeDrafter(head, None, *shape)
-    decoders = {name: Decoder(target, drafter, sampling, 1024) for name, drafter in drafters.items()}
-    for decoder in decoders.values():
-        decoder.warm_up()
-    cost = measure_tree_cost(decoders)
-    totals, speeds = {name: Stats() for name in decoders}, {name: [] for name in decoders}
-    different = dict.fromkeys(decoders, 0)
-    for turn, prompt in enumerate(read_prompts(args.prompts)):
-        texts = {}
-        for name in rotate_names(list(decoders), turn):
-            stats = Stats()
-            texts[name] = decode(decoders[name], prompt, args.max_new_tokens, stats)
-            speeds[name].append(stats.decode_tokens_per_second)
-            add_stats(totals[name], stats)
-        for name, text in texts.items():
-            different[name] += text != texts["1"]
-    rows = {}
-    first = cost["1"]["verify"]
-    print(f"\n{precision}: T(1) is {first * 1e3:.2f} ms, tree depth {shape[0]}, top-k {shape[1]}")
-    print("nodes   tau  T(N)/T(1)  drafting/T(1)  tokens/s  speedup  predicted  auto / this")
-    for name, stats in totals.items():
-        verify, draft = cost[name]["verify"] / first, cost[name]["draft"] / first
-        against = quartiles([a / b for a, b in zip(speeds["auto"], speeds[name])])
-        rows[name] = {
-            "tokens_per_step": stats.tokens_per_step,
-            "relative_cost": verify,
-            "relative_drafting": draft,
-            "tokens_per_second": median(speeds[name]),
-            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds["1"])]),
-            "predicted": stats.tokens_per_step / (verify + draft),
-            "auto_against_this": against,
-            "expected_accepted_tokens": stats.expected_accepted_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "steps_by_nodes": stats.nodes_histogram,
-            "different_texts": different[name],
-        }
-        low, middle, high = against
-        print(
-            f"{name:>5}{stats.tokens_per_step:6.2f}{verify:11.2f}{draft:15.2f}{median(speeds[name]):10.0f}"
-            f"{rows[name]['speedup'][1]:9.2f}{rows[name]['predicted']:11.2f}"
-            f"  {middle:.2f} ({low:.2f} to {high:.2f})",
-            flush=True,
-        )
-    auto = totals["auto"]
-    print(f"auto verified {dict(sorted(auto.nodes_histogram.items()))} (nodes: steps),", end=" ")
-    print(f"expected {auto.expected_accepted_tokens:.0f} accepted tokens and had {auto.accepted_tokens}")
-    print(f"{sum(different.values())} of {6 * args.prompts} texts are not the autoregressive one")
-    return rows
+    results = {}
+    for precision in ("bf16", "w4a16", "w4a8"):
+        print(f"{precision}, tree depth {args.tree_depth}, top-k {args.tree_topk}")
+        target = generate.load_model(generate.SHIPPED_TARGET, precision)
+        head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
+        sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
+        drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in TreeDrafter.SIZES}
+        drafters["auto"] = TreeDrafter(head, None, *shape)
+        rows = compare({name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}, args)
+        for name, row in rows.items():
+            ratios = [auto / this for auto, this in zip(rows["auto"]["speeds"], row["speeds"])]
+            row["auto_against_this"] = quartiles(ratios)
+            print(
+                "auto / {}: {:.2f} ({:.2f} to {:.2f})".format(
+                    name, *(quartiles(ratios)[i] for i in (1, 0, 2))
+                )
+            )
+        auto = rows["auto"]
+        print(f"auto verified {dict(sorted(auto['steps_by_nodes'].items()))} (nodes: steps),", end=" ")
+        expected = auto["expected_accepted_tokens"]
+        print(f"expected {expected:.0f} accepted tokens and had {auto['accepted_tokens']}\n", flush=True)
+        results[precision] = rows
+    return results
 
 
-def measure_tree_cost(decoders: dict[str, Decoder]) -> dict[str, dict[str, float]]:
-    """Seconds of drafting and of verifying, taking turns, with 200 tokens in the caches.
+def report_hierarchical(args: argparse.Namespace) -> dict:
+    """Flat methods, a small model with a head of its own in the middle, and the target itself with lower
+    activations, in w4a16 and w4a8: see `compare`."""
+    results = {}
+    for precision in ("w4a16", "w4a8"):
+        lower = quantize.lower_activations(precision)
+        print(f"{precision}; its own middle is {lower}")
+        drafters = hierarchies(precision, lower, args)
+        target, sampling = drafters.pop("target"), Sampling(args.temperature, top_p=args.top_p)
+        decoders = {name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}
+        results[precision] = compare(decoders, args)
+    return results
 
-    What `auto` verifies changes from step to step: its cost is the weighted mean that `measure_trees` cannot
-    know before; here it is that of the draft it makes of this text.
-    """
-    functions = {}
-    for name, decoder in decoders.items():
-        decoder.prefill(0, list(range(3, 203)), seed=0)
-        decoder.state.active.fill_(name == "auto")  # a frozen row does the same work again and again
-        with torch.no_grad():
-            draft = decoder.drafter.propose(decoder.state)
-        decoder.state.active.fill_(False)
-        functions[f"{name} draft"] = partial(decoder.drafter.propose, decoder.state)
-        functions[f"{name} verify"] = partial(decoder.commit, draft)
-    with torch.no_grad():
-        seconds = interleave(functions, 50)
-    return {name: {kind: seconds[f"{name} {kind}"] for kind in ("draft", "verify")} for name in decoders}
+
+def hierarchies(precision: str, lower: str, args: argparse.Namespace) -> dict:
+    target, small = shipped(precision)
+    twin, shape = quantize.share_weights(target, lower), (args.tree_depth, args.tree_topk)
+
+    def tree(model: Transformer, path: Path, form: str) -> TreeDrafter:
+        return TreeDrafter(generate.load_head(path, model, form), args.tree_size, *shape)
+
+    inner, own = tree(small, generate.SMALL_HEAD, precision), tree(twin, generate.SHIPPED_HEAD, lower)
+    return {
+        "target": target,
+        "autoregressive": Drafter(),
+        "sequential": SequentialDrafter(small, 4),
+        "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, precision)),
+        "hierarchical": HierarchicalDrafter(small, inner, args.min_draft_length),
+        f"hierarchical, {lower} self": HierarchicalDrafter(twin, own, args.min_draft_length, True),
+    }
 
 
 def rotate_names(names: list[str], turn: int) -> list[str]:
@@ -281,14 +311,6 @@ def rotate_names(names: list[str], turn: int) -> list[str]:
 
 def quartiles(values: list[float]) -> list[float]:
     return [statistics.quantiles(values, n=4)[i] for i in (0, 1, 2)] if len(values) > 1 else 3 * values
-
-
-def add_stats(total: Stats, stats: Stats) -> None:
-    for name in ("outputs", "new_tokens", "decode_seconds", "target_forwards", "accepted_tokens"):
-        setattr(total, name, getattr(total, name) + getattr(stats, name))
-    total.expected_accepted_tokens += stats.expected_accepted_tokens
-    for n, steps in stats.nodes_histogram.items():
-        total.nodes_histogram[n] = total.nodes_histogram.get(n, 0) + steps
 
 
 def report_noise(args: argparse.Namespace) -> dict:
@@ -583,7 +605,7 @@ def profile(decoder: Decoder) -> dict[str, float]:
 
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
-    "tree": report_tree,
+    **{"tree": report_tree, "hierarchical": report_hierarchical},
     **{"perplexity": report_perplexity, "kernels": report_kernels, "decode": report_decode},
 }
 
@@ -615,6 +637,8 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="tree: levels")
     parser.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="tree: nodes of a beam")
+    parser.add_argument("--tree_size", type=int, help="hierarchical: nodes (default: auto)")
+    parser.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")

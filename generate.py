@@ -52,7 +52,7 @@ from gpt_spec import (  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
-SHIPPED_HEAD = MODELS / "python-7m-eagle"  # of the target
+SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle"  # of these two
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
 ALL_PRECISIONS = [*DTYPES, *quantize.PRECISIONS]
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
@@ -975,7 +975,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 
-METHODS = ["autoregressive", "lookup", "sequential", "tree"]
+METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical"]
 
 
 def tree_size(text: str) -> int | str:
@@ -1034,9 +1034,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     """Who drafts, and how much."""
-    p.add_argument("--draft_checkpoint_path", help=f"sequential: the small model, {directory}, or self")
-    p.add_argument("--eagle_checkpoint_path", help=f"tree: an EAGLE-1, 2 or 3 head, {directory}")
-    p.add_argument("--draft_precision", choices=ALL_PRECISIONS, help="of the drafter (default: --precision)")
+    p.add_argument(
+        "--draft_checkpoint_path", help=f"sequential, hierarchical: the small model, {directory}, or self"
+    )
+    p.add_argument(
+        "--eagle_checkpoint_path",
+        help=f"tree, hierarchical: an EAGLE-1, 2 or 3 head of the target or the small model, {directory}",
+    )
+    p.add_argument(
+        "--draft_precision",
+        choices=ALL_PRECISIONS,
+        help="of the drafter (default: --precision; hierarchical with self: the next lower activations)",
+    )
     p.add_argument(
         "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
     )
@@ -1051,13 +1060,19 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     )
     p.add_argument("--tree_depth", type=int, help=f"levels below the root (default: {gpt_spec.TREE_DEPTH})")
     p.add_argument(
+        "--min_draft_length",
+        type=int,
+        help=f"hierarchical: tokens to hand up at least (default: {gpt_spec.MIN_DRAFT_LENGTH})",
+    )
+    p.add_argument(
         "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {gpt_spec.TREE_TOPK})"
     )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What argparse does not check. BadInput names the flag."""
-    for name in ("batch_size", "speculate_k", "max_new_tokens", "num_samples", "tree_depth", "tree_topk"):
+    counts = ("batch_size", "speculate_k", "max_new_tokens", "num_samples")
+    for name in (*counts, "tree_depth", "tree_topk", "min_draft_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise BadInput(f"--{name} is {value}; it must be at least 1")
@@ -1105,18 +1120,22 @@ def load_target(args: argparse.Namespace) -> Target:
 
 # Flags that only some methods understand.
 FLAGS_OF = {
-    "draft_checkpoint_path": ["sequential"],
-    "draft_precision": ["sequential", "tree"],
+    "draft_checkpoint_path": ["sequential", "hierarchical"],
+    "draft_precision": ["sequential", "tree", "hierarchical"],
     "draft_confidence": ["sequential"],
-    **dict.fromkeys(["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree"]),
+    "min_draft_length": ["hierarchical"],
+    **dict.fromkeys(
+        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree", "hierarchical"]
+    ),
 }
 
 
 def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafter]:
     """(method, drafter) of the flags. Which drafter a method needs is settled here and nowhere else."""
     shipped = args.checkpoint_path is None
-    default = "sequential" if shipped or args.draft_checkpoint_path else "autoregressive"
-    method = args.method or ("tree" if args.eagle_checkpoint_path else default)
+    paths = (bool(args.draft_checkpoint_path), bool(args.eagle_checkpoint_path))
+    named = {(True, True): "hierarchical", (False, True): "tree", (True, False): "sequential"}
+    method = args.method or named.get(paths, "sequential" if shipped else "autoregressive")
     for flag, methods in FLAGS_OF.items():
         unset = 0.0 if flag == "draft_confidence" else None
         if getattr(args, flag) != unset and method not in methods:
@@ -1126,21 +1145,33 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     if method == "lookup":
         return method, gpt_spec.LookupDrafter(args.speculate_k)
     if method == "tree":
-        return method, tree_drafter(args, target, SHIPPED_HEAD if shipped else None)
+        return method, tree_drafter(args, target.model, SHIPPED_HEAD if shipped else None, target.precision)
     path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
     if path is None:
         raise BadInput(
-            "--method sequential needs --draft_checkpoint_path: a smaller model with the target's vocabulary"
+            f"--method {method} needs --draft_checkpoint_path: a smaller model with the target's vocabulary"
         )
-    model = load_draft_model(path, args, target)
-    return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
+    model = load_draft_model(path, args, target, method)
+    if method == "sequential":
+        return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
+    heads = {str(SHIPPED_SMALL): SMALL_HEAD} | ({"self": SHIPPED_HEAD} if shipped else {})
+    precision = quantize.precision_of(model)
+    tree = tree_drafter(args, model, heads.get(path), precision)
+    least = args.min_draft_length or gpt_spec.MIN_DRAFT_LENGTH
+    return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=path == "self")
 
 
-def tree_drafter(args: argparse.Namespace, target: Target, default: Path | None) -> Drafter:
+def tree_drafter(
+    args: argparse.Namespace, model: Transformer, default: Path | None, precision: str
+) -> Drafter:
+    """For the target or, in a hierarchy, for the model between."""
     path = args.eagle_checkpoint_path or default
     if path is None:
-        raise BadInput("--method tree needs --eagle_checkpoint_path: an EAGLE head of this very target")
-    head = load_head(path, target.model, args.draft_precision or target.precision)
+        whose = (
+            "this very target" if args.method != "hierarchical" else "the model in --draft_checkpoint_path"
+        )
+        raise BadInput(f"--method {args.method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
+    head = load_head(path, model, args.draft_precision or precision)
     size = args.tree_size if isinstance(args.tree_size, int) else None
     shape = (args.tree_depth or gpt_spec.TREE_DEPTH, args.tree_topk or gpt_spec.TREE_TOPK)
     try:
@@ -1149,9 +1180,20 @@ def tree_drafter(args: argparse.Namespace, target: Target, default: Path | None)
         raise BadInput(f"--{error}") from None
 
 
-def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
+def load_draft_model(path: str, args: argparse.Namespace, target: Target, method: str) -> Transformer:
     """The draft model, checked to speak the target's vocabulary."""
     precision = args.draft_precision or target.precision
+    if path == "self" and method == "hierarchical":
+        if target.precision not in quantize.PRECISIONS:
+            raise BadInput(
+                f"--draft_checkpoint_path: self means the same weights with lower activations, and those of "
+                f"{target.precision} have none; use --precision w4a16"
+            )
+        precision = args.draft_precision or quantize.lower_activations(target.precision)
+        try:
+            return quantize.share_weights(target.model, precision)
+        except BadInput as error:
+            raise BadInput(f"--draft_precision: {error}") from None
     if path == "self":
         if precision != target.precision:
             raise BadInput("--draft_precision: self drafts with the target's own weights, in its precision")
@@ -1364,16 +1406,37 @@ STATS_FIELDS = [
 ]
 
 TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
+LEVEL_FIELDS = [
+    *("target_forwards", "drafted_tokens", "accepted_tokens", "tokens_per_step"),
+    *("drafting_seconds", "verification_seconds"),
+]
 
 
 def stats_json(stats: Stats, models: list[torch.nn.Module], device: str, method: str) -> dict[str, Any]:
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
     names = STATS_FIELDS + (TREE_FIELDS if method == "tree" else [])
-    return {name: getattr(stats, name) for name in names} | memory
+    more = {"levels": levels_json(stats)} if stats.inside else {}
+    return {name: getattr(stats, name) for name in names} | memory | more
+
+
+def levels_json(stats: Stats) -> list[dict[str, Any]]:
+    """The target's level first; the drafting_seconds of a level are all that happens in those behind it."""
+    level = {name: getattr(stats, name) for name in LEVEL_FIELDS}
+    return [level, *(levels_json(stats.inside) if stats.inside else [])]
+
+
+def format_levels(levels: list[dict[str, Any]]) -> str:
+    """A line for people: what every level yields, and where the time goes."""
+    names = ["the target", *(f"middle model {i}" for i in range(1, len(levels)))]
+    parts = [
+        f"{name} {level['tokens_per_step']:.2f} tokens per step, {level['verification_seconds']:.2f} s"
+        for name, level in zip(names, levels)
+    ]
+    return f"levels: {'; '.join(parts)}; its drafter {levels[-1]['drafting_seconds']:.2f} s\n"
 
 
 def format_stats(s: dict[str, Any]) -> str:
-    """Three lines for people; `s` is what --json prints as `stats`."""
+    """Three or four lines for people; `s` is what --json prints as `stats`."""
     by_position = ", ".join(f"{share:.2f}" for share in s["acceptance_by_position"])
     accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
     if "expected_accepted_tokens" in s:
@@ -1384,6 +1447,7 @@ def format_stats(s: dict[str, Any]) -> str:
         f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up {s['compile_seconds']:.1f} s\n"
         f"{s['tokens_per_step']:.2f} tokens per step of the target"
         + (f"; {accepted}; at least 1, 2, ... in {by_position} of the steps\n" if by_position else "\n")
+        + (format_levels(s["levels"]) if "levels" in s else "")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
     )
 

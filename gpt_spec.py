@@ -17,8 +17,9 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -779,6 +780,17 @@ class State:
         length = torch.ones_like(seed)  # of a row that holds no text yet: drafters look one token back
         return State(tokens, like.new_zeros(batch_size, slots, width), length, seed, seed.bool())
 
+    def before(self, end: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` tokens before position `end` int64 [B], and where they start: int64 [B, count],
+        [B].
+
+        To feed them once more, where a cache may lack some; feeding the others writes what is there. Where
+        the text is shorter, they start at 0, and some stand behind `end` instead.
+        """
+        start = (end - count).clamp(min=0)
+        place = start[:, None] + torch.arange(count, device=end.device)  # [B, count]
+        return self.tokens.gather(1, place), start
+
 
 @dataclass
 class Pace:
@@ -844,15 +856,27 @@ class Drafter:
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
     needs_costs = False  # does `propose` ask what verifying n nodes costs?
 
+    @property
+    def slack(self) -> int:
+        """Slots from `length` on that a step may touch, in the target's cache or in a drafter's."""
+        return self.max_nodes
+
     def taps(self, layers: int) -> tuple[int, ...]:
         """What `State.features` must hold of a target with so many layers: see `Transformer.forward`."""
         return ()
 
-    def start(self, setup: Setup) -> None:
-        """Allocate and compile; called once, by the decoder."""
+    def start(self, level: Level) -> None:
+        """Allocate and compile; called once, by the level that it drafts for."""
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
+
+    def rewind(self, length: Tensor) -> None:
+        """Go back to `length` int64 [B], where a row is beyond it: other tokens follow. For those that have
+        lengths of their own."""
+
+    def count_in(self, stats: Stats) -> None:
+        """Count what happens inside, if anything does, in `stats.inside`."""
 
     def propose(self, state: State) -> Draft:
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
@@ -877,8 +901,10 @@ class LookupDrafter(Drafter):
     def __init__(self, speculate_k: int = 4, ngram: int = 3):
         self.max_nodes, self.ngram = speculate_k + 1, ngram
 
-    def start(self, setup: Setup) -> None:
-        self.search = setup.compiled(partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1))
+    def start(self, level: Level) -> None:
+        self.search = level.setup.compiled(
+            partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1)
+        )
 
     def propose(self, state: State) -> Draft:
         tokens, found = self.search(state.tokens, state.length)
@@ -915,8 +941,8 @@ class SequentialDrafter(Drafter):
 
     It picks with the target's noise, so at any temperature it says what the target says wherever their
     distributions let it. The last draft of a run that is accepted whole was never fed to it; so every run
-    starts with the last *two* tokens of the text, which costs no extra forward and writes what is there
-    already in every other case.
+    starts with the last *two* tokens of the text (more, where `Level.behind` says so), which costs no extra
+    forward and writes what is there already in every other case.
     """
 
     def __init__(self, model: Transformer, speculate_k: int = 4, draft_confidence: float = 0.0):
@@ -925,10 +951,10 @@ class SequentialDrafter(Drafter):
         self.draft_confidence = draft_confidence
         self.stride = 1 if draft_confidence > 0 else speculate_k  # tokens written by one compiled call
 
-    def start(self, setup: Setup) -> None:
-        like = self.model.norm.weight
+    def start(self, level: Level) -> None:
+        like, setup = self.model.norm.weight, level.setup
         self.cache = KVCache.allocate(self.model.config, setup.batch_size, setup.slots, like)
-        self.sampling = setup.sampling
+        self.sampling, self.window = setup.sampling, 2 + level.behind
         self.write_some = setup.compiled(self.write)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
@@ -936,17 +962,19 @@ class SequentialDrafter(Drafter):
 
     def warm_up(self, state: State) -> None:
         # Whatever the confidence, which may end `propose` early.
-        for n in (2,) if self.stride > 1 else (2, 1):
-            self.write_some(state.tokens.new_zeros(len(state.tokens), n), state.length - 1, state.seed)
+        for n in (self.window,) if self.stride > 1 else (self.window, 1):
+            fed, start = state.before(state.length + 1, n)
+            self.write_some(fed, start, state.length - start, state.seed)
 
-    def write(self, fed: Tensor, length: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed int64 [B, n] at `length`, then write -> tokens int64 [B, stride], are they sure? bool."""
-        tokens, sure = [], []
+    def write(self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed int64 [B, n] at `start`, of which `last` [B] is the root, and go on from there -> tokens int64
+        [B, stride], are they sure? bool."""
+        tokens, sure, row = [], [], torch.arange(len(fed), device=fed.device)[:, None]  # [B, 1]
         for _ in range(self.stride):
-            features, _ = extend(self.model, self.cache, fed, length)
-            logits = self.model.lm_head(features[:, -1:])  # [B, 1, V]
-            length = length + fed.shape[1]
-            fed = pick(logits, length[:, None], seed, self.sampling)  # [B, 1]
+            features, _ = extend(self.model, self.cache, fed, start)
+            logits = self.model.lm_head(features[row, last[:, None]])  # [B, 1, V]
+            start, last = start + last + 1, torch.zeros_like(last)
+            fed = pick(logits, start[:, None], seed, self.sampling)  # [B, 1]
             tokens.append(fed)
             sure.append(self.is_sure(logits, fed))
         return torch.cat(tokens, dim=1), torch.cat(sure, dim=1)
@@ -958,19 +986,18 @@ class SequentialDrafter(Drafter):
         return logits[:, 0].float().softmax(-1).gather(1, token) >= self.draft_confidence
 
     def propose(self, state: State) -> Draft:
-        last_two = state.length[:, None] + torch.arange(-1, 1, device=state.length.device)  # [B, 2]
-        fed, start = state.tokens.gather(1, last_two), state.length - 1
-        drafted, sure, count = [fed[:, 1:]], state.active[:, None], torch.zeros_like(start)
+        fed, start = state.before(state.length + 1, self.window)
+        root, last = state.tokens.gather(1, state.length[:, None]), state.length - start  # [B, 1], [B]
+        drafted, sure, count = [root], state.active[:, None], torch.zeros_like(start)
         for k in range(0, self.max_nodes - 1, self.stride):  # k tokens are drafted
-            tokens, confident = self.write_some(fed, start, state.seed)  # [B, stride] each
+            tokens, confident = self.write_some(fed, start, last, state.seed)  # [B, stride] each
             sure = sure & confident
-            if (
-                self.draft_confidence > 0 and not sure.any()
-            ):  # a read of the host, the price of stopping early
+            # A read of the host, the price of stopping early.
+            if self.draft_confidence > 0 and not sure.any():
                 break
             drafted.append(tokens)
             count = count + sure.sum(dim=1)  # [B]
-            fed, start = tokens[:, -1:], state.length + k + self.stride
+            fed, start, last = tokens[:, -1:], state.length + k + self.stride, torch.zeros_like(last)
         draft = torch.cat(drafted, dim=1)
         n = next(size for size in self.draft_sizes() if size >= draft.shape[1])
         return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]
@@ -996,7 +1023,8 @@ class TreeDrafter(Drafter):
     too modest about what the target, which has made up its mind, will say.
 
     The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
-    it grows a tree goes to scratch slots above and is forgotten.
+    it grows a tree goes to scratch slots above and is forgotten. Every step feeds the last `window` true rows
+    (again): some are new, and writing the others once more changes nothing.
     """
 
     SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
@@ -1033,32 +1061,32 @@ class TreeDrafter(Drafter):
     def max_depth(self, n: int) -> int:
         return min(self.depth, n - 1)
 
-    def start(self, setup: Setup) -> None:
-        like = self.head.layer.post_attention_layernorm.weight
+    def start(self, level: Level) -> None:
+        like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
+        # True rows that may be new: those of the longest path, and what happened above.
+        self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
-        self.length = torch.zeros(setup.batch_size, dtype=torch.int64, device=like.device)  # true rows
         self.trust = torch.ones((), device=like.device)
         self.sampling, self.pace = setup.sampling, setup.pace
         self.grow_tree = setup.compiled(self.grow)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """All rows but the last, whose token is still to be picked. Only their keys and values matter."""
-        begin, end = min(int(self.length[row]), max(start - 1, 0)), len(tokens) - 1
-        self.length[row] = begin  # true, should this be interrupted
+        begin, end = max(start - self.window, 0), len(tokens) - 1
         for first in range(begin, end, PREFILL_CHUNK):
             place = torch.arange(first, min(first + PREFILL_CHUNK, end), device=tokens.device)  # [n]
             features = self.head.fuse(state.features[row : row + 1, place])  # [1, n, hidden]
             _, _, k, v = self.head.project(tokens[None, place + 1], features, place[None])
             self.cache.row(row).write(place[None], 0, k, v)
-        self.length[row] = end
 
-    def catch_up(self, state: State, start: Tensor) -> Tensor:
-        """True rows from `start` int64 [B] on -> the feature guessed from the last one, [B, 1, hidden].
+    def catch_up(self, state: State) -> Tensor:
+        """Write the last true rows -> the feature guessed from the last one, [B, 1, hidden].
 
-        Those are at most as many as the longest path has nodes; rows beyond them are masked garbage.
+        There are `window` of them; where the text is shorter, what comes behind its end is masked garbage.
         """
-        offset = torch.arange(self.max_depth(self.max_nodes) + 1, device=start.device)
+        start = (state.length - self.window).clamp(min=0)
+        offset = torch.arange(self.window, device=start.device)
         count = state.length - start  # [B]
         place = start[:, None] + offset  # [B, n]
         row = torch.arange(len(start), device=start.device)[:, None]  # [B, 1]
@@ -1083,15 +1111,15 @@ class TreeDrafter(Drafter):
         scores = (best - logits.logsumexp(dim=-1, keepdim=True)).clamp(max=0)
         return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
 
-    def grow(self, state: State, length: Tensor, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n]; the accepted
         length to expect of each size, float32 [B, sizes], and its sum over active rows.
 
-        `length` int64 [B]: how many true rows the head's cache has; `trust` float32 []: see `Pace`.
+        `trust` float32 []: see `Pace`.
         """
         k, past = self.topk, state.length
         rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
-        features = self.catch_up(state, torch.minimum(length, past - 1))  # [B, 1, hidden]
+        features = self.catch_up(state)  # [B, 1, hidden]
         below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
         tokens, scores = below.squeeze(1), steps.squeeze(1)
         pool = Pool([tokens], [scores], [torch.zeros_like(tokens)])
@@ -1118,8 +1146,8 @@ class TreeDrafter(Drafter):
 
     def propose(self, state: State) -> Draft:
         self.trust.fill_(self.pace.trust)
-        tokens, parent, worth, total = self.grow_tree(state, self.length, self.trust)
-        self.length, n = state.length.clone(), self.choose(total)
+        tokens, parent, worth, total = self.grow_tree(state, self.trust)
+        n = self.choose(total)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
         return Draft(tokens, parent, self.max_depth(n), worth[:, self.sizes.index(n)])
@@ -1180,6 +1208,8 @@ class Stats:
     prefill_seconds: float = 0.0  # target and drafter
     time_to_first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
+    drafting_seconds: float = 0.0  # part of decode_seconds, as is
+    verification_seconds: float = 0.0  # this, which on a GPU includes waiting for what drafting began
     compile_seconds: float = 0.0
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
     drafted_tokens: int = 0
@@ -1187,6 +1217,7 @@ class Stats:
     expected_accepted_tokens: float = 0.0  # of drafters that say how probable their nodes are
     accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
     nodes_histogram: dict[int, int] = field(default_factory=dict)  # steps by nodes verified, root included
+    inside: Stats | None = None  # of the decoder that drafts, in whose drafting_seconds all of it happens
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -1205,12 +1236,14 @@ class Stats:
 
     def count_prefill(self, seconds: float, since_start: float) -> None:
         self.outputs += 1
+        self.new_tokens += 1
         self.prefill_seconds += seconds
         self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
 
-    def count_row(self, draft: Draft, result: Verified, accepted: int) -> None:
-        """One text of a verified draft; `accepted` tokens of it were left by a cut."""
+    def count_row(self, draft: Draft, result: Verified, accepted: int, tokens: int) -> None:
+        """One text of a verified draft; a cut left `tokens` of it, `accepted` of them drafted."""
         self.target_forwards += 1
+        self.new_tokens += tokens
         self.drafted_tokens += result.drafted
         self.accepted_tokens += accepted
         self.expected_accepted_tokens += result.expected * accepted / max(result.accepted, 1)
@@ -1251,38 +1284,50 @@ class Verified(NamedTuple):
     expected: float  # accepted length that the drafter expected; 0 if it does not say
 
 
-class Decoder:
-    """A target, a drafter and their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
+class Level:
+    """A model and the drafter that proposes to it: one turn of the loop at a time, for B texts.
 
-    @torch.no_grad()
+    The target and its drafter are one (`Decoder`), and so are the two halves of a drafter that decodes
+    (`HierarchicalDrafter`), a level below the one that it drafts for.
+    """
+
     def __init__(
         self,
         model: Transformer,
-        drafter: Drafter | None = None,
-        sampling: Sampling = Sampling(),
-        max_length: int = 1024,
-        batch_size: int = 1,
-        compile: bool = True,
+        drafter: Drafter,
+        setup: Setup,
+        above: Level | None = None,
+        shares_cache: bool = False,
+        renewed: int = 0,
     ):
-        kernels.load()
-        self.model, self.drafter, self.max_length = model, drafter or Drafter(), max_length
-        like = model.norm.weight
-        slots = max_length + self.drafter.max_nodes
-        self.setup = Setup(sampling, batch_size, slots, compile, like.device)
-        self.taps = self.drafter.taps(model.config.num_layers)
-        self.cache = KVCache.allocate(model.config, batch_size, self.setup.slots, like)
-        width = len(self.taps) * model.config.hidden_size
-        self.state = State.allocate(batch_size, self.setup.slots, width, like)
-        self.drafter.start(self.setup)
+        """`above`: the level that this one drafts for, with which it shares the text, and perhaps the cache.
+
+        `renewed`: of how many more positions than there are tokens in a draft the features may be replaced.
+        """
+        self.model, self.drafter, self.setup, self.stats = model, drafter, setup, Stats()
+        self.taps = drafter.taps(model.config.num_layers)
         self.verify_steps: dict[int, Callable] = {}  # by number of nodes
+        # Tokens that a text may have gained since the drafter was last asked, beside those of its own draft:
+        # every level above ends a verification with one that was not proposed.
+        self.behind = 0 if above is None else above.behind + 1
+        self.renewed = renewed
+        like, width = model.norm.weight, len(self.taps) * model.config.hidden_size
+        batch_size, slots = setup.batch_size, setup.slots
+        self.state = State.allocate(batch_size, slots, 0 if shares_cache else width, like)
+        if above is not None:
+            self.state.tokens, self.state.seed = above.state.tokens, above.state.seed
+        if shares_cache:
+            self.cache, self.state.features = above.cache, above.state.features
+        else:
+            self.cache = KVCache.allocate(model.config, batch_size, slots, like)
+        drafter.start(self)
 
     @torch.no_grad()
     def warm_up(self) -> float:
-        """Compile every size that decoding will meet -> seconds. For a decoder that holds no text yet."""
+        """Compile every size that decoding will meet -> seconds. For a level that holds no text yet."""
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
-        if self.setup.compile:
-            self.drafter.warm_up(self.state)
+        self.drafter.warm_up(self.state)
         if self.setup.compile or self.drafter.needs_costs:
             for n in self.drafter.draft_sizes():
                 self.commit(self.blank_draft(n))
@@ -1300,10 +1345,10 @@ class Decoder:
     def measure_costs(self) -> None:
         """T(n) of every size, the median of up to 7 verifications, as if the caches were half full.
 
-        For a decoder that holds no text yet.
+        For a level that holds no text yet.
         """
         pace, sizes = self.setup.pace, self.drafter.draft_sizes()
-        self.state.length.fill_(self.max_length // 2)
+        self.state.length.fill_(self.setup.slots // 2)
         for n in sizes:
             draft, times = self.blank_draft(n), []
             while len(times) < 7 and sum(times) < 0.5:
@@ -1314,28 +1359,10 @@ class Decoder:
         self.state.length.fill_(1)
         pace.count(self.setup.batch_size, pace.seconds[sizes[0]])  # until there is something to go by
 
-    @torch.no_grad()
-    def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
-        """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
-        state, device = self.state, self.state.tokens.device
-        start = self.shared_prefix(row, tokens) if reuse else 0
-        state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
-        prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
-        state.tokens[row, :length] = prompt
-        feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
-        self.drafter.prefill(state, row, prompt, start)
-        position, key = (torch.tensor([value], device=device) for value in (length, seed))  # [1] each
-        first = pick(self.model.lm_head(feature), position[None], key, self.setup.sampling)  # [1, 1]
-        state.tokens[row, length] = first[0, 0]
-        state.length[row], state.seed[row], state.active[row] = length, seed, True
-        return int(first)
-
-    def shared_prefix(self, row: int, tokens: list[int]) -> int:
-        """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
-        valid = int(self.state.length[row]) - 1  # a drafter may lack the last one
-        old = self.state.tokens[row, : max(valid, 0)].tolist()
-        pairs = zip(old, tokens[:-1])
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
+    def count_in(self, stats: Stats) -> None:
+        """Count what happens from here on in `stats`."""
+        self.stats = stats
+        self.drafter.count_in(stats)
 
     def verify(self, draft: Draft, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """One forward of the target over a draft; its choices are written behind the root of every text.
@@ -1380,8 +1407,175 @@ class Decoder:
     @torch.no_grad()
     def step(self) -> tuple[Draft, list[Verified]]:
         """One turn of the loop: propose, verify, accept."""
+        begin = time.perf_counter()
         draft = self.drafter.propose(self.state)
-        return draft, self.commit(draft)
+        drafted = time.perf_counter()
+        verified = self.commit(draft)
+        self.stats.drafting_seconds += drafted - begin
+        self.stats.verification_seconds += time.perf_counter() - drafted
+        return draft, verified
+
+    def count_step(self, draft: Draft, rows: list[tuple[Verified, int, int]], seconds: float) -> None:
+        """What a step came to, for those who read statistics and for the pace.
+
+        rows: of each text what was verified, and how many accepted and new tokens of it are used.
+        """
+        for result, accepted, tokens in rows:
+            self.stats.count_row(draft, result, accepted, tokens)
+        self.stats.decode_seconds += seconds
+        surplus = sum(result.accepted - result.expected for result, _, _ in rows) / max(len(rows), 1)
+        tokens = sum(tokens for _, _, tokens in rows)
+        self.setup.pace.count(tokens, seconds, surplus if draft.expected is not None else 0.0)
+
+
+MIN_DRAFT_LENGTH = 6  # unless somebody asks for another
+
+
+class HierarchicalDrafter(Drafter):
+    """A decoder that drafts: a smaller model verifies what a drafter of its own proposes, step after step,
+    and what it has said after `min_draft_length` tokens or more goes up as one sequence (SpecMQuant, arXiv
+    2505.22179).
+
+    So the big quantized target, for which 60 tokens are no longer as cheap as one, verifies a short chain,
+    and the tree is left to a model for which it is cheap. What proposes to the middle model is not known
+    here: an EAGLE head, a lookup, or another decoder.
+
+    The text is shared, and has a length for each level: C, what is in the target's cache, and Lm, what is in
+    the middle model's. Drafting moves Lm ahead of C. The target verifies, which makes C the larger C', and Lm
+    goes back to it; but if all was accepted, C' = Lm + 1, and what is lacking is fed first.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        drafter: Drafter,
+        min_draft_length: int = MIN_DRAFT_LENGTH,
+        shares_cache: bool = False,
+    ):
+        """`shares_cache`: the model is the target itself in another precision of activations, and its cache
+        is the target's. Nothing below `length` is ever written then, and what is written above, keys, values
+        and features, is replaced by the target's when it verifies.
+        """
+        if min_draft_length < 1:
+            raise BadInput(f"min_draft_length is {min_draft_length}; it must be at least 1")
+        self.model, self.drafter, self.shares_cache = model, drafter, shares_cache
+        self.models = drafter.models if shares_cache else (model, *drafter.models)
+        self.min_draft_length = min_draft_length
+        # One token short of enough, a step may still add a whole path and the model's own token.
+        self.max_nodes = 1 + min_draft_length + drafter.max_depth(drafter.max_nodes)
+
+    @property
+    def slack(self) -> int:
+        return max(self.max_nodes, self.min_draft_length - 1 + self.drafter.slack)
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        return self.drafter.taps(layers) if self.shares_cache else ()
+
+    def start(self, level: Level) -> None:
+        setup = replace(level.setup, pace=Pace())
+        # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
+        renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
+        self.level = Level(self.model, self.drafter, setup, level, self.shares_cache, renewed)
+        self.feed_some = setup.compiled(self.feed)
+
+    def warm_up(self, state: State) -> None:
+        self.level.warm_up()
+        if not self.shares_cache:
+            self.catch_up(state)
+
+    def count_in(self, stats: Stats) -> None:
+        stats.inside = stats.inside or Stats()
+        self.level.count_in(stats.inside)
+
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        inside = self.level.state
+        start = max(min(start, int(inside.length[row]) - 1), 0)  # it may lack more than the target does
+        inside.length[row] = start + 1  # true, should this be interrupted
+        if not self.shares_cache:
+            features, taps = inside.features[row], self.level.taps
+            prefill(self.model, self.level.cache, row, tokens, start, features, taps)
+        self.drafter.prefill(inside, row, tokens, start)
+        inside.length[row] = len(tokens)
+
+    def rewind(self, length: Tensor) -> None:
+        inside = self.level.state
+        inside.length = torch.minimum(inside.length, length)
+        self.drafter.rewind(inside.length)
+
+    def feed(self, tokens: Tensor, start: Tensor, inside: State) -> None:
+        """Tokens int64 [B, n] at `start` int64 [B]: the middle model's keys, values and features of them."""
+        _, tapped = extend(self.model, self.level.cache, tokens, start, self.level.taps)
+        if self.level.taps:
+            place = start[:, None] + torch.arange(tokens.shape[1], device=start.device)  # [B, n]
+            inside.features[torch.arange(len(start), device=start.device)[:, None], place] = tapped
+
+    def catch_up(self, state: State) -> None:
+        """Feed the middle model what it may lack of a text of which the target accepted all that it said."""
+        begin = time.perf_counter()
+        self.feed_some(*state.before(state.length, self.level.behind), self.level.state)
+        self.level.state.length = state.length.clone()
+        self.level.stats.verification_seconds += time.perf_counter() - begin
+
+    def propose(self, state: State) -> Draft:
+        inside = self.level.state
+        self.rewind(state.length)
+        if self.shares_cache:
+            inside.length = state.length.clone()  # the target has written what was lacking
+        elif (inside.length < state.length).any():
+            self.catch_up(state)
+        while True:
+            inside.active.copy_(state.active & (inside.length - state.length < self.min_draft_length))
+            active = inside.active.tolist()
+            if not any(active):
+                break
+            begin = time.perf_counter()
+            draft, verified = self.level.step()
+            rows = [(result, result.accepted, len(result.tokens)) for result in compress(verified, active)]
+            self.level.count_step(draft, rows, time.perf_counter() - begin)
+        place = state.length[:, None] + torch.arange(self.max_nodes, device=state.length.device)
+        return Draft.chain(state.tokens.gather(1, place), inside.length - state.length)
+
+
+class Decoder(Level):
+    """A target, a drafter and their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Transformer,
+        drafter: Drafter | None = None,
+        sampling: Sampling = Sampling(),
+        max_length: int = 1024,
+        batch_size: int = 1,
+        compile: bool = True,
+    ):
+        kernels.load()
+        drafter, self.max_length = drafter or Drafter(), max_length
+        slots, device = max_length + drafter.slack, model.norm.weight.device
+        super().__init__(model, drafter, Setup(sampling, batch_size, slots, compile, device))
+
+    @torch.no_grad()
+    def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
+        """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
+        state, device = self.state, self.state.tokens.device
+        start = self.shared_prefix(row, tokens) if reuse else 0
+        state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
+        prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
+        state.tokens[row, :length] = prompt
+        feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
+        self.drafter.prefill(state, row, prompt, start)
+        position, key = (torch.tensor([value], device=device) for value in (length, seed))  # [1] each
+        first = pick(self.model.lm_head(feature), position[None], key, self.setup.sampling)  # [1, 1]
+        state.tokens[row, length] = first[0, 0]
+        state.length[row], state.seed[row], state.active[row] = length, seed, True
+        return int(first)
+
+    def shared_prefix(self, row: int, tokens: list[int]) -> int:
+        """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
+        valid = int(self.state.length[row]) - 1  # a drafter may lack the last one
+        old = self.state.tokens[row, : max(valid, 0)].tolist()
+        pairs = zip(old, tokens[:-1])
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
 
     def run(
         self,
@@ -1405,6 +1599,7 @@ class Decoder:
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
+        self.count_in(stats)
         seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
         waiting = deque(range(len(prompts)))
         rows: list[Row | None] = [None] * self.setup.batch_size
@@ -1416,7 +1611,6 @@ class Decoder:
             emission.draft, emission.row = draft, b
             row.budget -= len(emission.tokens)
             row.text_length += len(emission.tokens)
-            stats.new_tokens += len(emission.tokens)
             if emission.finish_reason:
                 self.state.active[b] = False
                 self.state.length[b] = row.text_length - 1  # forget what was cut off
@@ -1438,19 +1632,9 @@ class Decoder:
             draft, verified = self.step()
             results = [(result, emit(b, result.tokens, result.accepted, draft))
                        for b, result in enumerate(verified) if rows[b] is not None]  # fmt: skip
-            self.count_step(draft, results, time.perf_counter() - begin, stats)
+            used = [(result, e.accepted, len(e.tokens)) for result, e in results]
+            self.count_step(draft, used, time.perf_counter() - begin)
             yield [emission for _, emission in results]
-
-    def count_step(
-        self, draft: Draft, results: list[tuple[Verified, Emission]], seconds: float, stats: Stats
-    ) -> None:
-        """What a step of all active rows came to, for those who read statistics and for the pace."""
-        for result, emission in results:
-            stats.count_row(draft, result, emission.accepted)
-        stats.decode_seconds += seconds
-        tokens = sum(len(emission.tokens) for _, emission in results)
-        surplus = sum(r.accepted - r.expected for r, _ in results) / len(results)
-        self.setup.pace.count(tokens, seconds, surplus if draft.expected is not None else 0.0)
 
 
 def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:

@@ -21,6 +21,7 @@ depends on a device: what order a kernel wants is the kernel's business, when th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -147,6 +148,26 @@ def precision_of(model: Transformer) -> str:
             form = (8 if linear.weight.dtype == torch.int8 else 4, linear.activation_bits)
             return next(name for name, widths in PRECISIONS.items() if widths == form)
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.norm.weight.dtype]
+
+
+def lower_activations(precision: str) -> str:
+    """The precision of the same weights with the next smaller activations; itself where there is none."""
+    same_bits = [name for name in PRECISIONS if PRECISIONS[name][0] == PRECISIONS[precision][0]]
+    return same_bits[min(same_bits.index(precision) + 1, len(same_bits) - 1)]
+
+
+def share_weights(model: Transformer, precision: str) -> Transformer:
+    """The same weights with other activations: a second set of modules around the same tensors.
+
+    Raises BadInput where the precision asks for other weights.
+    """
+    own = precision_of(model)
+    if own not in PRECISIONS or precision not in PRECISIONS or PRECISIONS[precision][0] != PRECISIONS[own][0]:
+        raise BadInput(f"the weights are those of {own}, which {precision} cannot share")
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    set_precision(twin, precision)
+    return twin
 
 
 # --------------------------------------------------------------------------------------------------

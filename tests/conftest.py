@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt_spec import EagleHead, ModelConfig, Transformer  # noqa: E402
+from gpt_spec import EagleHead, ModelConfig, Sampling, Transformer, generate  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 SHIPPED_TARGET, SHIPPED_SMALL = ROOT / "models" / "python-7m", ROOT / "models" / "python-1m"
-SHIPPED_HEAD = ROOT / "models" / "python-7m-eagle"
+SHIPPED_HEAD, SMALL_HEAD = ROOT / "models" / "python-7m-eagle", ROOT / "models" / "python-1m-eagle"
 
 
 def random_model(seed: int = 0, sharpness: float = 6.0, **changes) -> Transformer:
@@ -62,6 +62,16 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
 def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def texts(model, prompts, drafter=None, sampling=Sampling(), max_new_tokens=40, **options) -> list[list[int]]:
+    """What `generate` says after every prompt; uncompiled, unless asked for."""
+    out = [[] for _ in prompts]
+    options.setdefault("compile", False)
+    for emissions in generate(model, prompts, drafter, sampling, max_new_tokens, **options):
+        for emission in emissions:
+            out[emission.prompt_index] += emission.tokens
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from conftest import (
     noisy_copy,
     random_model,
     random_prompts,
+    texts,
 )
 
 import kernels
@@ -25,10 +26,13 @@ from gpt_spec import (
     Decoder,
     Draft,
     Drafter,
+    HierarchicalDrafter,
+    Level,
     LookupDrafter,
     Sampling,
     SequentialDrafter,
     Stats,
+    Transformer,
     TreeDrafter,
     accept,
     cache_length,
@@ -53,8 +57,8 @@ class RandomTreeDrafter(Drafter):
         self.oracle, self.luck = SequentialDrafter(model, 4), luck
         self.generator = torch.Generator().manual_seed(3)
 
-    def start(self, setup):
-        self.oracle.start(setup)
+    def start(self, level):
+        self.oracle.start(level)
 
     def prefill(self, state, row, tokens, start):
         self.oracle.prefill(state, row, tokens, start)
@@ -90,19 +94,42 @@ def drafters(target) -> dict[str, Drafter]:
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
         "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=4),
         "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
+        **hierarchies(target),
     }
 
 
-NAMES = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
+def hierarchies(target) -> dict[str, Drafter]:
+    """Middle models that agree with the target sometimes, always and never; other drafters inside; three
+    levels; and a middle that shares the target's cache: what "another precision" changes is noise here."""
+    noisy, noisier, other = noisy_copy(target), noisy_copy(target, 0.3), random_model(seed=1)
+
+    def tree(model, noise=0.3):
+        return TreeDrafter(guessing_head(model, noise), tree_size=9, tree_depth=3, tree_topk=3)
+
+    return {
+        "middle": HierarchicalDrafter(noisy, tree(noisy), 4),
+        "equal middle": HierarchicalDrafter(copy.deepcopy(target), tree(target, noise=0.0), 5),
+        "strange middle": HierarchicalDrafter(other, tree(other), 1),
+        "middle of two models": HierarchicalDrafter(noisy, SequentialDrafter(noisier, 3), 4),
+        "middle alone": HierarchicalDrafter(noisy, Drafter(), 3),
+        "three levels": HierarchicalDrafter(noisy, HierarchicalDrafter(noisier, tree(noisier), 2), 5),
+        "shared": HierarchicalDrafter(noisy, tree(noisy), 4, shares_cache=True),
+        "shared, three levels": HierarchicalDrafter(
+            noisy,
+            HierarchicalDrafter(noisier, SequentialDrafter(target, 2), 3),
+            4,
+            shares_cache=True,
+        ),
+        "shared twice": HierarchicalDrafter(
+            noisy, HierarchicalDrafter(noisier, tree(target), 2, shares_cache=True), 5, shares_cache=True
+        ),
+    }
 
 
-def texts(model, prompts, drafter=None, sampling=GREEDY, max_new_tokens=40, **options) -> list[list[int]]:
-    out = [[] for _ in prompts]
-    options.setdefault("compile", False)
-    for emissions in generate(model, prompts, drafter, sampling, max_new_tokens, **options):
-        for emission in emissions:
-            out[emission.prompt_index] += emission.tokens
-    return out
+FLAT = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
+NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
+NESTED += ["three levels", "shared", "shared, three levels", "shared twice"]
+NAMES = FLAT + NESTED
 
 
 @torch.no_grad()
@@ -197,30 +224,47 @@ def test_drafters_cover_low_mixed_and_full_acceptance(target, name, low, high):
 
 
 def assert_caches_are_fresh(decoder: Decoder, texts_so_far: list[list[int]]) -> None:
-    """Both caches of every active row, whichever of the texts it holds."""
+    """All caches of every active row, whichever of the texts it holds."""
     for row in decoder.state.active.nonzero().flatten().tolist():
-        length = int(decoder.state.length[row])
-        text = decoder.state.tokens[row, : length + 1].tolist()
+        text = decoder.state.tokens[row, : int(decoder.state.length[row]) + 1].tolist()
         assert text in texts_so_far  # all that was emitted, up to and including the root
-        assert_cache_is_fresh(decoder.model, decoder.cache, row, text, length)
-        if isinstance(decoder.drafter, SequentialDrafter):
-            assert_cache_is_fresh(decoder.drafter.model, decoder.drafter.cache, row, text, length - 1)
-        if isinstance(decoder.drafter, TreeDrafter):
-            assert_head_is_fresh(decoder, row, text, length)
+        assert_level_is_fresh(decoder, decoder.model, row, text)
 
 
-@torch.no_grad()
-def assert_head_is_fresh(decoder: Decoder, row: int, text: list[int], length: int) -> None:
-    """The features of the text, and the keys and values that an EAGLE head made of them so far."""
-    drafter, tokens = decoder.drafter, torch.tensor([text])
-    positions = torch.arange(length)[None]
-    features = decoder.model(tokens[:, :-1], positions, causal_attention, decoder.taps)[1]
-    torch.testing.assert_close(decoder.state.features[row, :length], features[0], rtol=1e-4, atol=1e-5)
-    _, _, k, v = drafter.head.project(tokens[:, 1:], drafter.head.fuse(features), positions)
-    valid = int(drafter.length[row])
-    assert valid >= len(text) - 2 - drafter.depth  # all but what the last step added
-    torch.testing.assert_close(drafter.cache.keys[0][row, :valid], k[0, :valid], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(drafter.cache.values[0][row, :valid], v[0, :valid], rtol=1e-4, atol=1e-5)
+def assert_level_is_fresh(
+    level: Level, model: Transformer, row: int, text: list[int], length: int | None = None
+) -> None:
+    """Keys, values and features of a text whose last token is the root, and those that its drafter made.
+
+    They are those of `model`: the level's own, or the target, whose cache it shares. `length`: how much of it
+    the level above has, which may have less than the text by now, where all that it said was accepted.
+    """
+    length = min(int(level.state.length[row]), len(text) - 1 if length is None else length)
+    drafter = level.drafter
+    assert length >= len(text) - 1 - level.behind
+    assert_cache_is_fresh(model, level.cache, row, text, length)
+    if level.taps:
+        tokens, positions = torch.tensor([text[:length]]), torch.arange(length)[None]
+        features = model(tokens, positions, causal_attention, level.taps)[1]
+        torch.testing.assert_close(level.state.features[row, :length], features[0], rtol=1e-4, atol=1e-5)
+    if isinstance(drafter, SequentialDrafter):
+        assert_cache_is_fresh(drafter.model, drafter.cache, row, text, length - 1)
+    if isinstance(drafter, TreeDrafter):
+        assert_head_is_fresh(level, row, text)
+    if isinstance(drafter, HierarchicalDrafter):
+        inside = drafter.level
+        assert_level_is_fresh(inside, model if drafter.shares_cache else inside.model, row, text, length)
+
+
+def assert_head_is_fresh(level: Level, row: int, text: list[int]) -> None:
+    """The keys and values that an EAGLE head made of the features, but those that it is going to renew."""
+    drafter, rows = level.drafter, len(text) - 1 - level.drafter.window
+    if rows > 0:
+        tokens, positions = torch.tensor([text[1 : rows + 1]]), torch.arange(rows)[None]
+        features = drafter.head.fuse(level.state.features[row : row + 1, :rows])
+        _, _, k, v = drafter.head.project(tokens, features, positions)
+        torch.testing.assert_close(drafter.cache.keys[0][row, :rows], k[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(drafter.cache.values[0][row, :rows], v[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -244,8 +288,8 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
     hole."""
     feed_two = SequentialDrafter.write
 
-    def feed_one(self, fed, length, seed):
-        return feed_two(self, fed[:, -1:], length + fed.shape[1] - 1, seed)
+    def feed_one(self, fed, start, last, seed):
+        return feed_two(self, fed[:, -1:], start + last, torch.zeros_like(last), seed)
 
     monkeypatch.setattr(SequentialDrafter, "write", feed_one)
     with pytest.raises(AssertionError):

@@ -202,7 +202,7 @@ def test_compiled_too_in_a_quantized_precision():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["lookup", "noisy", "auto"])
+@pytest.mark.parametrize("name", ["lookup", "noisy", "auto", "middle", "shared"])
 def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, compile):
     target = copy.deepcopy(target).cuda()
     expected = texts(target, PROMPTS, sampling=SAMPLED)
@@ -267,12 +267,9 @@ def assert_head_is_fresh(level: Level, row: int, text: list[int]) -> None:
         torch.testing.assert_close(drafter.cache.values[0][row, :rows], v[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", NAMES)
-def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, batch_size):
+def check_every_step(target, drafter: Drafter, sampling: Sampling, batch_size: int = 1) -> None:
     """Five prompts of different lengths; with fewer rows, rows are refilled."""
-    decoder = Decoder(target, drafters(target)[name], sampling, 128, batch_size, compile=False)
+    decoder = Decoder(target, drafter, sampling, 128, batch_size, compile=False)
     so_far = [list(prompt) for prompt in PROMPTS]
     steps = 0
     for emissions in decoder.run(PROMPTS, max_new_tokens=20):
@@ -281,6 +278,13 @@ def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, b
         assert_caches_are_fresh(decoder, so_far)
         steps += 1
     assert steps > 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, batch_size):
+    check_every_step(target, drafters(target)[name], sampling, batch_size)
 
 
 def test_a_stale_cache_is_seen(target, monkeypatch):
@@ -293,7 +297,7 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
 
     monkeypatch.setattr(SequentialDrafter, "write", feed_one)
     with pytest.raises(AssertionError):
-        test_caches_equal_a_recomputation_after_every_step(target, "itself", GREEDY, 1)
+        check_every_step(target, drafters(target)["itself"], GREEDY)
 
 
 def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
@@ -307,7 +311,7 @@ def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
 
     monkeypatch.setattr(SequentialDrafter, "prefill", only_once)
     with pytest.raises(AssertionError):
-        test_caches_equal_a_recomputation_after_every_step(target, "noisy", GREEDY, 1)
+        check_every_step(target, drafters(target)["noisy"], GREEDY)
 
 
 @pytest.mark.parametrize("name", NAMES)

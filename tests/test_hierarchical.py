@@ -13,12 +13,14 @@ from conftest import (
     random_prompts,
     texts,
 )
+from test_decoding import check_every_step, hierarchies
 
 import kernels
 from generate import load_head, load_model
 from gpt_spec import (
     BadInput,
     Decoder,
+    Drafter,
     HierarchicalDrafter,
     KVCache,
     LookupDrafter,
@@ -58,7 +60,7 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
 
     At least min_draft_length tokens, and never one that the middle model alone would not have said.
     """
-    middle = noisy_copy(target)
+    middle = noisy_copy(target, 0.4)
     drafter = HierarchicalDrafter(middle, tree(middle), 4, shares_cache)
     decoder = Decoder(target, drafter, sampling, 200, compile=False)
     propose, steps, cuts = drafter.propose, decoder.drafter.level.step, {"whole": 0, "last": 0, "earlier": 0}
@@ -95,38 +97,34 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
     assert all(cuts.values()), cuts
 
 
-def test_a_middle_model_that_does_not_go_back_is_seen(target, monkeypatch):
-    """By the caches, and by what is handed up. The texts would still be right."""
-    from test_decoding import test_caches_equal_a_recomputation_after_every_step as recompute
-
-    for broken in ("rewind", "catch_up"):
-        with monkeypatch.context() as patch:
-            patch.setattr(HierarchicalDrafter, broken, lambda self, *_: None)
-            failed = 0
-            for name in ("middle", "equal middle"):
-                try:
-                    recompute(target, name, GREEDY, 1)
-                except (AssertionError, RuntimeError, IndexError):
-                    failed += 1
-            assert failed
-            with pytest.raises((AssertionError, RuntimeError, IndexError)):
-                test_what_is_handed_up_is_what_the_middle_model_says(target, GREEDY, False)
+@pytest.mark.parametrize("broken", ["rewind", "catch_up"])
+@pytest.mark.parametrize("name", ["middle", "three levels"])
+def test_a_middle_model_that_does_not_follow_is_seen(target, monkeypatch, name, broken):
+    """By the caches; the texts would still be right."""
+    monkeypatch.setattr(HierarchicalDrafter, broken, lambda self, *_: None)
+    with pytest.raises((AssertionError, IndexError)):
+        check_every_step(target, hierarchies(target)[name], SAMPLED)
 
 
-@pytest.mark.parametrize("name", ["tree", "middle", "three levels", "shared", "shared twice"])
-def test_a_head_that_feeds_one_row_too_few_is_seen(target, monkeypatch, name):
-    """The window is just wide enough for what may be new: longest path, levels above, renewed features."""
-    from test_decoding import test_caches_equal_a_recomputation_after_every_step as recompute
+@pytest.mark.parametrize("levels", [[], [False], [False, False], [True], [False, True]])
+def test_the_head_feeds_just_as_many_rows_as_may_be_new(target, monkeypatch, levels):
+    """One row less, and its cache goes stale: the longest path, each level above, renewed features count."""
+    near, start = noisy_copy(target, 0.001), TreeDrafter.start
 
-    start = TreeDrafter.start
+    def build() -> Drafter:
+        drafter = TreeDrafter(guessing_head(near, noise=0.05), tree_size=3, tree_depth=2, tree_topk=1)
+        for shares_cache in levels:
+            drafter = HierarchicalDrafter(near, drafter, 2, shares_cache)
+        return drafter
 
     def narrow(self, level):
         start(self, level)
         self.window -= 1
 
+    check_every_step(target, build(), GREEDY)
     monkeypatch.setattr(TreeDrafter, "start", narrow)
     with pytest.raises(AssertionError):
-        recompute(target, name, GREEDY, 1)
+        check_every_step(target, build(), GREEDY)
 
 
 def test_levels_are_counted_and_timed(target):
@@ -250,16 +248,16 @@ def test_slots_for_the_widest_of_what_a_step_touches(target):
         HierarchicalDrafter(target, LookupDrafter(), 0)
 
 
-@pytest.mark.parametrize("shares_cache", [False, True])
-def test_compiled_levels_never_recompile(target, shares_cache):
+def test_compiled_levels_never_recompile(target):
+    """A head in a model that shares the cache of another, which is in the middle itself."""
     middle, prompts = noisy_copy(target), random_prompts([5, 1, 17])
-    inner = tree(middle, tree_depth=2, tree_topk=2, tree_size=5)
-    drafter = HierarchicalDrafter(middle, inner, 3, shares_cache)
-    decoder = Decoder(target, drafter, SAMPLED, 128, batch_size=2)
+    inner = tree(middle, tree_depth=1, tree_topk=2, tree_size=3)
+    shared = HierarchicalDrafter(noisy_copy(middle, 0.1), inner, 2, shares_cache=True)
+    decoder = Decoder(target, HierarchicalDrafter(middle, shared, 3), GREEDY, 128, batch_size=2)
     assert decoder.warm_up() > 0
     out = [[], [], []]
     with torch.compiler.set_stance("fail_on_recompile"):
         for emissions in decoder.run(prompts, 40):
             for emission in emissions:
                 out[emission.prompt_index] += emission.tokens
-    assert out == texts(target, prompts, sampling=SAMPLED)
+    assert out == texts(target, prompts)

@@ -1145,7 +1145,7 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     if method == "lookup":
         return method, gpt_spec.LookupDrafter(args.speculate_k)
     if method == "tree":
-        return method, tree_drafter(args, target.model, SHIPPED_HEAD if shipped else None, target.precision)
+        return method, tree_drafter(args, method, target.model, SHIPPED_HEAD if shipped else None)
     path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
     if path is None:
         raise BadInput(
@@ -1155,28 +1155,31 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     if method == "sequential":
         return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
     heads = {str(SHIPPED_SMALL): SMALL_HEAD} | ({"self": SHIPPED_HEAD} if shipped else {})
-    precision = quantize.precision_of(model)
-    tree = tree_drafter(args, model, heads.get(path), precision)
+    tree = tree_drafter(args, method, model, heads.get(path))
     least = args.min_draft_length or gpt_spec.MIN_DRAFT_LENGTH
-    return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=path == "self")
+    with naming_flags():
+        return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=path == "self")
 
 
-def tree_drafter(
-    args: argparse.Namespace, model: Transformer, default: Path | None, precision: str
-) -> Drafter:
-    """For the target or, in a hierarchy, for the model between."""
+def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, default: Path | None) -> Drafter:
+    """For the target or, in a hierarchy, for the model in the middle."""
     path = args.eagle_checkpoint_path or default
     if path is None:
-        whose = (
-            "this very target" if args.method != "hierarchical" else "the model in --draft_checkpoint_path"
-        )
-        raise BadInput(f"--method {args.method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
-    head = load_head(path, model, args.draft_precision or precision)
+        whose = "this very target" if method == "tree" else "the model in --draft_checkpoint_path"
+        raise BadInput(f"--method {method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
+    head = load_head(path, model, args.draft_precision or quantize.precision_of(model))
     size = args.tree_size if isinstance(args.tree_size, int) else None
     shape = (args.tree_depth or gpt_spec.TREE_DEPTH, args.tree_topk or gpt_spec.TREE_TOPK)
-    try:
+    with naming_flags():
         return gpt_spec.TreeDrafter(head, size, *shape)
-    except BadInput as error:  # it begins with the name of the flag
+
+
+@contextmanager
+def naming_flags():
+    """What the engine finds wrong begins with the name of a field, which is that of the flag."""
+    try:
+        yield
+    except BadInput as error:
         raise BadInput(f"--{error}") from None
 
 
@@ -1184,16 +1187,7 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target, method
     """The draft model, checked to speak the target's vocabulary."""
     precision = args.draft_precision or target.precision
     if path == "self" and method == "hierarchical":
-        if target.precision not in quantize.PRECISIONS:
-            raise BadInput(
-                f"--draft_checkpoint_path: self means the same weights with lower activations, and those of "
-                f"{target.precision} have none; use --precision w4a16"
-            )
-        precision = args.draft_precision or quantize.lower_activations(target.precision)
-        try:
-            return quantize.share_weights(target.model, precision)
-        except BadInput as error:
-            raise BadInput(f"--draft_precision: {error}") from None
+        return own_middle(args, target)
     if path == "self":
         if precision != target.precision:
             raise BadInput("--draft_precision: self drafts with the target's own weights, in its precision")
@@ -1204,6 +1198,20 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target, method
     if difference:
         raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary: {difference}")
     return model
+
+
+def own_middle(args: argparse.Namespace, target: Target) -> Transformer:
+    """The target's own weights with lower activations."""
+    if target.precision not in quantize.PRECISIONS:
+        raise BadInput(
+            "--draft_checkpoint_path: self means the target's weights with lower activations, and "
+            f"{target.precision} has no lower ones; use --precision w4a16"
+        )
+    try:
+        lower = quantize.lower_activations(target.precision)
+        return quantize.share_weights(target.model, args.draft_precision or lower)
+    except BadInput as error:
+        raise BadInput(f"--draft_precision: {error}") from None
 
 
 def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None) -> str | None:
@@ -1427,7 +1435,7 @@ def levels_json(stats: Stats) -> list[dict[str, Any]]:
 
 def format_levels(levels: list[dict[str, Any]]) -> str:
     """A line for people: what every level yields, and where the time goes."""
-    names = ["the target", *(f"middle model {i}" for i in range(1, len(levels)))]
+    names = ["the target", "the middle model", *(f"model {i}" for i in range(2, len(levels)))]
     parts = [
         f"{name} {level['tokens_per_step']:.2f} tokens per step, {level['verification_seconds']:.2f} s"
         for name, level in zip(names, levels)
@@ -1492,10 +1500,8 @@ def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
     load_kernels()
-    try:
+    with naming_flags():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    except BadInput as error:  # it begins with the name of the field, which is that of the flag
-        raise BadInput(f"--{error}") from None
     target = load_target(args)
     method, drafter = build_drafter(args, target)
     config = target.model.config

@@ -1009,7 +1009,7 @@ class SequentialDrafter(Drafter):
 
 
 TREE_DEPTH, TREE_TOPK = 6, 4  # unless somebody asks for others
-MAX_TREE_DEPTH = 64  # each level is a forward of the head, unrolled in one graph
+MAX_TREE_DEPTH = 64  # each level is a forward of the head, or a step to an ancestor, unrolled in one graph
 
 
 class TreeDrafter(Drafter):
@@ -1287,8 +1287,8 @@ class Verified(NamedTuple):
 class Level:
     """A model and the drafter that proposes to it: one turn of the loop at a time, for B texts.
 
-    The target and its drafter are one (`Decoder`), and so are the two halves of a drafter that decodes
-    (`HierarchicalDrafter`), a level below the one that it drafts for.
+    The target and its drafter are the first level, the `Decoder`. A drafter that is a decoder itself has a
+    level inside, and so on: see `HierarchicalDrafter`.
     """
 
     def __init__(
@@ -1302,7 +1302,7 @@ class Level:
     ):
         """`above`: the level that this one drafts for, with which it shares the text, and perhaps the cache.
 
-        `renewed`: of how many more positions than there are tokens in a draft the features may be replaced.
+        `renewed`: positions before those that are new to the drafter anyway, whose features are replaced.
         """
         self.model, self.drafter, self.setup, self.stats = model, drafter, setup, Stats()
         self.taps = drafter.taps(model.config.num_layers)
@@ -1456,8 +1456,8 @@ class HierarchicalDrafter(Drafter):
         is the target's. Nothing below `length` is ever written then, and what is written above, keys, values
         and features, is replaced by the target's when it verifies.
         """
-        if min_draft_length < 1:
-            raise BadInput(f"min_draft_length is {min_draft_length}; it must be at least 1")
+        if not 1 <= min_draft_length <= MAX_TREE_DEPTH:
+            raise BadInput(f"min_draft_length is {min_draft_length}; it must be 1 to {MAX_TREE_DEPTH}")
         self.model, self.drafter, self.shares_cache = model, drafter, shares_cache
         self.models = drafter.models if shares_cache else (model, *drafter.models)
         self.min_draft_length = min_draft_length
@@ -1472,6 +1472,8 @@ class HierarchicalDrafter(Drafter):
         return self.drafter.taps(layers) if self.shares_cache else ()
 
     def start(self, level: Level) -> None:
+        if self.shares_cache and self.model.config != level.model.config:
+            raise BadInput("a model that shares a cache must have the shape of the one whose cache it is")
         setup = replace(level.setup, pace=Pace())
         # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0

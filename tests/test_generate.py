@@ -36,6 +36,10 @@ EAGER = ["--compile", "none"]
 SHORT = [*EAGER, "--max_new_tokens", "24"]
 
 
+SELF = ["--method", "hierarchical", "--draft_checkpoint_path", "self"]
+MIDDLE = ["--draft_checkpoint_path", str(SHIPPED_SMALL)]
+
+
 def run(capsys, *flags: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of the command line, in this process."""
     status = generate.main(list(flags))
@@ -81,6 +85,27 @@ def test_every_method_prints_the_same_text(capsys, temperature, draft_precision)
         assert result["outputs"] == expected["outputs"]
         assert result["method"] == method
         assert result["stats"]["target_forwards"] <= expected["stats"]["target_forwards"]
+
+
+def test_both_paths_make_a_hierarchy(capsys):
+    """A small model with a head of its own; and the target as its own middle, which only adds a head."""
+    flags = [*SHORT, "--precision", "w4a16"]
+    expected = run_json(capsys, *flags, "--method", "autoregressive")
+    for drafter in ([*MIDDLE, "--eagle_checkpoint_path", str(SMALL_HEAD)], [*SELF, "--tree_size", "8"]):
+        result = run_json(capsys, *flags, "--min_draft_length", "4", *drafter)
+        assert (result["method"], result["outputs"]) == ("hierarchical", expected["outputs"])
+        stats, [outer, inner] = result["stats"], result["stats"]["levels"]
+        assert outer["target_forwards"] == stats["target_forwards"]
+        assert inner["tokens_per_step"] > 1.5
+        assert stats["drafted_tokens"] == inner["accepted_tokens"] + inner["target_forwards"]
+        spent = inner["drafting_seconds"] + inner["verification_seconds"]
+        assert 0 < spent <= outer["drafting_seconds"] < stats["decode_seconds"]
+    head = stats["weight_bytes"] - expected["stats"]["weight_bytes"]
+    assert 0 < head < 0.1 * expected["stats"]["weight_bytes"]
+    _, _, err = run(capsys, *flags, *SELF)
+    assert re.search(
+        r"levels: the target [\d.]+ tokens per step, [\d.]+ s; the middle model [\d.]+ tokens", err
+    )
 
 
 def test_json_has_the_promised_fields(capsys):
@@ -381,6 +406,15 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
         (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "tree"], ["--eagle_checkpoint_path"]),
         (["--method", "tree", "--draft_precision", "fp32"], ["--draft_precision", "fp32"]),
         (["--draft_checkpoint_path", "self", "--draft_precision", "fp32"], ["--draft_precision"]),
+        (["--method", "tree", "--min_draft_length", "3"], ["--min_draft_length", "hierarchical"]),
+        (["--method", "hierarchical", "--min_draft_length", "0"], ["--min_draft_length", "at least 1"]),
+        (["--method", "hierarchical", "--min_draft_length", "9" * 20], ["--min_draft_length", "1 to"]),
+        (["--method", "hierarchical", "--draft_checkpoint_path", "self"], ["self", "bf16", "w4a16"]),
+        ([*SELF, "--precision", "w4a8", "--draft_precision", "w8a8"], ["--draft_precision", "w4a8", "w8a8"]),
+        (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "hierarchical"], ["--draft_checkpoint_path"]),
+        (["--checkpoint_path", str(SHIPPED_TARGET), *SELF, "--precision", "w4a8"], ["--eagle_checkpoint"]),
+        ([*MIDDLE, "--eagle_checkpoint_path", str(generate.SHIPPED_HEAD)], ["of 256, not 128"]),
+        (["--method", "hierarchical", "--draft_confidence", "0.5"], ["--draft_confidence", "sequential"]),
     ],
 )  # fmt: skip
 def test_wrong_flags_get_one_line(capsys, flags, words):

@@ -10,6 +10,7 @@ from conftest import (
     SMALL_HEAD,
     guessing_head,
     noisy_copy,
+    random_model,
     random_prompts,
     texts,
 )
@@ -244,6 +245,9 @@ def test_slots_for_the_widest_of_what_a_step_touches(target):
     nested = HierarchicalDrafter(target, wide, 2)
     assert nested.max_nodes == 1 + 2 + 6 and nested.slack == 1 + 24
     assert HierarchicalDrafter(target, LookupDrafter(2), 9).slack == 1 + 9 + 2
+    other = random_model(num_layers=3)
+    with pytest.raises(BadInput, match="shape"):
+        Decoder(target, HierarchicalDrafter(other, LookupDrafter(), 2, shares_cache=True), compile=False)
     with pytest.raises(BadInput, match="min_draft_length is 0"):
         HierarchicalDrafter(target, LookupDrafter(), 0)
 

@@ -6,7 +6,7 @@ This file knows tensors. It knows nothing of text, of command lines, or of how a
 The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens,
 one forward of the target picks its own token after every one of them, and the longest path on which both
 agree is kept. What the target picks never depends on what was proposed (see `pick`), so a drafter can change
-the speed and nothing else.
+the speed and nothing else. And a decoder, a model with its drafter, may be the drafter of a larger model.
 """
 
 from __future__ import annotations
@@ -1275,7 +1275,7 @@ class Row:
 
 
 class Verified(NamedTuple):
-    """What the target made of one row of a draft."""
+    """What the model that verifies made of one row of a draft."""
 
     accepted: int  # draft tokens kept
     drafted: int  # draft tokens verified, root and padding not counted
@@ -1365,7 +1365,7 @@ class Level:
         self.drafter.count_in(stats)
 
     def verify(self, draft: Draft, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward of the target over a draft; its choices are written behind the root of every text.
+        """One forward of the model over a draft; its choices are written behind the root of every text.
 
         Returns the new length [B], the path [B, max_depth + 1] and the report that the host reads [B, 3 +
         max_depth + 1]: accepted length, drafted tokens, whether the path has to move, tokens.

@@ -532,8 +532,9 @@ def test_stats_add_up(target):
     assert sum(shares) * stats.target_forwards == pytest.approx(stats.accepted_tokens)
 
 
-def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, monkeypatch):
-    decoder = Decoder(target, SequentialDrafter(noisy_copy(target)), max_length=80, compile=False)
+@pytest.mark.parametrize("name", ["noisy", "tree", "middle", "three levels", "shared"])
+def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, name, monkeypatch):
+    decoder = Decoder(target, drafters(target)[name], max_length=80, compile=False)
     first, second = random_prompts([20, 25])
     list(decoder.run([first], 5))
 
@@ -545,15 +546,16 @@ def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, monkeypatch):
         list(decoder.run([second], 5, reuse=True))
     assert list(decoder.run([first[:12]], 5, reuse=True))
     row_text = decoder.state.tokens[0, :17].tolist()
-    assert_cache_is_fresh(target, decoder.cache, 0, row_text, 16)
+    assert_level_is_fresh(decoder, target, 0, row_text)
     assert [row_text[12:]] == texts(target, [first[:12]], max_new_tokens=5)
 
 
-def test_an_interrupted_step_has_not_happened(target, monkeypatch):
+@pytest.mark.parametrize("name", ["tree", "middle", "three levels", "shared"])
+def test_an_interrupted_step_has_not_happened(target, name, monkeypatch):
     """Ctrl-C between verifying a tree and moving its path: the text can be continued from what was shown."""
     [prompt], so_far = random_prompts([12]), []
     [expected] = texts(target, [prompt])
-    decoder = Decoder(target, drafters(target)["tree"], max_length=80, compile=False)
+    decoder = Decoder(target, drafters(target)[name], max_length=80, compile=False)
 
     def interrupt(*_):
         raise KeyboardInterrupt

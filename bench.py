@@ -161,8 +161,8 @@ def report_cost(args: argparse.Namespace) -> dict:
 def compare(decoders: dict[str, Decoder], args: argparse.Namespace) -> dict[str, dict]:
     """Every decoder on the same prompts, taking turns; the first is what the others are compared with.
 
-    Per decoder: tokens per step (tau), seconds of drafting in a step, T(n), the mean over the steps by what
-    was verified in them; tokens/s, speedups (quartiles of the prompts' ratios), and what the cost model makes
+    Per decoder: tokens per step (tau), seconds of drafting in a step, T(n) averaged over the steps, n being
+    what each verified; tokens/s, speedups (quartiles of the prompts' ratios), and what the cost model makes
     of the first three, tau * T(1) / (drafting + T(n)). T(n) is measured apart from the texts.
     """
     for decoder in decoders.values():
@@ -285,14 +285,17 @@ def report_hierarchical(args: argparse.Namespace) -> dict:
     for precision in ("w4a16", "w4a8"):
         lower = quantize.lower_activations(precision)
         print(f"{precision}; its own middle is {lower}")
-        drafters = hierarchies(precision, lower, args)
-        target, sampling = drafters.pop("target"), Sampling(args.temperature, top_p=args.top_p)
+        target, drafters = hierarchies(precision, lower, args)
+        sampling = Sampling(args.temperature, top_p=args.top_p)
         decoders = {name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}
         results[precision] = compare(decoders, args)
     return results
 
 
-def hierarchies(precision: str, lower: str, args: argparse.Namespace) -> dict:
+def hierarchies(
+    precision: str, lower: str, args: argparse.Namespace
+) -> tuple[Transformer, dict[str, Drafter]]:
+    """The shipped target, and what drafts for it."""
     target, small = shipped(precision)
     twin, shape = quantize.share_weights(target, lower), (args.tree_depth, args.tree_topk)
 
@@ -300,8 +303,7 @@ def hierarchies(precision: str, lower: str, args: argparse.Namespace) -> dict:
         return TreeDrafter(generate.load_head(path, model, form), args.tree_size, *shape)
 
     inner, own = tree(small, generate.SMALL_HEAD, precision), tree(twin, generate.SHIPPED_HEAD, lower)
-    return {
-        "target": target,
+    return target, {
         "autoregressive": Drafter(),
         "sequential": SequentialDrafter(small, 4),
         "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, precision)),

@@ -1060,12 +1060,12 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     )
     p.add_argument("--tree_depth", type=int, help=f"levels below the root (default: {gpt_spec.TREE_DEPTH})")
     p.add_argument(
+        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {gpt_spec.TREE_TOPK})"
+    )
+    p.add_argument(
         "--min_draft_length",
         type=int,
         help=f"hierarchical: tokens to hand up at least (default: {gpt_spec.MIN_DRAFT_LENGTH})",
-    )
-    p.add_argument(
-        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {gpt_spec.TREE_TOPK})"
     )
 
 
@@ -1151,14 +1151,15 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
         raise BadInput(
             f"--method {method} needs --draft_checkpoint_path: a smaller model with the target's vocabulary"
         )
-    model = load_draft_model(path, args, target, method)
+    own = path == "self" and method == "hierarchical"
+    model = own_middle(args, target) if own else load_draft_model(path, args, target)
     if method == "sequential":
         return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
-    heads = {str(SHIPPED_SMALL): SMALL_HEAD} | ({"self": SHIPPED_HEAD} if shipped else {})
-    tree = tree_drafter(args, method, model, heads.get(path))
+    head = SMALL_HEAD if Path(path).resolve() == SHIPPED_SMALL else SHIPPED_HEAD if own and shipped else None
+    tree = tree_drafter(args, method, model, head)
     least = args.min_draft_length or gpt_spec.MIN_DRAFT_LENGTH
     with naming_flags():
-        return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=path == "self")
+        return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=own)
 
 
 def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, default: Path | None) -> Drafter:
@@ -1183,14 +1184,15 @@ def naming_flags():
         raise BadInput(f"--{error}") from None
 
 
-def load_draft_model(path: str, args: argparse.Namespace, target: Target, method: str) -> Transformer:
+def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
     """The draft model, checked to speak the target's vocabulary."""
     precision = args.draft_precision or target.precision
-    if path == "self" and method == "hierarchical":
-        return own_middle(args, target)
     if path == "self":
         if precision != target.precision:
-            raise BadInput("--draft_precision: self drafts with the target's own weights, in its precision")
+            raise BadInput(
+                "--draft_precision: self drafts with the target's own weights, in its precision; "
+                "--method hierarchical has it verify drafts with lower activations"
+            )
         return target.model
     directory = find_checkpoint(path, "--draft_checkpoint_path")
     model = load_model(directory, precision, args.device, "--draft_checkpoint_path")
@@ -1415,7 +1417,7 @@ STATS_FIELDS = [
 
 TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
 LEVEL_FIELDS = [
-    *("target_forwards", "drafted_tokens", "accepted_tokens", "tokens_per_step"),
+    *("drafted_tokens", "accepted_tokens", "tokens_per_step"),
     *("drafting_seconds", "verification_seconds"),
 ]
 
@@ -1429,7 +1431,7 @@ def stats_json(stats: Stats, models: list[torch.nn.Module], device: str, method:
 
 def levels_json(stats: Stats) -> list[dict[str, Any]]:
     """The target's level first; the drafting_seconds of a level are all that happens in those behind it."""
-    level = {name: getattr(stats, name) for name in LEVEL_FIELDS}
+    level = {"forwards": stats.target_forwards} | {name: getattr(stats, name) for name in LEVEL_FIELDS}
     return [level, *(levels_json(stats.inside) if stats.inside else [])]
 
 

@@ -764,11 +764,11 @@ def prefill(
 
 @dataclass
 class State:
-    """B texts being decoded. tokens[length] is the root: committed, not yet in the target's cache."""
+    """B texts being decoded at one level. tokens[length] is the root: committed, not yet in its cache."""
 
     tokens: Tensor  # int64 [B, slots]; valid up to and including the root
-    features: Tensor  # [B, slots, width]; what the drafter wants of the target, of tokens below length
-    length: Tensor  # int64 [B]; tokens whose K/V is in the target's cache
+    features: Tensor  # [B, slots, width]; what the drafter wants of the model, of tokens below length
+    length: Tensor  # int64 [B]; tokens whose K/V is in the cache of the level
     seed: Tensor  # int64 [B]; seed + prompt index, the key of the row's noise
     active: Tensor  # bool [B]; a row that is not active is frozen: it rides along and nothing of it changes
 
@@ -785,7 +785,7 @@ class State:
         [B].
 
         To feed them once more, where a cache may lack some; feeding the others writes what is there. Where
-        the text is shorter, they start at 0, and some stand behind `end` instead.
+        the text is shorter, they start at 0, and the last of them come after `end`.
         """
         start = (end - count).clamp(min=0)
         place = start[:, None] + torch.arange(count, device=end.device)  # [B, count]
@@ -823,7 +823,7 @@ class Setup:
 
     sampling: Sampling
     batch_size: int
-    slots: int  # of every cache: the longest text plus the widest draft
+    slots: int  # of every cache: the longest text and `Drafter.slack`
     compile: bool
     device: torch.device
     cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
@@ -858,7 +858,7 @@ class Drafter:
 
     @property
     def slack(self) -> int:
-        """Slots from `length` on that a step may touch, in the target's cache or in a drafter's."""
+        """Slots from `length` on that a step may touch, in the target's cache or in one of the drafter's."""
         return self.max_nodes
 
     def taps(self, layers: int) -> tuple[int, ...]:
@@ -875,7 +875,7 @@ class Drafter:
         """Go back to `length` int64 [B], where a row is beyond it: other tokens follow. For those that have
         lengths of their own."""
 
-    def count_in(self, stats: Stats) -> None:
+    def count_into(self, stats: Stats) -> None:
         """Count what happens inside, if anything does, in `stats.inside`."""
 
     def propose(self, state: State) -> Draft:
@@ -958,7 +958,7 @@ class SequentialDrafter(Drafter):
         self.write_some = setup.compiled(self.write)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
-        prefill(self.model, self.cache, row, tokens, start)
+        prefill(self.model, self.cache, row, tokens, max(start - self.window, 0))
 
     def warm_up(self, state: State) -> None:
         # Whatever the confidence, which may end `propose` early.
@@ -1208,8 +1208,8 @@ class Stats:
     prefill_seconds: float = 0.0  # target and drafter
     time_to_first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
-    drafting_seconds: float = 0.0  # part of decode_seconds, as is
-    verification_seconds: float = 0.0  # this, which on a GPU includes waiting for what drafting began
+    drafting_seconds: float = 0.0  # part of decode_seconds
+    verification_seconds: float = 0.0  # also; on a GPU it includes waiting for what drafting began
     compile_seconds: float = 0.0
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
     drafted_tokens: int = 0
@@ -1217,7 +1217,7 @@ class Stats:
     expected_accepted_tokens: float = 0.0  # of drafters that say how probable their nodes are
     accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
     nodes_histogram: dict[int, int] = field(default_factory=dict)  # steps by nodes verified, root included
-    inside: Stats | None = None  # of the decoder that drafts, in whose drafting_seconds all of it happens
+    inside: Stats | None = None  # of the level that drafts; all its seconds are part of our drafting_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -1302,13 +1302,14 @@ class Level:
     ):
         """`above`: the level that this one drafts for, with which it shares the text, and perhaps the cache.
 
-        `renewed`: positions before those that are new to the drafter anyway, whose features are replaced.
+        `renewed`: how many positions just before the new ones may have got other features, because a level
+        above verified them, so that the drafter must read them again.
         """
         self.model, self.drafter, self.setup, self.stats = model, drafter, setup, Stats()
         self.taps = drafter.taps(model.config.num_layers)
         self.verify_steps: dict[int, Callable] = {}  # by number of nodes
-        # Tokens that a text may have gained since the drafter was last asked, beside those of its own draft:
-        # every level above ends a verification with one that was not proposed.
+        # Tokens that a text may have gained since the drafter was last asked, beside its draft and the one
+        # that this level said itself: every level above adds one more.
         self.behind = 0 if above is None else above.behind + 1
         self.renewed = renewed
         like, width = model.norm.weight, len(self.taps) * model.config.hidden_size
@@ -1359,10 +1360,10 @@ class Level:
         self.state.length.fill_(1)
         pace.count(self.setup.batch_size, pace.seconds[sizes[0]])  # until there is something to go by
 
-    def count_in(self, stats: Stats) -> None:
+    def count_into(self, stats: Stats) -> None:
         """Count what happens from here on in `stats`."""
         self.stats = stats
-        self.drafter.count_in(stats)
+        self.drafter.count_into(stats)
 
     def verify(self, draft: Draft, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """One forward of the model over a draft; its choices are written behind the root of every text.
@@ -1441,8 +1442,9 @@ class HierarchicalDrafter(Drafter):
     here: an EAGLE head, a lookup, or another decoder.
 
     The text is shared, and has a length for each level: C, what is in the target's cache, and Lm, what is in
-    the middle model's. Drafting moves Lm ahead of C. The target verifies, which makes C the larger C', and Lm
-    goes back to it; but if all was accepted, C' = Lm + 1, and what is lacking is fed first.
+    the middle model's. Drafting moves Lm ahead of C, and writes tokens from Lm + 1 on. The target verifies,
+    which makes C the larger C', and Lm goes back to it. But if all was accepted, C' = Lm + 1: what is lacking
+    is fed first, so that Lm >= C whenever anything is drafted, and no committed token is ever overwritten.
     """
 
     def __init__(
@@ -1462,11 +1464,14 @@ class HierarchicalDrafter(Drafter):
         self.models = drafter.models if shares_cache else (model, *drafter.models)
         self.min_draft_length = min_draft_length
         # One token short of enough, a step may still add a whole path and the model's own token.
-        self.max_nodes = 1 + min_draft_length + drafter.max_depth(drafter.max_nodes)
+        depth = drafter.max_depth(drafter.max_nodes)
+        self.max_nodes = 1 + min_draft_length + depth
+        self.sizes = sorted({self.max_nodes, self.max_nodes - depth // 2})  # most steps add less
 
     @property
     def slack(self) -> int:
-        return max(self.max_nodes, self.min_draft_length - 1 + self.drafter.slack)
+        # A row that has drafted all it can rides along while others still draft, and so does its next draft.
+        return self.max_nodes - 1 + self.drafter.slack
 
     def taps(self, layers: int) -> tuple[int, ...]:
         return self.drafter.taps(layers) if self.shares_cache else ()
@@ -1483,16 +1488,16 @@ class HierarchicalDrafter(Drafter):
     def warm_up(self, state: State) -> None:
         self.level.warm_up()
         if not self.shares_cache:
-            self.catch_up(state)
+            self.follow(state)
 
-    def count_in(self, stats: Stats) -> None:
+    def count_into(self, stats: Stats) -> None:
         stats.inside = stats.inside or Stats()
-        self.level.count_in(stats.inside)
+        self.level.count_into(stats.inside)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         inside = self.level.state
         start = max(min(start, int(inside.length[row]) - 1), 0)  # it may lack more than the target does
-        inside.length[row] = start + 1  # true, should this be interrupted
+        inside.length[row] = start + 1  # all that may be counted on, should this be interrupted
         if not self.shares_cache:
             features, taps = inside.features[row], self.level.taps
             prefill(self.model, self.level.cache, row, tokens, start, features, taps)
@@ -1500,6 +1505,7 @@ class HierarchicalDrafter(Drafter):
         inside.length[row] = len(tokens)
 
     def rewind(self, length: Tensor) -> None:
+        # All levels at once: this one may move on before the next is asked for a draft.
         inside = self.level.state
         inside.length = torch.minimum(inside.length, length)
         self.drafter.rewind(inside.length)
@@ -1511,7 +1517,7 @@ class HierarchicalDrafter(Drafter):
             place = start[:, None] + torch.arange(tokens.shape[1], device=start.device)  # [B, n]
             inside.features[torch.arange(len(start), device=start.device)[:, None], place] = tapped
 
-    def catch_up(self, state: State) -> None:
+    def follow(self, state: State) -> None:
         """Feed the middle model what it may lack of a text of which the target accepted all that it said."""
         begin = time.perf_counter()
         self.feed_some(*state.before(state.length, self.level.behind), self.level.state)
@@ -1524,18 +1530,21 @@ class HierarchicalDrafter(Drafter):
         if self.shares_cache:
             inside.length = state.length.clone()  # the target has written what was lacking
         elif (inside.length < state.length).any():
-            self.catch_up(state)
-        while True:
-            inside.active.copy_(state.active & (inside.length - state.length < self.min_draft_length))
-            active = inside.active.tolist()
-            if not any(active):
-                break
+            self.follow(state)
+        active, drafted = state.active.tolist(), [0] * len(state.active)
+        while any(going := [a and count < self.min_draft_length for a, count in zip(active, drafted)]):
+            inside.active.copy_(torch.tensor(going))
             begin = time.perf_counter()
             draft, verified = self.level.step()
-            rows = [(result, result.accepted, len(result.tokens)) for result in compress(verified, active)]
+            rows = [(result, result.accepted, len(result.tokens)) for result in compress(verified, going)]
             self.level.count_step(draft, rows, time.perf_counter() - begin)
-        place = state.length[:, None] + torch.arange(self.max_nodes, device=state.length.device)
+            drafted = [count + goes * len(v.tokens) for count, goes, v in zip(drafted, going, verified)]
+        n = next(size for size in self.sizes if size > max(drafted))
+        place = state.length[:, None] + torch.arange(n, device=state.length.device)  # [B, n]
         return Draft.chain(state.tokens.gather(1, place), inside.length - state.length)
+
+    def draft_sizes(self) -> list[int]:
+        return self.sizes
 
 
 class Decoder(Level):
@@ -1601,7 +1610,7 @@ class Decoder(Level):
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
-        self.count_in(stats)
+        self.count_into(stats)
         seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
         waiting = deque(range(len(prompts)))
         rows: list[Row | None] = [None] * self.setup.batch_size

@@ -214,6 +214,7 @@ def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, comp
     [
         *(("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)),
         *(("tree", 0.2, 0.95), ("sure", 0.8, 1.0)),
+        *(("middle", 0.2, 0.95), ("equal middle", 0.99, 1.0), ("strange middle", 0.0, 0.2)),
     ],
 )
 def test_drafters_cover_low_mixed_and_full_acceptance(target, name, low, high):

@@ -95,9 +95,9 @@ def test_both_paths_make_a_hierarchy(capsys):
         result = run_json(capsys, *flags, "--min_draft_length", "4", *drafter)
         assert (result["method"], result["outputs"]) == ("hierarchical", expected["outputs"])
         stats, [outer, inner] = result["stats"], result["stats"]["levels"]
-        assert outer["target_forwards"] == stats["target_forwards"]
+        assert outer["forwards"] == stats["target_forwards"]
         assert inner["tokens_per_step"] > 1.5
-        assert stats["drafted_tokens"] == inner["accepted_tokens"] + inner["target_forwards"]
+        assert stats["drafted_tokens"] == inner["accepted_tokens"] + inner["forwards"]
         spent = inner["drafting_seconds"] + inner["verification_seconds"]
         assert 0 < spent <= outer["drafting_seconds"] < stats["decode_seconds"]
     head = stats["weight_bytes"] - expected["stats"]["weight_bytes"]

@@ -14,7 +14,7 @@ from conftest import (
     random_prompts,
     texts,
 )
-from test_decoding import check_every_step, hierarchies
+from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
 import kernels
 from generate import load_head, load_model
@@ -69,7 +69,11 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
 
     def step():
         begun.append(int(drafter.level.state.length))
-        return steps()
+        result = steps()
+        if not shares_cache:  # the middle's cache and the head's, after every step inside too
+            text = decoder.state.tokens[0, : int(drafter.level.state.length) + 1].tolist()
+            assert_level_is_fresh(drafter.level, middle, 0, text)
+        return result
 
     def checked(state):
         length, seed = int(state.length), int(state.seed)
@@ -85,9 +89,10 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
             expected = says_alone(middle, empty, text, 0, 7, seed, sampling)
         draft = propose(state)
         count = int((draft.parent >= 0).sum())
-        assert 4 <= count <= 7 and draft.tokens.shape[1] == 8
+        n = draft.tokens.shape[1]
+        assert 4 <= count <= 7 and n == (7 if count < 7 else 8)
         assert draft.tokens[0, : count + 1].tolist() == text[-1:] + expected[:count]
-        assert draft.parent[0].tolist() == list(range(-1, count)) + [-1] * (7 - count)
+        assert draft.parent[0].tolist() == list(range(-1, count)) + [-1] * (n - 1 - count)
         assert 0 <= draft.tokens.min() <= draft.tokens.max() < 61  # padding is embedded too
         return draft
 
@@ -98,12 +103,11 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
     assert all(cuts.values()), cuts
 
 
-@pytest.mark.parametrize("broken", ["rewind", "catch_up"])
+@pytest.mark.parametrize("broken", ["rewind", "follow"])
 @pytest.mark.parametrize("name", ["middle", "three levels"])
 def test_a_middle_model_that_does_not_follow_is_seen(target, monkeypatch, name, broken):
-    """By the caches; the texts would still be right."""
     monkeypatch.setattr(HierarchicalDrafter, broken, lambda self, *_: None)
-    with pytest.raises((AssertionError, IndexError)):
+    with pytest.raises(AssertionError):
         check_every_step(target, hierarchies(target)[name], SAMPLED)
 
 
@@ -145,7 +149,7 @@ def test_levels_are_counted_and_timed(target):
         assert inner.target_forwards == sum(inner.accepted_histogram)
         assert inner.tokens_per_step == inner.new_tokens / inner.target_forwards > 1
         spent = inner.drafting_seconds + inner.verification_seconds
-        assert 0.5 * level.drafting_seconds < spent <= level.drafting_seconds
+        assert 0 < spent <= level.drafting_seconds
         level = inner
     assert depth == 2
     assert outer.drafting_seconds + outer.verification_seconds <= outer.decode_seconds
@@ -238,13 +242,30 @@ def test_other_weights_are_not_shared():
         share_weights(load_model(SHIPPED_SMALL, "bf16"), "w4a8")
 
 
-def test_slots_for_the_widest_of_what_a_step_touches(target):
-    """The chain in the target's cache, and before it ends a tree: in the middle's cache, or in the same."""
+@pytest.mark.parametrize("shares_cache", [False, True])
+def test_slots_for_the_widest_of_what_a_step_touches(target, monkeypatch, shares_cache):
+    """A row with the longest sequence there can be rides along while another one verifies a tree."""
+    touched, write = [], KVCache.write
+
+    def watched(self, slots, *rest):
+        touched.append(int(slots.max()))
+        write(self, slots, *rest)
+
+    monkeypatch.setattr(KVCache, "write", watched)
+    near, lengths = noisy_copy(target, 0.05), [35, 3, 9, 5, 17, 34, 2, 36, 20, 33, 38, 37, 21, 36, 35, 38]
+    drafter = HierarchicalDrafter(near, LookupDrafter(5, ngram=1), 3, shares_cache)
+    decoder = Decoder(target, drafter, GREEDY, 40, batch_size=4, compile=False)
+    list(decoder.run(random_prompts(lengths), 100))
+    assert drafter.max_nodes == 1 + 3 + 5 and drafter.slack == 8 + 6
+    assert 40 + drafter.slack == decoder.setup.slots > max(touched) >= 40 + (3 - 1) + 6
+
+
+def test_the_numbers_of_a_hierarchy(target):
     wide = HierarchicalDrafter(target, tree(target, tree_size=22), 3)
-    assert wide.max_nodes == 1 + 3 + 3 and wide.slack == 2 + 22
+    assert wide.draft_sizes() == [1 + 3 + 2, 1 + 3 + 3] and wide.slack == 6 + 22
     nested = HierarchicalDrafter(target, wide, 2)
-    assert nested.max_nodes == 1 + 2 + 6 and nested.slack == 1 + 24
-    assert HierarchicalDrafter(target, LookupDrafter(2), 9).slack == 1 + 9 + 2
+    assert nested.max_nodes == 1 + 2 + 6 and nested.slack == 8 + wide.slack
+    assert HierarchicalDrafter(target, Drafter(), 2).draft_sizes() == [3]
     other = random_model(num_layers=3)
     with pytest.raises(BadInput, match="shape"):
         Decoder(target, HierarchicalDrafter(other, LookupDrafter(), 2, shares_cache=True), compile=False)

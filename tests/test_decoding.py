@@ -92,7 +92,7 @@ def drafters(target) -> dict[str, Drafter]:
         "unsure": SequentialDrafter(noisy_copy(target), 3, draft_confidence=0.5),
         "bush": RandomTreeDrafter(target),
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
-        "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=4),
+        "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=3),
         "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
         **hierarchies(target),
     }
@@ -162,9 +162,8 @@ def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
     drafter = drafters(target)[name]
     assert texts(target, PROMPTS, drafter, sampling) == expected  # one after another, five refills of one row
     assert texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=4) == expected
-    assert (
-        texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=2) == expected
-    )  # rows are refilled
+    if name in FLAT:  # rows are refilled; in hierarchies, by the test of caches below
+        assert texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=2) == expected
 
 
 @pytest.mark.parametrize("precision", ["bf16", *PRECISIONS])

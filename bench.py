@@ -259,8 +259,9 @@ def report_tree(args: argparse.Namespace) -> dict:
         target = generate.load_model(generate.SHIPPED_TARGET, precision)
         head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
         sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
-        drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in TreeDrafter.SIZES}
-        drafters["auto"] = TreeDrafter(head, None, *shape)
+        auto = TreeDrafter(head, None, *shape)
+        drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in auto.sizes}
+        drafters["auto"] = auto
         rows = compare({name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}, args)
         for name, row in rows.items():
             ratios = [auto / this for auto, this in zip(rows["auto"]["speeds"], row["speeds"])]
@@ -270,10 +271,10 @@ def report_tree(args: argparse.Namespace) -> dict:
                     name, *(quartiles(ratios)[i] for i in (1, 0, 2))
                 )
             )
-        auto = rows["auto"]
-        print(f"auto verified {dict(sorted(auto['steps_by_nodes'].items()))} (nodes: steps),", end=" ")
-        expected = auto["expected_accepted_tokens"]
-        print(f"expected {expected:.0f} accepted tokens and had {auto['accepted_tokens']}\n", flush=True)
+        row = rows["auto"]
+        print(f"auto verified {dict(sorted(row['steps_by_nodes'].items()))} (nodes: steps),", end=" ")
+        expected = row["expected_accepted_tokens"]
+        print(f"expected {expected:.0f} accepted tokens and had {row['accepted_tokens']}\n", flush=True)
         results[precision] = rows
     return results
 

@@ -158,13 +158,15 @@ def report_cost(args: argparse.Namespace) -> dict:
     return {name: {"seconds": seconds, "relative": seconds / cost["T(1)"]} for name, seconds in cost.items()}
 
 
-def compare(decoders: dict[str, Decoder], args: argparse.Namespace) -> dict[str, dict]:
-    """Every decoder on the same prompts, taking turns; the first is what the others are compared with.
+def compare(target: Transformer, drafters: dict[str, Drafter], args: argparse.Namespace) -> dict[str, dict]:
+    """Every drafter on the same prompts, taking turns; the first is what the others are compared with.
 
-    Per decoder: tokens per step (tau), seconds of drafting in a step, T(n) averaged over the steps, n being
+    Per drafter: tokens per step (tau), seconds of drafting in a step, T(n) averaged over the steps, n being
     what each verified; tokens/s, speedups (quartiles of the prompts' ratios), and what the cost model makes
     of the first three, tau * T(1) / (drafting + T(n)). T(n) is measured apart from the texts.
     """
+    sampling = Sampling(args.temperature, top_p=args.top_p)
+    decoders = {name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}
     for decoder in decoders.values():
         decoder.warm_up()
     cost = measure_verification(decoders)
@@ -241,11 +243,10 @@ def measure_verification(decoders: dict[str, Decoder]) -> dict[str, dict[int, fl
 def report_methods(args: argparse.Namespace) -> dict:
     """Every flat method on the same prompts: see `compare`."""
     target, small = shipped(args.precision)
-    sampling = Sampling(args.temperature, top_p=args.top_p)
     drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
     drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
     drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, args.precision))
-    return compare({name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}, args)
+    return compare(target, drafters, args)
 
 
 def report_tree(args: argparse.Namespace) -> dict:
@@ -258,19 +259,15 @@ def report_tree(args: argparse.Namespace) -> dict:
         print(f"{precision}, tree depth {args.tree_depth}, top-k {args.tree_topk}")
         target = generate.load_model(generate.SHIPPED_TARGET, precision)
         head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
-        sampling, shape = Sampling(args.temperature, top_p=args.top_p), (args.tree_depth, args.tree_topk)
+        shape = (args.tree_depth, args.tree_topk)
         auto = TreeDrafter(head, None, *shape)
         drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in auto.sizes}
         drafters["auto"] = auto
-        rows = compare({name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}, args)
+        rows = compare(target, drafters, args)
         for name, row in rows.items():
             ratios = [auto / this for auto, this in zip(rows["auto"]["speeds"], row["speeds"])]
-            row["auto_against_this"] = quartiles(ratios)
-            print(
-                "auto / {}: {:.2f} ({:.2f} to {:.2f})".format(
-                    name, *(quartiles(ratios)[i] for i in (1, 0, 2))
-                )
-            )
+            row["auto_against_this"] = low, middle, high = quartiles(ratios)
+            print(f"auto / {name}: {middle:.2f} ({low:.2f} to {high:.2f})")
         row = rows["auto"]
         print(f"auto verified {dict(sorted(row['steps_by_nodes'].items()))} (nodes: steps),", end=" ")
         expected = row["expected_accepted_tokens"]
@@ -286,10 +283,7 @@ def report_hierarchical(args: argparse.Namespace) -> dict:
     for precision in ("w4a16", "w4a8"):
         lower = quantize.lower_activations(precision)
         print(f"{precision}; its own middle is {lower}")
-        target, drafters = hierarchies(precision, lower, args)
-        sampling = Sampling(args.temperature, top_p=args.top_p)
-        decoders = {name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}
-        results[precision] = compare(decoders, args)
+        results[precision] = compare(*hierarchies(precision, lower, args), args)
     return results
 
 
@@ -357,40 +351,42 @@ def report_exact(args: argparse.Namespace) -> dict:
     """
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in args.precisions.split(","):
-        target, small = shipped(precision)
-        head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
-        inner = generate.load_head(generate.SMALL_HEAD, small, precision)
-        compiled = [Drafter(), LookupDrafter(4), SequentialDrafter(small, 4), TreeDrafter(head)]
-        runs = {True: [(drafter, 1) for drafter in compiled]} if not args.uncompiled else {}
-        runs[False] = [
-            (Drafter(), 1),
-            (Drafter(), 4),
-            (LookupDrafter(4), 4),
-            (SequentialDrafter(small, 4), 4),
-        ]
-        runs[False] += [(TreeDrafter(head), 4), (HierarchicalDrafter(small, TreeDrafter(inner)), 4)]
-        if precision in quantize.PRECISIONS:
-            twin = quantize.share_weights(target, quantize.lower_activations(precision))
-            own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin, precision))
-            runs[False] += [(HierarchicalDrafter(twin, own, shares_cache=True), 4)]
+        target, compiled, uncompiled = exact_contestants(precision)
         for temperature in (0.0, 1.0):
-            for compile, entries in runs.items():
+            for compile, entries in ((True, {} if args.uncompiled else compiled), (False, uncompiled)):
                 expected = None
-                for drafter, batch_size in entries:
+                for name, (drafter, batch_size) in entries.items():
                     sampling = Sampling(temperature)
                     decoder = Decoder(target, drafter, sampling, 1024, batch_size, compile)
                     decoder.warm_up()
                     texts = decode_all(decoder, prompts, args.max_new_tokens)
                     expected = expected or texts
                     different = sum(ours != base for ours, base in zip(texts, expected))
-                    own_cache = ", own middle" if getattr(drafter, "shares_cache", False) else ""
-                    kind = f"batch of {batch_size}, {'' if compile else 'un'}compiled{own_cache}"
-                    name = f"{precision} T={temperature} {type(drafter).__name__}, {kind}"
+                    name = f"{precision} T={temperature} {name}, {'' if compile else 'un'}compiled"
                     rows[name] = {"texts": len(texts), "different": different}
                     print(f"{name:60} {different} of {len(texts)} differ", flush=True)
     total = sum(row["texts"] for row in rows.values()), sum(row["different"] for row in rows.values())
     print("{} texts, of which {} differ".format(*total))
     return rows
+
+
+def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
+    """The shipped target; drafters and batch sizes by name, to run compiled and uncompiled. The first of each
+    are what the others are compared with."""
+    target, small = shipped(precision)
+    head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
+    inner = generate.load_head(generate.SMALL_HEAD, small, precision)
+    flat = [Drafter(), LookupDrafter(4), SequentialDrafter(small, 4), TreeDrafter(head)]
+    alone = {f"{type(drafter).__name__}, batch of 1": (drafter, 1) for drafter in flat}
+    batches = {"Drafter, batch of 1": (Drafter(), 1)}
+    more = [*flat, HierarchicalDrafter(small, TreeDrafter(inner))]
+    batches |= {f"{type(drafter).__name__}, batch of 4": (drafter, 4) for drafter in more}
+    if precision in quantize.PRECISIONS:
+        twin = quantize.share_weights(target, quantize.lower_activations(precision))
+        own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin, precision))
+        middle = HierarchicalDrafter(twin, own, shares_cache=True)
+        batches["HierarchicalDrafter, own middle, batch of 4"] = (middle, 4)
+    return target, alone, batches
 
 
 def report_perplexity(args: argparse.Namespace) -> dict:

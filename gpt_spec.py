@@ -1424,7 +1424,7 @@ class Level:
         for result, accepted, tokens in rows:
             self.stats.count_row(draft, result, accepted, tokens)
         self.stats.decode_seconds += seconds
-        surplus = sum(result.accepted - result.expected for result, _, _ in rows) / max(len(rows), 1)
+        surplus = sum(result.accepted - result.expected for result, _, _ in rows) / len(rows)
         tokens = sum(tokens for _, _, tokens in rows)
         self.setup.pace.count(tokens, seconds, surplus if draft.expected is not None else 0.0)
 

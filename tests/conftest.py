@@ -66,9 +66,14 @@ def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:
 
 def texts(model, prompts, drafter=None, sampling=Sampling(), max_new_tokens=40, **options) -> list[list[int]]:
     """What `generate` says after every prompt; uncompiled, unless asked for."""
-    out = [[] for _ in prompts]
     options.setdefault("compile", False)
-    for emissions in generate(model, prompts, drafter, sampling, max_new_tokens, **options):
+    return collect(generate(model, prompts, drafter, sampling, max_new_tokens, **options), len(prompts))
+
+
+def collect(steps, prompts: int) -> list[list[int]]:
+    """The new tokens of so many prompts, from the emissions of all steps."""
+    out = [[] for _ in range(prompts)]
+    for emissions in steps:
         for emission in emissions:
             out[emission.prompt_index] += emission.tokens
     return out

@@ -12,6 +12,7 @@ from conftest import (
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
+    collect,
     guessing_head,
     noisy_copy,
     random_model,
@@ -396,11 +397,8 @@ def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampli
     expected = texts(target, PROMPTS[:3], sampling=sampling)
     decoder = Decoder(target, drafters(target)[name], sampling, max_length=128, batch_size=batch_size)
     assert decoder.warm_up() > 0
-    out = [[], [], []]
     with torch.compiler.set_stance("fail_on_recompile"):
-        for emissions in decoder.run(PROMPTS[:3], 40):
-            for emission in emissions:
-                out[emission.prompt_index] += emission.tokens
+        out = collect(decoder.run(PROMPTS[:3], 40), 3)
     assert out == expected
 
 

@@ -8,6 +8,7 @@ from conftest import (
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     SMALL_HEAD,
+    collect,
     guessing_head,
     noisy_copy,
     random_model,
@@ -202,11 +203,7 @@ def test_a_target_is_its_own_middle(precision, middle, temperature):
     plain = Decoder(target, None, sampling, 192, 2, compile=False)
     nested = Decoder(target, drafter, sampling, 192, 2, compile=False)
     assert drafter.level.cache is nested.cache and drafter.level.state.features is nested.state.features
-    out = [[[], []], [[], []]]
-    for decoder, text in zip((plain, nested), out):
-        for emissions in decoder.run(prompts, 100, stats=stats):
-            for emission in emissions:
-                text[emission.prompt_index] += emission.tokens
+    out = [collect(decoder.run(prompts, 100, stats=stats), 2) for decoder in (plain, nested)]
     assert out[0] == out[1]
     assert stats.inside.tokens_per_step > 1.5
     for ours, expected in zip(
@@ -280,9 +277,6 @@ def test_compiled_levels_never_recompile(target):
     shared = HierarchicalDrafter(noisy_copy(middle, 0.1), inner, 2, shares_cache=True)
     decoder = Decoder(target, HierarchicalDrafter(middle, shared, 3), GREEDY, 128, batch_size=2)
     assert decoder.warm_up() > 0
-    out = [[], [], []]
     with torch.compiler.set_stance("fail_on_recompile"):
-        for emissions in decoder.run(prompts, 40):
-            for emission in emissions:
-                out[emission.prompt_index] += emission.tokens
+        out = collect(decoder.run(prompts, 40), 3)
     assert out == texts(target, prompts)

@@ -539,7 +539,7 @@ def call_overhead() -> float:
     """Seconds of a linear of 16 x 16: what a call costs before there is work."""
     x, weight = torch.randn(1, 16).bfloat16(), random_weight(16, 16, "bf16")
     operator = torch.ops.gpt_spec.linear.default
-    arguments = (x, *weight, None, None, None, None, 0.0, False, 16, 16, False)
+    arguments = (x, *weight, None, None, None, None, 0.0, False, None, 1, 1, None, 16, 16, False)
     return interleave({"call": lambda: [operator(*arguments) for _ in range(1000)]}, 9)["call"] / 1000
 
 

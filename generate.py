@@ -23,7 +23,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,10 +48,12 @@ from gpt_spec import (  # noqa: E402
     Stats,
     Transformer,
 )
+from quantize import Stored  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
 SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle"  # of these two
+HINT = "config.json and the weights do not belong together"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
 ALL_PRECISIONS = [*DTYPES, *quantize.PRECISIONS]
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
@@ -154,12 +155,18 @@ def tensor_names(weights) -> list[str]:
     return [name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")]
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """(name, function that reads it) of every tensor of a checkpoint, in order."""
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its header; nothing is read. BadInput for one that is there twice."""
+    tensors = {}
     for path in files:
-        with open_weights(path) as weights:
-            for name in tensor_names(weights):
-                yield name, partial(weights.get_tensor, name)
+        weights = open_weights(path)
+        for name in tensor_names(weights):
+            if name in tensors:
+                raise BadInput(f"{path}: {name} is in {tensors[name].where.name} already")
+            header = weights.get_slice(name)
+            read = partial(weights.get_tensor, name)
+            tensors[name] = Stored(tuple(header.get_shape()), header.get_dtype(), path, read)
+    return tensors
 
 
 def stored_quantization(files: list[Path]) -> quantize.Quantization | None:
@@ -175,35 +182,30 @@ def stored_quantization(files: list[Path]) -> quantize.Quantization | None:
     return None if first is None else quantize.Quantization.from_json(first, str(files[0]))
 
 
-def check_weights(model: Transformer, directory: Path, files: list[Path]) -> str:
+def check_weights(model: Transformer, directory: Path, tensors: dict[str, Stored]) -> str:
     """Each tensor must have a place and each place a tensor -> the precision that 16-bit files ask for.
 
-    Only headers are read, and the model may be on the meta device: what does not fit costs nothing.
+    Only headers are looked at, and the model may be on the meta device: what does not fit costs nothing.
     """
-    places, found, kinds = weight_places(model), {}, []
-    for path in files:
-        with open_weights(path) as weights:
-            for name in tensor_names(weights):
-                if name not in places:
-                    raise BadInput(f"{path}: unexpected tensor {name}; {config_hint(directory)}")
-                if name in found:
-                    raise BadInput(f"{path}: {name} is in {found[name]} already")
-                check_tensor(path, name, weights.get_slice(name), places[name])
-                found[name] = path.name
-                kinds.append(weights.get_slice(name).get_dtype())
-    missing = sorted(set(model.checkpoint_tensors()) - set(found))
+    places = weight_places(model)
+    for name, stored in tensors.items():
+        if name not in places:
+            raise BadInput(f"{stored.where}: unexpected tensor {name}; {HINT}")
+        check_tensor(name, stored, places[name])
+    missing = sorted(set(model.checkpoint_tensors()) - set(tensors))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadInput(f"{directory}: the weights lack {missing[0]}{more}; {config_hint(directory)}")
+        raise BadInput(f"{directory}: the weights lack {missing[0]}{more}; {HINT}")
+    kinds = [stored.kind for stored in tensors.values()]
     return FILE_PRECISION.get(max(set(kinds), key=kinds.count), "bf16")
 
 
-def check_tensor(path: Path, name: str, header, place: torch.Tensor) -> None:
+def check_tensor(name: str, stored: Stored, place: torch.Tensor) -> None:
     """Does a tensor of a file, known by its header, fit into its place? Raises BadInput."""
-    shape, kind = tuple(header.get_shape()), header.get_dtype()
+    shape, kind, path, _ = stored
     if shape != tuple(place.shape):
         raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {tuple(place.shape)}")
-    fixed = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}.get(place.dtype)
+    fixed = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.float16: "F16"}.get(place.dtype)
     if fixed and kind != fixed:
         raise BadInput(f"{path}: {name} is {kind}; the format has {fixed}")
     if not fixed and kind not in FILE_PRECISION:
@@ -218,16 +220,16 @@ def weight_places(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def fill_weights(
-    model: Transformer, directory: Path, files: list[Path], q: quantize.Quantization | None
+    model: Transformer, directory: Path, checked: dict[str, Stored], q: quantize.Quantization | None
 ) -> None:
-    """Copy every tensor of checked files into its place, quantized on the way if `q` is given.
+    """Copy every checked tensor into its place, quantized on the way if `q` is given.
 
     What a tied model has twice must be the same.
     """
     places, linears, head = model.checkpoint_tensors(), quantize.linear_names(model), None
     tied = model.config.tied_embeddings
-    for name, read in read_tensors(files):
-        tensor = read()
+    for name, stored in checked.items():
+        tensor = stored.read()
         if name == "lm_head.weight" and tied:
             head = tensor
         else:
@@ -240,11 +242,18 @@ def fill_weights(
         )
 
 
-def config_hint(directory: Path) -> str:
-    quantized = read_json(directory / "config.json").get("quantization_config")
-    if quantized:
-        return f"the checkpoint is quantized ({quantized.get('quant_method')}), which is not supported yet"
-    return "config.json and the weights do not belong together"
+def published_config(directory: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """How somebody else's tool says that it quantized a checkpoint, in one of the four places there are."""
+    inside = raw.get("quantization_config") or raw.get("compression_config")
+    if inside is not None and not isinstance(inside, dict):
+        raise BadInput(f"{directory / 'config.json'}: quantization_config is no object")
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        beside = read_json(directory / name)
+        if beside:
+            return {"quant_method": method} | beside | (inside or {})
+    if inside is not None and "quant_method" not in inside and "config_groups" in inside:
+        return {"quant_method": "compressed-tensors"} | inside
+    return inside
 
 
 @dataclass
@@ -253,26 +262,36 @@ class Checkpoint:
 
     directory: Path
     files: list[Path]
-    model: Transformer  # on the meta device, in the form of the files
+    tensors: dict[str, Stored]  # in our format, whatever the files have
+    model: Transformer  # on the meta device, in the form of the tensors
     quantization: quantize.Quantization | None
     precision: str  # the files' own
+    published: str | None = None  # the name of somebody else's 4-bit format
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Check a directory: its configuration, and that each weight has a place and each place a weight."""
+    where = str(directory / "config.json")
     raw = read_json(directory / "config.json", required=True)
-    config = ModelConfig.from_dict(raw, str(directory / "config.json"))
+    config = ModelConfig.from_dict(raw, where)
     files = weight_files(directory)
-    q = stored_quantization(files)
+    q, tensors = stored_quantization(files), stored_tensors(files)
+    published, layout = None if q else published_config(directory, raw), None
     with torch.device("meta"):
         model = Transformer(config)
-    if q is not None:
-        try:
-            quantize.reshape(model.to(torch.bfloat16), q)
-        except BadInput as error:
-            raise BadInput(f"{files[0]}: {error}") from None
-    own = check_weights(model, directory, files)
-    return Checkpoint(directory, files, model, q, own if q is None else f"w{q.bits}a16")
+    try:
+        if published is not None:
+            layout = quantize.find_layout(published, where)
+            tensors, q = quantize.translate(layout, tensors, model, where)
+        if q is not None:
+            permuted = quantize.check_permutations(tensors, model)
+            quantize.reshape(model.to(torch.bfloat16), q, permuted)
+    except BadInput as error:
+        named = str(error).startswith(str(directory))
+        raise BadInput(str(error) if named else f"{files[0]}: {error}") from None
+    own = check_weights(model, directory, tensors)
+    own = f"w{q.bits}a{layout.activation_bits if layout else 16}" if q else own
+    return Checkpoint(directory, files, tensors, model, q, own, layout and layout.name)
 
 
 def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
@@ -294,13 +313,13 @@ def load_model(
     precision: str | None = None,
     device: str = "cpu",
     flag: str = "--checkpoint_path",
-    quantization: quantize.Quantization | None = None,
 ) -> Transformer:
     """Load a Hugging Face directory or hub repository. `precision` is fp32, bf16 or a name of
     `quantize.PRECISIONS`; None is the file's own.
 
     Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
-    the precision asks for it (`quantization`: how). Raises BadInput for anything that does not fit.
+    the precision asks for it, published 4-bit ones are brought into our format. Raises BadInput for anything
+    that does not fit.
     """
     checkpoint = open_checkpoint(find_checkpoint(str(path), flag))
     precision = precision or checkpoint.precision
@@ -309,13 +328,15 @@ def load_model(
     if checkpoint.quantization is None:
         model = model.to(DTYPES.get(precision, torch.bfloat16))
         if precision in quantize.PRECISIONS:
-            q = quantization or quantize.default_quantization(model, precision)
+            q = quantize.default_quantization(model, precision)
             quantize.reshape(model, q)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     if model.config.tied_embeddings and model.lm_head.scales is None:
         model.lm_head.weight = model.embed_tokens.weight
     model.frequencies = gpt_spec.rope_frequencies(model.config).to(device)
-    fill_weights(model, checkpoint.directory, checkpoint.files, q)
+    fill_weights(model, checkpoint.directory, checkpoint.tensors, q)
+    if checkpoint.quantization is not None and checkpoint.quantization.rotation:
+        quantize.add_rotations(model, device)
     if precision in quantize.PRECISIONS:
         quantize.set_precision(model, precision)
     announce(model.pack(), q)
@@ -330,7 +351,7 @@ def load_model(
 def read_head(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of a published head, by name: of safetensors files, or of a pytorch_model.bin."""
     if any(directory.glob("model*.safetensors*")):
-        return {name: read() for name, read in read_tensors(weight_files(directory))}
+        return {name: stored.read() for name, stored in stored_tensors(weight_files(directory)).items()}
     path = directory / "pytorch_model.bin"
     if not path.exists():
         raise BadInput(f"{directory}: has no weights; model.safetensors or pytorch_model.bin is needed")
@@ -1168,7 +1189,7 @@ def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, defa
     if path is None:
         whose = "this very target" if method == "tree" else "the model in --draft_checkpoint_path"
         raise BadInput(f"--method {method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
-    head = load_head(path, model, args.draft_precision or quantize.precision_of(model))
+    head = load_head(path, model, args.draft_precision if method == "tree" else None)
     size = args.tree_size if isinstance(args.tree_size, int) else None
     shape = (args.tree_depth or gpt_spec.TREE_DEPTH, args.tree_topk or gpt_spec.TREE_TOPK)
     with naming_flags():

@@ -202,11 +202,40 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
+class Rotation(nn.Module):
+    """An orthogonal matrix that is fast to multiply with (`kernels.rotate`): signs, then Hadamard matrices.
+
+    What is large in one number is spread over all of them, which is easier on 4-bit numbers (QuaRot: arXiv
+    2404.00456). Weights that read a rotated state are rotated likewise (`quantize.rotated`), and cancel it.
+    """
+
+    def __init__(self, matrix: Tensor, power: int, stride: int = 1, signs: Tensor | None = None):
+        """matrix: float32 [K, K] of +1 and -1; signs: the same [size], or None for none."""
+        super().__init__()
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("transposed", matrix.T.contiguous(), persistent=False)
+        self.register_buffer("signs", signs, persistent=False)
+        self.power, self.stride = power, stride
+
+    @property
+    def arguments(self) -> tuple[Tensor, int, int]:
+        return self.matrix, self.power, self.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.signs is None else x * self.signs.to(x.dtype)
+        return kernels.rotate(x, *self.arguments)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        x = kernels.rotate(x, self.transposed, self.power, self.stride)
+        return x if self.signs is None else x * self.signs.to(x.dtype)
+
+
 class Linear(nn.Linear):
     """x W^T + bias with weights of 16, 8 or 4 bits, and what stands next to it in a Llama (`kernels.linear`).
 
     `weight` is nn.Linear's; or int8 [out, in] with `scales`; or 4-bit uint8 [out, in / 2] with `scales` and
-    perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want.
+    perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want. Inputs are rotated
+    first, if there is a `rotation`, and then put into another order, if there is a `permutation`.
     """
 
     wide = False  # results in float32, not in the dtype of x
@@ -215,6 +244,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.register_parameter("scales", None)
         self.register_parameter("zeros", None)
+        self.register_parameter("permutation", None)
+        self.rotation: Rotation | None = None
         self.activation_bits = 16
 
     def forward(
@@ -223,8 +254,16 @@ class Linear(nn.Linear):
         """residual + (norm(x), or silu(gate) * up of x = (gate, up)) W^T + bias. x: [B, n, .]"""
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         weights = (self.weight, self.scales, self.zeros, self.bias)
-        extras = (residual, scale, eps, gated, self.out_features, self.activation_bits)
-        return kernels.linear(x, *weights, *extras, self.wide)
+        extras = (residual, scale, eps, gated, self.rotation and self.rotation.arguments, self.permutation)
+        return kernels.linear(x, *weights, *extras, self.out_features, self.activation_bits, self.wide)
+
+    def prepare(
+        self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """What `forward` multiplies the weights with, before it is rounded: [B, n, in]."""
+        scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+        rotation = self.rotation.arguments if self.rotation else (None, 1, 1)
+        return kernels.prepare_reference(x, scale, eps, gated, *rotation, self.permutation)
 
     def set_weights(self, weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None) -> None:
         tensors = {"weight": weight, "scales": scales, "zeros": zeros}
@@ -338,6 +377,9 @@ class CheckpointModule(nn.Module):
         names, named = {torch.int8: "quantized", torch.uint8: "packed"}, {}
         for name, tensor in self.named_parameters():
             path, kind = name.rsplit(".", 1)  # ("layers.0.mlp.gate_up_proj", "weight")
+            if kind == "permutation":  # of the inputs, which all parts have in common
+                named |= {f"{part}.permutation": tensor.detach() for part in self.parts(path, 0)}
+                continue
             parts = self.parts(path, tensor.shape[0])
             for part, view in zip(parts, tensor.detach().split(tuple(parts.values()))):
                 named[f"{part}.{names.get(tensor.dtype, kind)}"] = view
@@ -363,6 +405,7 @@ class Transformer(CheckpointModule):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
+        self.rotation: Rotation | None = None  # of what goes from layer to layer
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -385,13 +428,18 @@ class Transformer(CheckpointModule):
         """
         cos, sin = self.rope(positions)
         x = kernels.embedding(self.embed_tokens.weight, tokens)  # [B, n, hidden]
+        x = x if self.rotation is None else self.rotation(x)
         tapped = {}
         for i, layer in enumerate(self.layers):
-            tapped |= {i: x} if i in taps else {}  # others are not kept
+            tapped |= {i: self.unrotated(x)} if i in taps else {}  # others are not kept
             x = layer(x, cos, sin, partial(attend, i))
-        tapped[len(self.layers)] = self.norm(x)
+        tapped[len(self.layers)] = self.norm(self.unrotated(x))
         states = torch.cat([tapped[i] for i in taps], dim=-1) if taps else x[..., :0]
         return tapped[len(self.layers)], states
+
+    def unrotated(self, x: Tensor) -> Tensor:
+        """A state between layers as a model without rotation has it, which norm, lm_head and heads read."""
+        return x if self.rotation is None else self.rotation.inverse(x)
 
     def recompute(self, tokens: Tensor, attend=None) -> Tensor:
         """The slow twin of cached decoding: whole texts int64 [B, n] -> features [B, n, hidden]."""

@@ -434,6 +434,60 @@ void swiglu_row(float* gate, const float* up, int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) store(gate + i, rounded(silu(load(gate + i)) * load(up + i)));
 }
 
+// Hadamard matrices of order * power numbers that lie `stride` apart: see `rotate` in kernels.py.
+struct Rotation {
+  const float* matrix;  // [order, order] of +1 and -1, or null: no rotation at all
+  int64_t order, power, stride;
+};
+
+// The fast Walsh-Hadamard transform: sums and differences of numbers that lie half, a quarter, ... of it all apart.
+void butterflies(float* x, int64_t span, int64_t stride) {
+  for (int64_t half = span / 2; half >= stride; half /= 2)
+    for (int64_t begin = 0; begin < span; begin += 2 * half) {
+      float *low = x + begin, *high = low + half;
+      int64_t i = 0;
+      for (; i + LANES <= half; i += LANES) {
+        Floats a = load(low + i), b = load(high + i);
+        store(low + i, a + b), store(high + i, a - b);
+      }
+      for (; i < half; i++) {
+        float a = low[i], b = high[i];
+        low[i] = a + b, high[i] = a - b;
+      }
+    }
+}
+
+// matrix times x [order, span], in place, 16 columns at a time and 4 rows of the matrix.
+void mix_rows(float* x, const float* matrix, int64_t order, int64_t span) {
+  static thread_local std::vector<float> columns;
+  columns.assign(order * LANES, 0.0f);
+  for (int64_t i = 0; i < span; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, span - i);
+    for (int64_t j = 0; j < order; j++) std::copy_n(x + j * span + i, count, columns.data() + j * LANES);
+    for (int64_t k = 0; k < order; k += 4) {
+      Floats sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+      for (int64_t j = 0; j < order; j++)
+        for (int r = 0; r < 4; r++)
+          sums[r] = fma(all(matrix[(k + r) * order + j]), load(columns.data() + j * LANES), sums[r]);
+      for (int r = 0; r < 4; r++) {
+        float lanes[LANES];
+        store(lanes, sums[r]);
+        std::copy_n(lanes, count, x + (k + r) * span + i);
+      }
+    }
+  }
+}
+
+void rotate_row(float* x, int64_t size, const Rotation& r) {
+  const int64_t span = r.power * r.stride, block = r.order * span;
+  for (int64_t begin = 0; begin < size; begin += block) {
+    for (int64_t k = 0; k < r.order; k++) butterflies(x + begin + k * span, span, r.stride);
+    if (r.order > 1) mix_rows(x + begin, r.matrix, r.order, span);
+  }
+  const float scale = 1.0f / std::sqrt((float)(r.order * r.power));
+  for (int64_t i = 0; i < size; i++) x[i] *= scale;
+}
+
 // A packed matrix: blocks of 64 output rows. One step of a block is 256 bytes, 4 for each row.
 struct Weight {
   const uint8_t* bytes;
@@ -517,23 +571,38 @@ void prepare_integers(const float* x, const Weight& w, int64_t row, float limit,
   }
 }
 
-// Row `i` of the activations: norm or SwiGLU, and the words that the weights want.
-void prepare(const bf16* x, const Weight& w, int64_t i, const bf16* norm, float eps, bool gated, int64_t bits,
-             Activations& a) {
+// What happens to a row before it is rounded.
+struct Preparation {
+  const bf16* norm;  // [in], or null
+  float eps;
+  bool gated;
+  Rotation rotation;
+  const int32_t* permutation;  // [in], or null
+};
+
+// Row `i` of the activations, prepared, and the words that the weights want.
+void prepare(const bf16* x, const Weight& w, int64_t i, const Preparation& p, int64_t bits, Activations& a) {
   static thread_local std::vector<float> row;
   static thread_local std::vector<int32_t> words;
   const int64_t size = round_up(w.in, LANES);
   row.resize(2 * size), words.resize(a.width);
-  widen_row(x, w.in, row.data());
-  if (norm) norm_row(row.data(), w.in, norm, eps);
-  if (gated) {
-    widen_row(x + w.in, w.in, row.data() + size);
-    swiglu_row(row.data(), row.data() + size, w.in);
+  float *first = row.data(), *second = first + size;
+  widen_row(x, w.in, first);
+  if (p.norm) norm_row(first, w.in, p.norm, p.eps);
+  if (p.gated) {
+    widen_row(x + w.in, w.in, second);
+    swiglu_row(first, second, w.in);
+  }
+  if (p.rotation.matrix) rotate_row(first, w.in, p.rotation);
+  if (p.permutation) {
+    for (int64_t j = 0; j < w.in; j++) second[j] = first[p.permutation[j]];
+    std::fill(second + w.in, second + size, 0.0f);
+    std::swap(first, second);
   }
   if (bits == 16)
-    prepare_16_bit(row.data(), w, i, (bf16*)words.data(), a);
+    prepare_16_bit(first, w, i, (bf16*)words.data(), a);
   else
-    prepare_integers(row.data(), w, i, bits == 8 ? 127 : 7, bits == 4, (int8_t*)words.data(), a);
+    prepare_integers(first, w, i, bits == 8 ? 127 : 7, bits == 4, (int8_t*)words.data(), a);
   a.put(words.data(), i);
 }
 
@@ -695,8 +764,19 @@ void check(OptionalTensor t, at::ScalarType type, int64_t count, const char* nam
               " should be contiguous, ", type, " and of ", count, " elements");
 }
 
+Rotation make_rotation(OptionalTensor matrix, int64_t power, int64_t stride, int64_t size) {
+  if (!matrix) return {nullptr, 1, 1, 1};
+  const int64_t order = matrix->size(0);
+  check(matrix, at::kFloat, order * order, "rotation");
+  TORCH_CHECK(power > 0 && (power & (power - 1)) == 0 && stride > 0 && (order == 1 || order % 4 == 0) &&
+                  size % (order * power * stride) == 0,
+              "rotation: orders ", order, " and ", power, " at stride ", stride, " do not fit ", size, " numbers");
+  return {pointer<float>(matrix), order, power, stride};
+}
+
 Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
-              OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated, int64_t out,
+              OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated,
+              OptionalTensor rotation, int64_t power, int64_t stride, OptionalTensor permutation, int64_t out,
               int64_t activation_bits, bool wide) {
   Tensor x = x_any.contiguous();
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: activations are bfloat16, not ", x.scalar_type());
@@ -713,6 +793,9 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   check(bias, at::kBFloat16, out, "bias");
   check(norm, at::kBFloat16, w.in, "norm");
   check(residual, at::kBFloat16, n * out, "residual");
+  check(permutation, at::kInt, w.in, "permutation");
+  const Preparation preparation{pointer<bf16>(norm), (float)eps, gated, make_rotation(rotation, power, stride, w.in),
+                                pointer<int32_t>(permutation)};
 
   auto shape = x.sizes().vec();
   shape.back() = out;
@@ -729,7 +812,7 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i++) {
       const bf16* row = (const bf16*)x.const_data_ptr() + i * x.size(-1);
-      prepare(row, w, i, pointer<bf16>(norm), eps, gated, activation_bits, shared);
+      prepare(row, w, i, preparation, activation_bits, shared);
     }
     if (w.inputs == 2)
       multiply_all<Bf16>(w, shared, result);
@@ -759,6 +842,27 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
     norm_row(row.data(), size, (const bf16*)weight.const_data_ptr(), eps);
     narrow_row(row.data(), size, (bf16*)y.mutable_data_ptr() + i * size);
   }
+  return y;
+}
+
+template <class T>
+void rotate_rows(const Tensor& x, Tensor& y, const Rotation& rotation) {
+  const int64_t size = x.size(-1), n = x.numel() / size;
+#pragma omp parallel for schedule(static) if (x.numel() > SMALL)
+  for (int64_t i = 0; i < n; i++) {
+    static thread_local std::vector<float> row;
+    row.resize(round_up(size, LANES));
+    widen_row((const T*)x.const_data_ptr() + i * size, size, row.data());
+    rotate_row(row.data(), size, rotation);
+    narrow_row(row.data(), size, (T*)y.mutable_data_ptr() + i * size);
+  }
+}
+
+Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride) {
+  Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
+  const Rotation rotation = make_rotation(matrix, power, stride, x.size(-1));
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "rotate: not float32 or bfloat16");
+  x.scalar_type() == at::kFloat ? rotate_rows<float>(x, y, rotation) : rotate_rows<bf16>(x, y, rotation);
   return y;
 }
 
@@ -1121,6 +1225,7 @@ Tensor filter(const Tensor& logits_any, double temperature, int64_t top_k, doubl
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("linear", linear);
   m.impl("rms_norm", rms_norm);
+  m.impl("rotate", rotate);
   m.impl("move", move);
   m.impl("top_k", top_k);
   m.impl("filter", filter);

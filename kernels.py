@@ -1,8 +1,9 @@
 """kernels.py: the operations that PyTorch alone does not do well enough. It knows tensors, not models.
 
-    linear      x W^T with 4-bit, 8-bit or bf16 weights; what comes before (norm or SwiGLU, rounding of the
-                activations) and after (bias, residual) is part of it
+    linear      x W^T with 4-bit, 8-bit or bf16 weights; what comes before (norm or SwiGLU, rotation, another
+                order, rounding of the activations) and after (bias, residual) is part of it
     rms_norm    the norm alone
+    rotate      a rotation alone: Hadamard matrices, which spread what is large over many numbers
     top_k       the largest of every row, with a rule for equal ones
     filter      what top-k and top-p sampling leave of logits, without sorting them all
     attention   n queries of every text over a static cache
@@ -23,6 +24,7 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -235,6 +237,20 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
+def rotate_reference(x: Tensor, matrix: Tensor, power: int, stride: int) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    # [..., blocks, K, power, stride]
+    wide = wide.unflatten(-1, (x.shape[-1] // (len(matrix) * power * stride), len(matrix), power, stride))
+    half = power // 2
+    while half:  # the fast Walsh-Hadamard transform: sums and differences of numbers that lie `half` apart
+        a, b = wide.unflatten(-2, (-1, 2, half)).unbind(-3)  # [..., K, pairs, half, stride] each
+        wide = torch.stack((a + b, a - b), dim=-3).flatten(-4, -2)  # [..., K, power, stride]
+        half //= 2
+    if len(matrix) > 1:
+        wide = torch.einsum("ij,...jps->...ips", matrix.to(wide.dtype), wide)
+    return (wide.flatten(-4) / math.sqrt(len(matrix) * power)).to(x.dtype)
+
+
 def quantize_activations(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """x [..., in] as integers, float32 [..., groups, in / groups], and their scales [..., groups, 1].
 
@@ -259,24 +275,48 @@ def linear_reference(
     norm: Tensor | None,
     eps: float,
     gated: bool,
+    rotation: Tensor | None,
+    power: int,
+    stride: int,
+    permutation: Tensor | None,
     out_features: int,
     activation_bits: int,
     wide: bool,
 ) -> Tensor:
     """What `linear` computes, in plain PyTorch."""
+    dtype = x.dtype
+    x = prepare_reference(x, norm, eps, gated, rotation, power, stride, permutation)
+    matrix = dequantize(weight, scales, zeros)[:out_features]
+    if activation_bits < 16:
+        q, scale = quantize_activations(x, activation_bits, scales.shape[1])
+        x = (q * scale).flatten(-2)  # float32 [..., in]
+    else:
+        x = x.to(dtype)
+    matrix = matrix if scales is None else matrix.to(x.dtype)
+    y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    y = y.float() if wide else y.to(dtype)
+    return y if residual is None else residual + y
+
+
+def prepare_reference(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    rotation: Tensor | None,
+    power: int,
+    stride: int,
+    permutation: Tensor | None,
+) -> Tensor:
+    """What a linear multiplies with, before it is rounded: [..., in], float32 after a rotation."""
     if norm is not None:
         x = rms_norm_reference(x, norm, eps)
     if gated:
         gate, up = x.chunk(2, dim=-1)
         x = (F.silu(gate.float()) * up.float()).to(x.dtype)
-    matrix, dtype = dequantize(weight, scales, zeros)[:out_features], x.dtype
-    if activation_bits < 16:
-        q, scale = quantize_activations(x, activation_bits, scales.shape[1])
-        x = (q * scale).flatten(-2)  # float32 [..., in]
-    matrix = matrix if scales is None else matrix.to(x.dtype)
-    y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
-    y = y.float() if wide else y.to(dtype)
-    return y if residual is None else residual + y
+    if rotation is not None:
+        x = rotate(x.float(), rotation, power, stride)
+    return x if permutation is None else x[..., permutation]
 
 
 def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -330,9 +370,11 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
 library = torch.library.Library("gpt_spec", "DEF")
 library.define(
     "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual,"
-    " Tensor? norm, float eps, bool gated, int out_features, int activation_bits, bool wide) -> Tensor"
+    " Tensor? norm, float eps, bool gated, Tensor? rotation, int power, int stride, Tensor? permutation,"
+    " int out_features, int activation_bits, bool wide) -> Tensor"
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+library.define("rotate(Tensor x, Tensor matrix, int power, int stride) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
 library.define("filter(Tensor logits, float temperature, int top_k, float top_p) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
@@ -340,18 +382,25 @@ library.define("move(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()")
 library.impl("move", move_reference, "CompositeExplicitAutograd")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
+library.impl("rotate", rotate_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
 library.impl("filter", filter_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("gpt_spec::linear")
-def _(x, weight, scales, zeros, bias, residual, norm, eps, gated, out_features, activation_bits, wide):
+def _(x, weight, scales, zeros, bias, residual, norm, eps, gated, *others):
+    _rotation, _power, _stride, _permutation, out_features, _activation_bits, wide = others
     return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if wide else x.dtype)
 
 
 @torch.library.register_fake("gpt_spec::rms_norm")
 def _(x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gpt_spec::rotate")
+def _(x, matrix, power, stride):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -380,6 +429,8 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    rotation: tuple[Tensor, int, int] | None = None,
+    permutation: Tensor | None = None,
     out_features: int | None = None,
     activation_bits: int = 16,
     wide: bool = False,
@@ -390,7 +441,9 @@ def linear(
     with scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or
     what `pack` and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
     prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate,
-    up); then, with 8 or 4 `activation_bits`, rounding to integers (`quantize_activations`).
+    up); then, with `rotation`, the arguments of `rotate`; with `permutation` int32 [in], whose numbers must
+    be places, input permutation[i] at place i; with 8 or 4 `activation_bits`, rounding to integers
+    (`quantize_activations`).
     The result has the dtype of x, or is float32 if `wide`: the sum itself, where a
     kernel computed it.
     """
@@ -399,7 +452,8 @@ def linear(
             raise ValueError("linear: a packed weight does not tell its out_features")
         out_features = len(weight)
     body = torch.ops.gpt_spec.linear if weight.dim() == 4 else linear_reference
-    extras = (bias, residual, norm, eps, gated, out_features, activation_bits, wide)
+    extras = (bias, residual, norm, eps, gated, *(rotation or (None, 1, 1)), permutation)
+    extras += (out_features, activation_bits, wide)
     return body(x, weight, scales, zeros, *extras)
 
 
@@ -408,6 +462,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if uses_kernels(x, weight):
         return torch.ops.gpt_spec.rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
+
+
+def rotate(x: Tensor, matrix: Tensor, power: int, stride: int = 1) -> Tensor:
+    """x M^T for an orthogonal M, over the last dimension. x: [..., blocks * K * power * stride], any float.
+
+    Numbers that lie `stride` apart are seen as [K, power], and multiplied with the Kronecker product of
+    `matrix` [K, K], a Hadamard matrix, and that of Sylvester of the order `power`, a power of two, over the
+    root of K * power. K is 1 or a multiple of 4. float64, in which weights are rotated, has no CPU body.
+    """
+    if x.dtype == torch.float64:
+        return rotate_reference(x, matrix, power, stride)
+    return torch.ops.gpt_spec.rotate(x, matrix, power, stride)
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

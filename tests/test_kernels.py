@@ -125,7 +125,7 @@ def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
         x = x if gated else x[:, :inputs].contiguous()
         full = None
         for n in reversed(ROWS):
-            y = kernels.linear(x[:n], *blocks, bias, residual[:n], scale, 1e-5, gated, out, bits)
+            y = kernels.linear(x[:n], *blocks, bias, residual[:n], scale, 1e-5, gated, None, None, out, bits)
             full = y if full is None else full
             assert torch.equal(y, full[:n]), n
         x = torch.randn(max(ROWS), 2 * inputs).bfloat16()
@@ -408,7 +408,7 @@ def test_the_fakes_have_the_shapes_of_the_real_ones():
     torch.library.opcheck(torch.ops.gpt_spec.rms_norm.default, (x, norm, 1e-5))
     *weights, bits = random_weights("w4a8", 100, 96, 32)
     for wide in (False, True):
-        arguments = (x, *packed(*weights), None, None, norm, 1e-5, False, 100, bits, wide)
+        arguments = (x, *packed(*weights), None, None, norm, 1e-5, False, None, 1, 1, None, 100, bits, wide)
         torch.library.opcheck(torch.ops.gpt_spec.linear.default, arguments)
 
 

@@ -236,7 +236,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, capsys):
         ({"bits": 4.0}, "has bits 4.0;"),
         ({"bits": 3}, "has bits 3; this version knows 4, 8"),
         ({"version": 2}, "has version 2"),
-        ({"rotation": "hadamard"}, "has rotation 'hadamard'"),
+        ({"rotation": "dense"}, "has rotation 'dense'"),
         ({"colour": "blue"}, "is not understood"),
         ({"group": 64}, "model.safetensors: model.layers.0.*no multiple of a group of 64"),
         ({"group": -1}, "has shape"),

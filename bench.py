@@ -6,7 +6,8 @@
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
-    python bench.py perplexity  # of every precision, on held-out modules
+    python bench.py perplexity  # of every precision and quantizer, on held-out modules
+    python bench.py rotation    # accepted lengths on a rotated target and on the same one unrotated
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
 
@@ -22,8 +23,10 @@ import json
 import math
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -106,9 +109,11 @@ def shipped(precision: str) -> tuple[Transformer, Transformer]:
     return target, small
 
 
-def decode_all(decoder: Decoder, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def decode_all(
+    decoder: Decoder, prompts: list[list[int]], tokens: int, stats: Stats | None = None
+) -> list[list[int]]:
     texts = [[] for _ in prompts]
-    for emissions in decoder.run(prompts, tokens):
+    for emissions in decoder.run(prompts, tokens, stats=stats):
         for emission in emissions:
             texts[emission.prompt_index] += emission.tokens
     return texts
@@ -389,18 +394,109 @@ def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
     return target, alone, batches
 
 
+QUANTIZERS = {  # flags of quantize.py by name
+    "rtn": [],
+    "rtn, zeros": ["--asymmetric"],
+    "hqq": ["--quantizer", "hqq"],
+    "gptq": ["--quantizer", "gptq"],
+    "rtn, rotated": ["--rotate"],
+    "hqq, rotated": ["--quantizer", "hqq", "--rotate"],
+    "gptq, rotated": ["--quantizer", "gptq", "--rotate"],
+}
+
+
 def report_perplexity(args: argparse.Namespace) -> dict:
-    """Perplexity of the shipped target on held-out modules, in every precision."""
+    """Perplexity of the shipped target on held-out modules: 16 and 8 bits, and 4 bits by every quantizer.
+
+    None of them has seen data: gptq is calibrated on text that the target writes itself.
+    """
     tokenizer = generate.load_tokenizer(generate.SHIPPED_TARGET)
-    texts, rows = [tokenizer.encode(text) for text in quantize.held_out_texts()], {}
-    for precision in generate.ALL_PRECISIONS:
-        model = generate.load_model(generate.SHIPPED_TARGET, precision)
-        perplexity = math.exp(quantize.mean_loss(model, texts, args.tokens))
-        rows[precision] = {"perplexity": perplexity, "weight_bytes": generate.weight_bytes([model])}
-        print(
-            f"{precision:6} perplexity {perplexity:.3f}   {rows[precision]['weight_bytes'] / 1e6:.1f} MB",
-            flush=True,
+    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
+    rows, four = {}, [name for name, (bits, _) in quantize.PRECISIONS.items() if bits == 4]
+
+    def measure(path: Path | str, precision: str, name: str) -> None:
+        model = generate.load_model(path, precision)
+        row = {"perplexity": math.exp(quantize.mean_loss(model, texts, args.tokens))}
+        rows[name] = row | {"weight_bytes": generate.weight_bytes([model])}
+        size = rows[name]["weight_bytes"] / 1e6
+        print(f"{name:28} perplexity {row['perplexity']:.3f}   {size:.1f} MB", flush=True)
+
+    for precision in [name for name in generate.ALL_PRECISIONS if name not in four]:
+        measure(generate.SHIPPED_TARGET, precision, precision)
+    for name, flags in QUANTIZERS.items():
+        with quantized_target(flags) as directory:
+            for precision in four:
+                measure(directory, precision, f"{precision} {name}")
+    return rows
+
+
+@contextmanager
+def quantized_target(flags: list[str]) -> Iterator[str]:
+    """A directory with the shipped target as quantize.py makes it, which goes away again."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = f"{scratch}/quantized"
+        quantize.run(
+            quantize.build_parser().parse_args(
+                ["--checkpoint_path", str(generate.SHIPPED_TARGET), "--output", output, *flags]
+            )
         )
+        yield output
+
+
+def report_rotation(args: argparse.Namespace) -> dict:
+    """What rotating the target does to its drafters, which were made for the unrotated one.
+
+    Mean accepted length a of every method (draft tokens kept in a step, root and bonus not counted), and
+    texts that are not the autoregressive ones of the same target: none should be. Uncompiled, batches of 4.
+    """
+    rows, prompts = {}, read_prompts(args.prompts)
+    with quantized_target([]) as plain, quantized_target(["--rotate"]) as rotated:
+        for precision in ("w4a16", "w4a8", "w4a4"):
+            for temperature in (0.0, 1.0):
+                for name, path in (("plain", plain), ("rotated", rotated)):
+                    target = generate.load_model(path, precision)
+                    results = count_accepted(target, Sampling(temperature), prompts, args.max_new_tokens)
+                    rows[f"{precision} T={temperature:.0f} {name}"] = results
+                before, after = list(rows.values())[-2:]
+                for method in before:
+                    a, b = before[method]["accepted_length"], after[method]["accepted_length"]
+                    wrong = before[method]["different"] + after[method]["different"]
+                    print(
+                        f"{precision} T={temperature:.0f} {method:24} a = {a:.2f}, rotated {b:.2f} "
+                        f"({100 * (b / a - 1):+.1f} %)   {wrong} texts differ",
+                        flush=True,
+                    )
+    return rows
+
+
+def count_accepted(
+    target: Transformer, sampling: Sampling, prompts: list[list[int]], tokens: int
+) -> dict[str, dict]:
+    """Accepted lengths and differing texts of every method, by name."""
+    small = generate.load_model(generate.SHIPPED_SMALL)
+    lower = quantize.share_weights(target, quantize.lower_activations(quantize.precision_of(target)))
+    inner = TreeDrafter(generate.load_head(generate.SMALL_HEAD, small), 12, 3, 4)
+    own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, lower), 12, 3, 4)
+    drafters = {
+        "autoregressive": Drafter(),
+        "lookup K=4": LookupDrafter(4),
+        "sequential K=4": SequentialDrafter(small, 4),
+        "tree of 16": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target), 16, 4, 4),
+        "hierarchical": HierarchicalDrafter(small, inner),
+        "hierarchical, own middle": HierarchicalDrafter(lower, own, shares_cache=True),
+    }
+    rows, expected = {}, None
+    for name, drafter in drafters.items():
+        decoder, stats = Decoder(target, drafter, sampling, 1024, 4, compile=False), Stats()
+        texts = decode_all(decoder, prompts, tokens, stats)
+        expected = expected or texts
+        different = sum(ours != base for ours, base in zip(texts, expected))
+        rows[name] = {
+            "accepted_length": stats.tokens_per_step - 1,
+            "different": different,
+            "texts": len(texts),
+        }
+    del rows["autoregressive"]
     return rows
 
 
@@ -612,7 +708,8 @@ def profile(decoder: Decoder) -> dict[str, float]:
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
     **{"tree": report_tree, "hierarchical": report_hierarchical},
-    **{"perplexity": report_perplexity, "kernels": report_kernels, "decode": report_decode},
+    **{"perplexity": report_perplexity, "rotation": report_rotation},
+    **{"kernels": report_kernels, "decode": report_decode},
 }
 
 

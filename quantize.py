@@ -629,7 +629,7 @@ class Layout:
 
     name = ""
     integers, scales, zeros, index = "qweight", "scales", "qzeros", "g_idx"  # suffixes of the tensors
-    optional: tuple[str, ...] = ("g_idx",)
+    optional = ("g_idx",)
 
     def forms(self, out: int, inputs: int, groups: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """(kind, shape) that a tensor may have, by suffix."""
@@ -1210,6 +1210,12 @@ def calibration_texts(args: argparse.Namespace, directory: Path, model: Transfor
     except BadInput as error:
         raise BadInput(f"--calibration: {args.calibration}: a line is {error}") from None
     ids = ids if lines else tokenizer.encode(content)
+    if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < model.config.vocab_size)
+        raise BadInput(
+            f"--calibration: {args.calibration} has token {wrong}; the vocabulary ends at "
+            f"{model.config.vocab_size - 1}"
+        )
     if len(ids) < length:
         raise BadInput(
             f"--calibration: {args.calibration} has {len(ids)} tokens; at least {length} are needed"

@@ -187,7 +187,7 @@ def test_config_that_is_no_json(checkpoint):
 def test_quantized_checkpoints_are_refused_by_name(checkpoint):
     edit_config(checkpoint, quantization_config={"quant_method": "gptq"})
     edit_weights(checkpoint, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, 2)}))
-    assert_refused(checkpoint, "quantized (gptq)")
+    assert_refused(checkpoint, "config.json: GPTQ of None bits is not supported")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import ROOT
 import bench
 import kernels
 from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
+from quantize import hadamard
 
 FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
 # out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups
@@ -121,28 +122,33 @@ def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
     blocks = packed(*weights)
     x, residual = torch.randn(max(ROWS), 2 * inputs).bfloat16(), torch.randn(max(ROWS), out).bfloat16()
     norm, bias = torch.rand(inputs).bfloat16(), torch.randn(out).bfloat16()
-    for gated, scale in ((False, norm), (True, None)):
+    rotation, order = (*hadamard(inputs), 1), torch.randperm(inputs).int()
+    for gated, scale, turned in ((False, norm, (None, None)), (True, None, (rotation, order))):
         x = x if gated else x[:, :inputs].contiguous()
         full = None
         for n in reversed(ROWS):
-            y = kernels.linear(x[:n], *blocks, bias, residual[:n], scale, 1e-5, gated, None, None, out, bits)
+            y = kernels.linear(x[:n], *blocks, bias, residual[:n], scale, 1e-5, gated, *turned, out, bits)
             full = y if full is None else full
             assert torch.equal(y, full[:n]), n
         x = torch.randn(max(ROWS), 2 * inputs).bfloat16()
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("what", ["norm", "gated", "bias", "residual"])
+@pytest.mark.parametrize("what", ["norm", "gated", "bias", "residual", "permutation", "rotation", "all"])
 def test_what_stands_next_to_a_linear(form, what):
     """Prologue and epilogue against the reference, which has the weights in rows."""
     out, inputs, group = 100, 160, 32
     *weights, bits = random_weights(form, out, inputs, group)
-    x = torch.randn(2, 3, 2 * inputs if what == "gated" else inputs).bfloat16()
+    x = torch.randn(2, 3, 2 * inputs if what in ("gated", "all") else inputs).bfloat16()
+    order, rotation = torch.randperm(inputs).int(), (*hadamard(10), 16)  # orders 1 and 2, 16 numbers apart
     options = {
         "norm": {"norm": torch.rand(inputs).bfloat16(), "eps": 1e-5},
         "gated": {"gated": True},
         "bias": {"bias": torch.randn(out).bfloat16()},
         "residual": {"residual": 30 * torch.randn(2, 3, out).bfloat16()},
+        "permutation": {"permutation": order},
+        "rotation": {"rotation": rotation},
+        "all": {"gated": True, "rotation": (*hadamard(inputs), 1), "permutation": order},
     }[what]
     ours = kernels.linear(x, *packed(*weights), out_features=out, activation_bits=bits, **options)
     reference = kernels.linear(x, *weights, activation_bits=bits, **options)
@@ -201,11 +207,42 @@ def test_wrong_shapes_are_refused():
         kernels.linear(x, blocks)
     with pytest.raises(RuntimeError, match="200 outputs of 1 blocks"):
         kernels.linear(x, blocks, out_features=200)
-    for wrong in ({"norm": torch.ones(64)}, {"bias": torch.ones(63).bfloat16()}, {"residual": x[:1]}):
+    with pytest.raises(RuntimeError, match="rotation: orders 1 and 128 at stride 1 do not fit 64 numbers"):
+        kernels.linear(x, blocks, out_features=64, rotation=(torch.ones(1, 1), 128, 1))
+    for wrong in (
+        {"norm": torch.ones(64)},
+        {"permutation": torch.arange(64)},
+        {"bias": torch.ones(63).bfloat16()},
+        {"residual": x[:1]},
+    ):
         with pytest.raises(RuntimeError, match=f"linear: {next(iter(wrong))} should be"):
             kernels.linear(x, blocks, out_features=64, **wrong)
     assert not kernels.can_pack(torch.zeros(64, 63).bfloat16())
     assert not kernels.can_pack(torch.zeros(64, 12, dtype=torch.uint8), torch.zeros(64, 1).half())
+
+
+# ---- rotation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 12, 14, 40, 80, 96, 172, 256, 768, 896, 5632, 14336])
+@pytest.mark.parametrize("stride", [1, 3, 16])
+def test_rotations_against_the_reference_and_rows(size, stride):
+    matrix, power = hadamard(size)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(9, size * stride).to(dtype)
+        turned = kernels.rotate(x, matrix, power, stride)
+        exact = kernels.rotate_reference(x.double(), matrix, power, stride)
+        assert error(turned, exact) < (1e-6 if dtype == torch.float32 else 4e-3)
+        assert torch.equal(kernels.rotate(x[4:5], matrix, power, stride), turned[4:5])
+
+
+def test_a_rotation_is_the_kronecker_product_of_its_definition():
+    matrix, power = hadamard(24)
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    assert (len(matrix), power) == (12, 2)
+    whole = torch.kron(torch.eye(2), torch.kron(torch.kron(matrix, sylvester), torch.eye(3))) / 24**0.5
+    x = torch.randn(5, 144)
+    torch.testing.assert_close(kernels.rotate(x, matrix, power, 3), x @ whole.T, atol=1e-5, rtol=1e-5)
 
 
 # ---- norm ------------------------------------------------------------------------------------------------
@@ -406,9 +443,25 @@ def test_the_fakes_have_the_shapes_of_the_real_ones():
     torch.library.opcheck(torch.ops.gpt_spec.attention.default, random_case(3, 5, [4, 9]))
     x, norm = torch.randn(2, 3, 96).bfloat16(), torch.rand(96).bfloat16()
     torch.library.opcheck(torch.ops.gpt_spec.rms_norm.default, (x, norm, 1e-5))
+    torch.library.opcheck(torch.ops.gpt_spec.rotate.default, (x, *hadamard(96), 1))
     *weights, bits = random_weights("w4a8", 100, 96, 32)
+    order = torch.randperm(96).int()
     for wide in (False, True):
-        arguments = (x, *packed(*weights), None, None, norm, 1e-5, False, None, 1, 1, None, 100, bits, wide)
+        arguments = (
+            x,
+            *packed(*weights),
+            None,
+            None,
+            norm,
+            1e-5,
+            False,
+            *hadamard(96),
+            1,
+            order,
+            100,
+            bits,
+            wide,
+        )
         torch.library.opcheck(torch.ops.gpt_spec.linear.default, arguments)
 
 

@@ -1,6 +1,7 @@
 """Packed weights: nibble by nibble, file by file, and what the command line does with them."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import kernels
 import quantize
-from gpt_spec import BadInput
+from gpt_spec import BadInput, causal_attention
 from quantize import PRECISIONS, Quantization
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -108,6 +109,136 @@ def test_weights_that_are_not_finite_are_refused():
                 quantize.quantize_weight("some.module", weight, q)
     kept = Quantization(4, 32, modules_16_bit=("some.module",))
     assert quantize.quantize_weight("some.module", weights["nan"], kept).keys() == {"some.module.weight"}
+
+
+# ---- HQQ and GPTQ ----------------------------------------------------------------------------------------
+
+
+def test_hqq_moves_zeros_to_where_most_weights_are_right():
+    torch.manual_seed(0)
+    w = torch.randn(200, 64) + torch.rand(200, 1)
+    w[::3, 5] *= 6
+    scale, zero = quantize.fit_groups(w, symmetric=False)
+    refined = quantize.refine_zeros(w, scale, zero)
+
+    def size(zero):  # what HQQ minimizes
+        q = (w / scale + zero).round().clamp(0, 15)
+        return ((q - zero) * scale - w).abs().pow(0.7).sum(dim=1)
+
+    assert not torch.equal(refined, zero) and size(refined).sum() < 0.995 * size(zero).sum()
+    assert torch.equal(refined, refined.half().float())  # what the file will say
+
+
+def naive_gptq(weight, hessian, group, symmetric):
+    """Optimal brain quantization, one input at a time, with the inverse Hessian of those left."""
+    size = hessian.diagonal()
+    w, importance = weight.view(-1, group), size.expand_as(weight).reshape(-1, group)
+    scale, zero = (t.view(len(weight), -1) for t in quantize.fit_groups(w, symmetric, importance))
+    inverse = torch.linalg.inv(hessian + 0.01 * size.mean() * torch.eye(len(hessian)))
+    w, rounded = weight.clone(), torch.zeros_like(weight)
+    for i in size.argsort(descending=True).tolist():
+        s, z = scale[:, i // group], zero[:, i // group]
+        rounded[:, i] = ((w[:, i] / s + z).round().clamp(0, 15) - z) * s
+        w -= ((w[:, i] - rounded[:, i]) / inverse[i, i])[:, None] * inverse[i]
+        inverse = inverse - inverse[:, i : i + 1] * inverse[i] / inverse[i, i]
+    return rounded
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", [128, 7])
+def test_gptq_against_its_slow_twin(monkeypatch, symmetric, block):
+    monkeypatch.setattr(quantize, "GPTQ_BLOCK", block)
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 96).double(), torch.randn(400, 96).double() @ torch.randn(96, 96).double()
+    hessian = x.T @ x / len(x)
+    fitted = kernels.dequantize(*quantize.gptq_weight(weight, hessian, 32, symmetric))
+    expected = naive_gptq(weight, hessian, 32, symmetric)
+    torch.testing.assert_close(fitted.double(), expected, atol=1e-6, rtol=1e-6)
+    plain = kernels.dequantize(*quantize.quantize_4_bit(weight, 32, symmetric))
+    loss = [(x @ (w.double() - weight).T).square().sum() for w in (fitted, plain)]
+    assert loss[0] < 0.7 * loss[1]
+
+
+def test_gptq_of_independent_inputs_is_rounding():
+    """And inputs that are never there cost nothing."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64)
+    fitted, plain = quantize.gptq_weight(weight, torch.eye(64), 32, True), quantize.quantize_4_bit(weight, 32)
+    assert torch.equal(fitted[0], plain[0]) and torch.equal(fitted[1], plain[1])
+    hessian = torch.eye(64)
+    hessian[5, 5] = 0
+    packed = quantize.gptq_weight(weight, hessian, 32, True)
+    assert (kernels.dequantize(*packed)[:, 5] == 0).all()
+    with pytest.raises(BadInput, match="infinities or NaN"):
+        quantize.gptq_weight(weight, torch.full((64, 64), torch.nan), 32, True)
+
+
+def test_layers_see_what_the_quantized_layers_before_them_made():
+    """Layer after layer is the whole model, and the Hessian is the mean over all tokens."""
+    model, tokens = random_model(qk_norm=True), torch.randint(61, (5, 30))
+    positions, taps = torch.arange(30).expand_as(tokens), (0, 1, 2)
+    _, states = model.forward(tokens, positions, causal_attention, taps)
+    entering, between, _ = states.split(48, dim=-1)
+    run = quantize.LayerRun(model, 0, entering)
+    run.rows = 2
+    torch.testing.assert_close(run.forward(), between)
+    x = kernels.rms_norm(entering, model.layers[0].input_layernorm.weight, 1e-5).flatten(0, 1)
+    torch.testing.assert_close(run.hessian(model.layers[0].self_attn.qkv_proj), x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("rotate", [[], ["--rotate"]])
+def test_gptq_is_better_on_what_it_saw(tmp_path, rotate):
+    """From a file of texts; the output of the model, not the weights, is what comes closer."""
+    directory = source(tmp_path, num_layers=3)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt_ids": torch.randint(61, (2000,)).tolist()}))
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", directory)
+    flags = ["--group_size", "32", *rotate]
+    assert quantized(directory, tmp_path / "rtn", *flags) == 0
+    more = ["--quantizer", "gptq", "--calibration", str(tmp_path / "lines.jsonl")]
+    assert quantized(directory, tmp_path / "gptq", *flags, *more) == 0
+    names = {name: set(load_file(tmp_path / name / "model.safetensors")) for name in ("rtn", "gptq")}
+    assert names["rtn"] == names["gptq"]
+    exact = logits(generate.load_model(directory, "fp32"))
+    error = {name: (logits(generate.load_model(tmp_path / name)) - exact).norm() for name in names}
+    assert error["gptq"] < 0.9 * error["rtn"]
+
+
+def test_gptq_writes_its_own_text(tmp_path):
+    """The same each time, and nobody else's."""
+    directory = source(tmp_path)
+    flags = ["--quantizer", "gptq", "--calibration_tokens", "1024", "--keep_16_bit", "down_proj"]
+    for name in ("a", "b"):
+        assert quantized(directory, tmp_path / name, *flags) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert "model.layers.0.mlp.down_proj.weight" in a
+    rows = quantize.own_texts(directory, None, 3, 40)
+    assert rows.shape == (3, 40) and len(rows.unique(dim=0)) == 3 and len(rows[:, 0].unique()) > 1
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    rows = quantize.own_texts(SHIPPED_TARGET, tokenizer, 18, 30)  # more than are written side by side
+    assert rows.shape == (18, 30) and (rows[:, 0] == 1).all() and len(rows.unique(dim=0)) == 18
+
+
+def test_calibration_that_does_not_fit_is_refused(tmp_path, capsys):
+    directory = source(tmp_path)
+
+    def refused(*flags) -> str:
+        assert quantized(directory, tmp_path / "q", *flags) == 2 and not (tmp_path / "q").exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    gptq = ("--quantizer", "gptq")
+    assert "are for --quantizer gptq" in refused("--calibration", "x.txt")
+    assert "--calibration_tokens is 5; use 512 or more" in refused(*gptq, "--calibration_tokens", "5")
+    assert "are for 4-bit weights" in refused(*gptq, "--precision", "w8a8")
+    assert "has no tokenizer" in refused(*gptq, "--calibration", str(tmp_path / "x.txt"))
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", directory)
+    assert "cannot be read as UTF-8" in refused(*gptq, "--calibration", str(tmp_path / "x.txt"))
+    (tmp_path / "x.jsonl").write_text("no json")
+    assert "x.jsonl: a line is not JSON" in refused(*gptq, "--calibration", str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt_ids": [5] * 200}))
+    assert "200 tokens; at least 256 are needed" in refused(*gptq, "--calibration", str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt_ids": [70] * 300}))
+    assert "token 70; the vocabulary ends at 60" in refused(*gptq, "--calibration", str(tmp_path / "x.jsonl"))
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -326,6 +457,20 @@ def test_perplexity_of_the_shipped_target(capsys):
     assert abs(perplexity["w4a8"] / perplexity["w4a16"] - 1) < 0.01
     assert 1 < perplexity["w4a16"] / perplexity["bf16"] < 1.1
     assert perplexity["w4a8"] < perplexity["w4a4"] < 1.5 * perplexity["bf16"]
+
+
+def test_gptq_without_data_on_the_shipped_target(tmp_path):
+    """Within 3 % of bf16, on text that the model wrote itself, and below round to nearest."""
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
+    if not texts:
+        pytest.skip("this Python comes without the source of its library")
+    flags = ["--quantizer", "gptq", "--calibration_tokens", "8192"]
+    assert quantized(SHIPPED_TARGET, tmp_path / "gptq", *flags) == 0
+    models = [generate.load_model(SHIPPED_TARGET, p) for p in ("bf16", "w4a16")]
+    models.append(generate.load_model(tmp_path / "gptq"))
+    bf16, rtn, gptq = (quantize.mean_loss(model, texts, 8000) for model in models)
+    assert bf16 < gptq < rtn and gptq - bf16 < 0.03
 
 
 def test_evaluate_prints_both(capsys):

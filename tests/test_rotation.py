@@ -1,0 +1,233 @@
+"""Rotated models compute what the others compute, and quantize better."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SHIPPED_HEAD,
+    SHIPPED_SMALL,
+    SHIPPED_TARGET,
+    SMALL_HEAD,
+    random_model,
+    save_checkpoint,
+    texts,
+)
+
+import generate
+import kernels
+import quantize
+from gpt_spec import (
+    HierarchicalDrafter,
+    Linear,
+    LookupDrafter,
+    Rotation,
+    Sampling,
+    SequentialDrafter,
+    TreeDrafter,
+    causal_attention,
+)
+from quantize import Stored
+
+KINDS = {
+    "plain": {},
+    "tied": {"tied_embeddings": True},
+    "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "Qwen3": {"qk_norm": True, "num_heads": 4, "num_kv_heads": 1, "head_dim": 20},
+    "many heads": {"hidden_size": 144, "num_heads": 12, "num_kv_heads": 4, "intermediate_size": 172},
+    "Qwen2.5-0.5B": {"hidden_size": 56, "num_heads": 14, "num_kv_heads": 2, "head_dim": 4, "qkv_bias": True},
+    "wide": {"intermediate_size": 76, "hidden_size": 88, "num_layers": 3},
+}
+
+
+def stored(model) -> dict[str, Stored]:
+    tensors = {name: tensor.clone() for name, tensor in model.checkpoint_tensors().items()}
+    return {name: Stored(tuple(t.shape), "F32", Path("memory"), lambda t=t: t) for name, t in tensors.items()}
+
+
+def with_odd_norms(**changes):
+    """A random fp32 model with random norm weights and biases."""
+    model = random_model(**changes)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter += 0.5 * torch.randn_like(parameter)
+    return model
+
+
+def rotate(model):
+    """The same model, rotated."""
+    turned = copy.deepcopy(model)
+    places = turned.checkpoint_tensors()
+    for name, tensor in quantize.rotated(stored(model), model.config).items():
+        places[name].copy_(tensor.read())
+    quantize.add_rotations(turned)
+    return turned
+
+
+TOKENS = torch.arange(1, 60)[None]
+
+
+@pytest.mark.parametrize("order", [4, 12, 20, 28, 36, 44, 60, 76, 108, 140, 148, 200])
+def test_paley_matrices_are_hadamard_matrices(order):
+    matrix = quantize.paley(order)
+    assert torch.equal(matrix.abs(), torch.ones(order, order))
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
+
+
+def test_orders_that_paley_does_not_reach():
+    assert [order for order in (2, 6, 16, 40, 52, 92, 156, 172) if quantize.paley(order) is not None] == []
+
+
+@pytest.mark.parametrize(
+    "size, order, blocks",
+    [
+        *((4096, 1, 1), (8192, 1, 1), (14336, 28, 1), (28672, 28, 1), (11008, 1, 43), (13824, 108, 1)),
+        *((27648, 108, 1), (8960, 140, 1), (5120, 20, 1), (3072, 12, 1), (18944, 148, 1), (4864, 76, 1)),
+        *((5632, 44, 1), (3584, 28, 1), (896, 28, 1), (1536, 12, 1), (12288, 12, 1), (9728, 76, 1)),
+        *((17408, 68, 1), (25600, 200, 1), (29568, 1, 231), (768, 12, 1), (384, 12, 1)),
+    ],
+)  # fmt: skip
+def test_the_sizes_of_published_models(size, order, blocks):
+    """Llama, Mistral, Qwen and ours: one matrix for all, or blocks where there is none."""
+    matrix, power = quantize.hadamard(size)
+    assert (len(matrix), size // (len(matrix) * power)) == (order, blocks)
+    rotation, some = Rotation(matrix, power), torch.randint(size, (40,)).unique()
+    rows = torch.zeros(len(some), size, dtype=torch.float64).scatter(1, some[:, None], 1.0)
+    turned = rotation(rows)
+    torch.testing.assert_close(turned @ turned.T, torch.eye(len(some)).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(rotation.inverse(turned), rows, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_features_are_those_of_the_model_that_was_rotated(kind):
+    """What heads read too, whatever layer it comes from; embedding and lm_head are not even touched."""
+    model = with_odd_norms(**KINDS[kind])
+    turned, layers = rotate(model), model.config.num_layers
+    assert torch.equal(turned.embed_tokens.weight, model.embed_tokens.weight)
+    assert torch.equal(turned.lm_head.weight, model.lm_head.weight)
+    assert not torch.allclose(turned.layers[1].mlp.down_proj.weight, model.layers[1].mlp.down_proj.weight)
+    positions, attend, taps = torch.arange(59)[None], causal_attention, tuple(range(layers + 1))
+    ours, theirs = (m.forward(TOKENS, positions, attend, taps) for m in (turned, model))
+    ours, theirs = (*ours, turned.lm_head(ours[0])), (*theirs, model.lm_head(theirs[0]))
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 1e-5 * b.norm() and (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    """What every linear of the layers is multiplied with."""
+    found, hooks = {}, []
+    for path, linear in model.named_modules():
+        if isinstance(linear, Linear) and not linear.wide:
+
+            def keep(linear, arguments, options, path=path):
+                found[path] = linear.prepare(*arguments, **options)
+
+            hooks.append(linear.register_forward_pre_hook(keep, with_kwargs=True))
+    model.recompute(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_outliers_are_spread():
+    """A channel of large values in every place makes none in a rotated model, and 4 bits then hold more."""
+    model = random_model(hidden_size=64, intermediate_size=96, num_heads=4, head_dim=16)
+    model.embed_tokens.weight[:, 5] *= 40
+    for layer in model.layers:
+        layer.self_attn.qkv_proj.weight[-12:-8] *= 20
+        layer.mlp.gate_up_proj.weight[-3:] *= 20
+    before, after = inputs_of(model), inputs_of(rotate(model))
+
+    def peak(x):  # largest over root mean square, the median of all tokens
+        return (x.abs().amax(-1) / x.square().mean(-1).sqrt()).median().item()
+
+    def loss(x):
+        q, scale = kernels.quantize_activations(x, 4, 1)
+        return ((q * scale).flatten(-2) - x).norm() / x.norm()
+
+    for path, x in before.items():
+        assert peak(after[path]) < 0.8 * peak(x), path
+        assert loss(after[path]) < loss(x), path
+
+
+def test_online_rotations_are_part_of_the_graph():
+    model, seen = rotate(random_model()), []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(lambda tokens: model.recompute(tokens), fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(TOKENS), model.recompute(TOKENS))
+    assert sum("rotate" in name for name in seen) == 2 + 2 * model.config.num_layers
+
+
+# ---- from directories ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_directory(tmp_path, tied):
+    """8-bit weights keep the logits; the metadata says that the model turns."""
+    model = with_odd_norms(hidden_size=64, intermediate_size=96, head_dim=16, tied_embeddings=tied)
+    source = save_checkpoint(model, tmp_path / "source")
+    flags = ["--checkpoint_path", str(source), "--precision", "w8a16", "--rotate"]
+    assert quantize.main([*flags, "--output", str(tmp_path / "q")]) == 0
+    checkpoint, loaded = generate.open_checkpoint(tmp_path / "q"), generate.load_model(tmp_path / "q")
+    assert checkpoint.quantization.rotation == "hadamard" and loaded.rotation is not None
+    exact = model.lm_head(model.recompute(TOKENS))
+    error = (loaded.lm_head(loaded.recompute(TOKENS)) - exact).norm()
+    assert error < 0.03 * exact.norm()
+    loaded.rotation = None
+    assert (loaded.lm_head(loaded.recompute(TOKENS)) - exact).norm() > 3 * error
+
+
+@pytest.fixture(scope="module")
+def rotated_target(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("rotated") / "target"
+    flags = ["--checkpoint_path", str(SHIPPED_TARGET), "--rotate", "--output", str(output)]
+    assert quantize.main(flags) == 0
+    return output
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a8", "w4a4"])
+def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
+    """With heads that were trained on the model before it was rotated; `bench.py exact` takes more texts."""
+    if kernels.PATH == "reference":
+        pytest.skip("the reference is not row-invariant")
+    target, small = generate.load_model(rotated_target, precision), generate.load_model(SHIPPED_SMALL)
+    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
+    tokenizer = generate.load_tokenizer(rotated_target)
+    prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    lower = quantize.share_weights(target, quantize.lower_activations(precision))
+    heads = {model: generate.load_head(SHIPPED_HEAD, model) for model in (target, lower)}
+    inner = TreeDrafter(generate.load_head(SMALL_HEAD, small), 12, 3, 4)
+    drafters = {
+        "lookup": LookupDrafter(),
+        "sequential": SequentialDrafter(small, 4),
+        "tree": TreeDrafter(heads[target], 16, 4, 4),
+        "hierarchical": HierarchicalDrafter(small, inner, 4),
+        "its own middle": HierarchicalDrafter(lower, TreeDrafter(heads[lower], 12, 3, 4), 4, True),
+    }
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        expected = texts(target, prompts, None, sampling, 60)
+        for name, drafter in drafters.items():
+            assert texts(target, prompts, drafter, sampling, 60, batch_size=2) == expected, name
+
+
+def test_rotation_lowers_the_perplexity_of_4_bit_activations(rotated_target):
+    held_out = held_out_tokens()
+    plain = quantize.mean_loss(generate.load_model(SHIPPED_TARGET, "w4a4"), held_out, 4000)
+    turned = quantize.mean_loss(generate.load_model(rotated_target, "w4a4"), held_out, 4000)
+    assert math.exp(turned - plain) < 0.98
+
+
+def held_out_tokens() -> list[list[int]]:
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    held_out = [tokenizer.encode(text) for text in quantize.held_out_texts()]
+    if not held_out:
+        pytest.skip("this Python comes without the source of its library")
+    return held_out

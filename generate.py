@@ -1065,7 +1065,8 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     p.add_argument(
         "--draft_precision",
         choices=ALL_PRECISIONS,
-        help="of the drafter (default: --precision; hierarchical with self: the next lower activations)",
+        help="of the draft model (default: --precision; hierarchical with self: the next lower activations), "
+        "or of the EAGLE head of --method tree (default, and in hierarchies: 16 bits)",
     )
     p.add_argument(
         "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"

@@ -1240,7 +1240,8 @@ def own_texts(directory: Path, tokenizer, texts: int, length: int) -> Tensor:
     with tqdm(total=texts * length, desc="writing text", unit="token", disable=None) as bar:
         for begin in range(0, texts, TOGETHER):
             some = prompts[begin : begin + TOGETHER]
-            steps = decode(model, some, None, Sampling(1.0, seed=begin), length - 1, compile=False)
+            sampling, options = Sampling(1.0, seed=begin), {"batch_size": len(some), "compile": False}
+            steps = decode(model, some, None, sampling, length - 1, **options)
             for emission in (emission for emissions in steps for emission in emissions):
                 rows[begin + emission.prompt_index] += emission.tokens
                 bar.update(len(emission.tokens))

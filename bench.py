@@ -250,7 +250,7 @@ def report_methods(args: argparse.Namespace) -> dict:
     target, small = shipped(args.precision)
     drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
     drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
-    drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, args.precision))
+    drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target))
     return compare(target, drafters, args)
 
 
@@ -263,7 +263,7 @@ def report_tree(args: argparse.Namespace) -> dict:
     for precision in ("bf16", "w4a16", "w4a8"):
         print(f"{precision}, tree depth {args.tree_depth}, top-k {args.tree_topk}")
         target = generate.load_model(generate.SHIPPED_TARGET, precision)
-        head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
+        head = generate.load_head(generate.SHIPPED_HEAD, target)
         shape = (args.tree_depth, args.tree_topk)
         auto = TreeDrafter(head, None, *shape)
         drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in auto.sizes}
@@ -299,14 +299,14 @@ def hierarchies(
     target, small = shipped(precision)
     twin, shape = quantize.share_weights(target, lower), (args.tree_depth, args.tree_topk)
 
-    def tree(model: Transformer, path: Path, form: str) -> TreeDrafter:
-        return TreeDrafter(generate.load_head(path, model, form), args.tree_size, *shape)
+    def tree(model: Transformer, path: Path) -> TreeDrafter:
+        return TreeDrafter(generate.load_head(path, model), args.tree_size, *shape)
 
-    inner, own = tree(small, generate.SMALL_HEAD, precision), tree(twin, generate.SHIPPED_HEAD, lower)
+    inner, own = tree(small, generate.SMALL_HEAD), tree(twin, generate.SHIPPED_HEAD)
     return target, {
         "autoregressive": Drafter(),
         "sequential": SequentialDrafter(small, 4),
-        "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target, precision)),
+        "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target)),
         "hierarchical": HierarchicalDrafter(small, inner, args.min_draft_length),
         f"hierarchical, {lower} self": HierarchicalDrafter(twin, own, args.min_draft_length, True),
     }
@@ -324,7 +324,7 @@ def quartiles(values: list[float]) -> list[float]:
 def report_noise(args: argparse.Namespace) -> dict:
     """Share of steps that accepted the first draft token, and tokens per step, by temperature and noise."""
     target, small = shipped(args.precision)
-    head = generate.load_head(generate.SHIPPED_HEAD, target, args.precision)
+    head = generate.load_head(generate.SHIPPED_HEAD, target)
     kinds = {
         "shared": lambda: SequentialDrafter(small, 4),
         "independent": lambda: IndependentDrafter(small, 4),
@@ -379,8 +379,8 @@ def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
     """The shipped target; drafters and batch sizes by name, to run compiled and uncompiled. The first of each
     are what the others are compared with."""
     target, small = shipped(precision)
-    head = generate.load_head(generate.SHIPPED_HEAD, target, precision)
-    inner = generate.load_head(generate.SMALL_HEAD, small, precision)
+    head = generate.load_head(generate.SHIPPED_HEAD, target)
+    inner = generate.load_head(generate.SMALL_HEAD, small)
     flat = [Drafter(), LookupDrafter(4), SequentialDrafter(small, 4), TreeDrafter(head)]
     alone = {f"{type(drafter).__name__}, batch of 1": (drafter, 1) for drafter in flat}
     batches = {"Drafter, batch of 1": (Drafter(), 1)}
@@ -388,7 +388,7 @@ def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
     batches |= {f"{type(drafter).__name__}, batch of 4": (drafter, 4) for drafter in more}
     if precision in quantize.PRECISIONS:
         twin = quantize.share_weights(target, quantize.lower_activations(precision))
-        own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin, precision))
+        own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin))
         middle = HierarchicalDrafter(twin, own, shares_cache=True)
         batches["HierarchicalDrafter, own middle, batch of 4"] = (middle, 4)
     return target, alone, batches
@@ -459,11 +459,11 @@ def report_rotation(args: argparse.Namespace) -> dict:
                     rows[f"{precision} T={temperature:.0f} {name}"] = results
                 before, after = list(rows.values())[-2:]
                 for method in before:
-                    a, b = before[method]["accepted_length"], after[method]["accepted_length"]
+                    a, b = (of[method]["accepted_length"] for of in (before, after))
                     wrong = before[method]["different"] + after[method]["different"]
                     print(
                         f"{precision} T={temperature:.0f} {method:24} a = {a:.2f}, rotated {b:.2f} "
-                        f"({100 * (b / a - 1):+.1f} %)   {wrong} texts differ",
+                        f"({100 * (b / max(a, 1e-9) - 1):+.1f} %)   {wrong} texts differ",
                         flush=True,
                     )
     return rows

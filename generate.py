@@ -116,12 +116,21 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     return value
 
 
+def only_file(directory: Path, name: str) -> Path | None:
+    """The file of that name, else the only one whose name ends like it: GPTQ tools have their own."""
+    if (directory / name).exists():
+        return directory / name
+    others = list(directory.glob(f"*{name.removeprefix('model')}"))
+    return others[0] if len(others) == 1 else None
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or those of its index; none from outside."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        if (directory / "model.safetensors").exists():
-            return [directory / "model.safetensors"]
+    index = only_file(directory, "model.safetensors.index.json")
+    if index is None:
+        single = only_file(directory, "model.safetensors")
+        if single is not None:
+            return [single]
         only_bin = any(directory.glob("*.bin"))
         has = "only pytorch_model.bin; convert it to safetensors" if only_bin else "no weights"
         raise BadInput(f"{directory}: has {has}; model.safetensors or model.safetensors.index.json is needed")
@@ -215,8 +224,8 @@ def check_tensor(name: str, stored: Stored, place: torch.Tensor) -> None:
 def weight_places(model: Transformer) -> dict[str, torch.Tensor]:
     """Where tensors of a checkpoint go; a tied model may come with a second copy of its embedding."""
     places = model.checkpoint_tensors()
-    copies = {} if "lm_head.quantized" in places else {"lm_head.weight": places["model.embed_tokens.weight"]}
-    return copies | places
+    shared = not any(name.startswith("lm_head.") for name in places)
+    return places | ({"lm_head.weight": places["model.embed_tokens.weight"]} if shared else {})
 
 
 def fill_weights(
@@ -242,18 +251,20 @@ def fill_weights(
         )
 
 
-def published_config(directory: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
-    """How somebody else's tool says that it quantized a checkpoint, in one of the four places there are."""
+def published_config(directory: Path, raw: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """How somebody else's tool says that it quantized a checkpoint, in one of the four places that there are,
+    and in which file."""
     inside = raw.get("quantization_config") or raw.get("compression_config")
     if inside is not None and not isinstance(inside, dict):
         raise BadInput(f"{directory / 'config.json'}: quantization_config is no object")
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         beside = read_json(directory / name)
         if beside:
-            return {"quant_method": method} | beside | (inside or {})
+            where = directory / ("config.json" if inside else name)
+            return {"quant_method": method} | beside | (inside or {}), str(where)
     if inside is not None and "quant_method" not in inside and "config_groups" in inside:
-        return {"quant_method": "compressed-tensors"} | inside
-    return inside
+        inside = {"quant_method": "compressed-tensors"} | inside
+    return inside, str(directory / "config.json")
 
 
 @dataclass
@@ -276,19 +287,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = ModelConfig.from_dict(raw, where)
     files = weight_files(directory)
     q, tensors = stored_quantization(files), stored_tensors(files)
-    published, layout = None if q else published_config(directory, raw), None
+    (published, where), layout = (None, where) if q else published_config(directory, raw), None
     with torch.device("meta"):
         model = Transformer(config)
-    try:
-        if published is not None:
-            layout = quantize.find_layout(published, where)
-            tensors, q = quantize.translate(layout, tensors, model, where)
-        if q is not None:
-            permuted = quantize.check_permutations(tensors, model)
+    if published is not None:
+        layout = quantize.find_layout(published, where)
+        tensors, q = quantize.translate(layout, tensors, model, where)
+    if q is not None:
+        permuted = quantize.check_permutations(tensors, model)
+        try:
             quantize.reshape(model.to(torch.bfloat16), q, permuted)
-    except BadInput as error:
-        named = str(error).startswith(str(directory))
-        raise BadInput(str(error) if named else f"{files[0]}: {error}") from None
+        except BadInput as error:
+            raise BadInput(f"{files[0] if len(files) == 1 else directory}: {error}") from None
     own = check_weights(model, directory, tensors)
     own = f"w{q.bits}a{layout.activation_bits if layout else 16}" if q else own
     return Checkpoint(directory, files, tensors, model, q, own, layout and layout.name)

@@ -260,7 +260,7 @@ class Linear(nn.Linear):
     def prepare(
         self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """What `forward` multiplies the weights with, before it is rounded: [B, n, in]."""
+        """What `forward`, given the same, multiplies the weights with before it is rounded: [B, n, in]."""
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         rotation = self.rotation.arguments if self.rotation else (None, 1, 1)
         return kernels.prepare_reference(x, scale, eps, gated, *rotation, self.permutation)
@@ -286,7 +286,7 @@ class LanguageHead(Linear):
     wide = True
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the half-split order of Hugging Face. x: [B, n, heads, D]; cos, sin: [B, n, 1, D / 2]."""
     a, b = x.float().chunk(2, dim=-1)  # [B, n, heads, D / 2] each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -310,7 +310,7 @@ class Attention(nn.Module):
         """x [B, n, inputs] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
         heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
         q, k, v = heads.split(self.heads, dim=2)
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
 
 
 class FeedForward(nn.Module):

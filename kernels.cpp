@@ -540,7 +540,7 @@ void prepare_16_bit(const float* x, const Weight& w, int64_t row, bf16* out, Act
   if (!w.zeros) return;
   for (int64_t begin = 0, chunk = w.chunk; begin < w.in; begin += chunk) {
     Floats total = all(0.0f);
-    for (int64_t i = begin; i < begin + chunk; i += LANES) total = total + load(x + i);
+    for (int64_t i = begin; i < begin + chunk; i += LANES) total = total + rounded(load(x + i));
     a.sums[row * w.chunks + begin / chunk] = sum(total);
   }
 }
@@ -768,7 +768,7 @@ Rotation make_rotation(OptionalTensor matrix, int64_t power, int64_t stride, int
   if (!matrix) return {nullptr, 1, 1, 1};
   const int64_t order = matrix->size(0);
   check(matrix, at::kFloat, order * order, "rotation");
-  TORCH_CHECK(power > 0 && (power & (power - 1)) == 0 && stride > 0 && (order == 1 || order % 4 == 0) &&
+  TORCH_CHECK(order > 0 && power > 0 && (power & (power - 1)) == 0 && stride > 0 && (order == 1 || order % 4 == 0) &&
                   size % (order * power * stride) == 0,
               "rotation: orders ", order, " and ", power, " at stride ", stride, " do not fit ", size, " numbers");
   return {pointer<float>(matrix), order, power, stride};

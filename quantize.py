@@ -63,7 +63,8 @@ GROUP_SIZES = (128, 64, 32)  # that we make; and -1: one group for the whole row
 STORED_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)  # that others make
 FORMAT_VERSION = 1
 SHARD_BYTES = 2**30  # of a file that is written; what is held in memory at a time
-CHUNK = 2**20  # weights that the clip search looks at together: they stay in the cache
+FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors says
+CHUNK = 2**20  # weights that are worked on together: they stay in the cache
 SMALLEST = 2.0**-24  # float16 above 0
 SHRINK = [1 - i / 40 for i in range(16)]  # shares of a group's range that the clip search tries
 
@@ -349,8 +350,7 @@ def quantize_checkpoint(
     model: for its configuration and names, on the meta device. quantizer: one of QUANTIZERS; gptq needs
     `calibration`, tokens int64 [texts, n], and computes with one layer at a time.
     """
-    if q.rotation:
-        tensors = rotated(tensors, model.config)
+    source, tensors = tensors, rotated(tensors, model.config) if q.rotation else tensors
     linears, tied, done = linear_names(model), model.config.tied_embeddings, set()
     if quantizer == "gptq":
         for module, quantized in gptq(model.config, tensors, q, calibration):
@@ -358,7 +358,10 @@ def quantize_checkpoint(
             yield quantized
     for name, stored in tensors.items():
         if name not in done:
-            yield convert(name, stored.read(), q, linears, tied, quantizer == "hqq")
+            converted = convert(name, stored.read(), q, linears, tied, quantizer == "hqq")
+            if name in converted:  # rotated or not, what is not quantized is stored as it was
+                converted[name] = converted[name].to(FLOAT_TYPES.get(source[name].kind))
+            yield converted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,7 +429,10 @@ class Rotations:
 
 
 def add_rotations(model: Transformer, device: torch.device | str = "cpu") -> None:
-    """Have a model rotate what it computes, as its weights expect it. After `to_empty`, not before."""
+    """Have a model rotate what it computes, as its weights expect it.
+
+    After `to_empty` and `to(dtype)`, not before: the matrices have their values, and stay float32.
+    """
     r = Rotations.of(model.config)
     model.rotation = r.hidden.to(device)
     for layer in model.layers:
@@ -482,7 +488,8 @@ def rotated(tensors: dict[str, Stored], config: ModelConfig) -> dict[str, Stored
 # --------------------------------------------------------------------------------------------------
 
 GPTQ_BLOCK = 128  # columns whose errors are passed on together
-GPTQ_ROWS = 4096  # tokens that go through a layer together
+GPTQ_CHUNK = 2**24  # weights that are in memory together, a few times over
+GPTQ_TOKENS = 4096  # that go through a layer together
 
 
 def gptq_weight(
@@ -493,12 +500,22 @@ def gptq_weight(
     Inputs are rounded in the order of their size ("act-order"), but their groups are those of the file
     ("static groups"), so that nothing needs a permutation.
     """
-    size, weight = hessian.diagonal().clone(), weight.clone()
-    weight[:, size == 0] = 0  # inputs that are never there
+    size = hessian.diagonal()
+    order = size.argsort(descending=True)
+    factor = inverse_factor(hessian[order[:, None], order])
+    rows = weight.split(max(1, GPTQ_CHUNK // len(size)))
+    parts = [gptq_rows(some, size, order, factor, group, symmetric) for some in rows]
+    packed, scales, zeros = map(torch.cat, zip(*parts))
+    return packed, scales, None if symmetric else zeros
+
+
+def gptq_rows(
+    weight: Tensor, size: Tensor, order: Tensor, factor: Tensor, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows of `gptq_weight`; `factor` [in, in] is for inputs in `order`."""
+    weight = weight.masked_fill(size == 0, 0.0)  # inputs that are never there
     w, importance = weight.view(-1, group), size.expand_as(weight).reshape(-1, group)
     scale, zero = (t.view(len(weight), -1) for t in fit_groups(w, symmetric, importance))  # [out, groups]
-    order = size.argsort(descending=True)
-    factor = inverse_factor(hessian[order][:, order])
     w, q = weight[:, order], torch.empty(weight.shape, dtype=torch.uint8)
     for begin in range(0, len(order), GPTQ_BLOCK):
         block = slice(begin, min(begin + GPTQ_BLOCK, len(order)))
@@ -511,18 +528,20 @@ def gptq_weight(
             w[:, i : block.stop] -= error[:, None] * factor[i, i : block.stop]
             errors[:, i - begin] = error
         w[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return pack_nibbles(q), scale.half(), None if symmetric else zero.half()
+    return pack_nibbles(q), scale.half(), zero.half()
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of a Hessian [n, n], damped until it has one."""
     mean = hessian.diagonal().mean().clamp(min=SMALLEST)
     for damping in (0.01, 0.1, 1.0):
-        damped = hessian + damping * mean * torch.eye(len(hessian))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        matrix = hessian.clone()
+        matrix.diagonal().add_(damping * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        matrix = torch.cholesky_inverse(matrix)
+        matrix, failed_too = torch.linalg.cholesky_ex(matrix, upper=True)
         if not failed and not failed_too:
-            return upper
+            return matrix
     raise BadInput("gptq: the model computes infinities or NaN on the calibration text")
 
 
@@ -572,7 +591,7 @@ class LayerRun:
     def __init__(self, model: Transformer, index: int, states: Tensor):
         self.layer, self.states = model.layers[index], states
         self.cos, self.sin = model.rope(torch.arange(states.shape[1])[None])
-        self.rows = max(1, GPTQ_ROWS // states.shape[1])  # texts at a time
+        self.rows = max(1, GPTQ_TOKENS // states.shape[1])  # texts at a time
 
     @torch.no_grad()
     def forward(self) -> Tensor:
@@ -584,7 +603,7 @@ class LayerRun:
         """The mean of x^T x over all that a linear of the layer multiplies with, float32 [in, in]."""
         total = torch.zeros(linear.in_features, linear.in_features)
 
-        def add(linear: Linear, inputs: tuple, options: dict[str, Any]) -> None:
+        def add(_, inputs: tuple, options: dict[str, Any]) -> None:
             x = linear.prepare(*inputs, **options).flatten(0, 1)  # [tokens, in]
             total.addmm_(x.T, x)
 
@@ -687,7 +706,7 @@ class CompressedLayout(Layout):
 
     def forms(self, out, inputs, groups):
         return {
-            "weight_packed": [("I32", (out, -(-inputs // 8)))],
+            "weight_packed": [("I32", (out, inputs // 8))],
             "weight_scale": [(kind, (out, groups)) for kind in FLOATS],
             "weight_zero_point": [("I32", (-(-out // 8), groups)), ("I8", (out, groups))],
             "weight_g_idx": [("I32", (inputs,))],
@@ -710,13 +729,16 @@ def find_layout(raw: dict[str, Any], where: str) -> Layout:
     """The layout that a `quantization_config` describes. Raises BadInput for those we do not read."""
     method = raw.get("quant_method")
     readers = {"awq": awq_layout, "gptq": gptq_layout, "compressed-tensors": compressed_layout}
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         refuse(where, f"quant_method {method!r}")
+    for key in ("transform_config", "rotation", "rotation_config", "hadamard_config"):
+        if raw.get(key):  # online transforms that the tensors do not show
+            refuse(where, f"{method} with a {key}")
     try:
         layout = readers[method](raw, where)
     except (TypeError, AttributeError, KeyError) as error:
         raise BadInput(f"{where}: the quantization_config is not understood: {error!r}") from None
-    if layout.group not in STORED_GROUP_SIZES:
+    if type(layout.group) is not int or layout.group not in STORED_GROUP_SIZES:
         sizes = ", ".join(map(str, STORED_GROUP_SIZES))
         raise BadInput(f"{where}: group_size {layout.group!r} is not supported; {sizes} are")
     return layout
@@ -727,10 +749,11 @@ def refuse(where: str, what: str) -> NoReturn:
 
 
 def awq_layout(raw: dict[str, Any], where: str) -> Layout:
-    bits, version = raw.get("bits", raw.get("w_bit")), str(raw.get("version", "gemm")).lower()
+    bits = raw.get("bits", raw.get("w_bit"))
     if bits != 4:
         refuse(where, f"AutoAWQ of {bits} bits")
-    if version != "gemm":
+    version = raw.get("version") or raw.get("checkpoint_format") or raw.get("format") or "gemm"
+    if str(version).lower() != "gemm":
         refuse(where, f"AutoAWQ {version}")
     return AwqLayout(raw.get("group_size", raw.get("q_group_size")))
 
@@ -751,7 +774,9 @@ def gptq_layout(raw: dict[str, Any], where: str) -> Layout:
 
 
 def compressed_layout(raw: dict[str, Any], where: str) -> Layout:
-    groups = list(raw["config_groups"].values())
+    groups = [group for group in raw["config_groups"].values() if group.get("weights")]
+    if not groups:
+        refuse(where, "compressed-tensors without quantized weights")
     for form in {raw.get("format"), *(group.get("format") for group in groups)} - {None}:
         if form != "pack-quantized":
             refuse(where, f"compressed-tensors {form}")
@@ -765,14 +790,16 @@ def compressed_layout(raw: dict[str, Any], where: str) -> Layout:
         sizes.add(weights["group_size"] if strategy == "group" else -1)
     if len(sizes) != 1:
         refuse(where, f"compressed-tensors with group sizes {', '.join(map(str, sorted(sizes)))}")
-    return CompressedLayout(sizes.pop(), activation_bits=activation_bits(groups, where))
+    if raw.get("kv_cache_scheme") or any(group.get("output_activations") for group in groups):
+        print(f"{where}: asks for a quantized cache or outputs; they stay 16-bit", file=sys.stderr)
+    return CompressedLayout(sizes.pop(), activation_bits=wanted_activations(groups, where))
 
 
-def activation_bits(groups: list[dict[str, Any]], where: str) -> int:
+def wanted_activations(groups: list[dict[str, Any]], where: str) -> int:
     """What compressed-tensors says of activations: 8 for int8 tokens; a line for what we do not have."""
     wanted = [group.get("input_activations") for group in groups]
     ours = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    if wanted and all(a and all(a.get(key) == value for key, value in ours.items()) for a in wanted):
+    if all(a and all(a.get(key) == value for key, value in ours.items()) for a in wanted):
         return 8
     if any(wanted):
         print(f"{where}: asks for activations that we do not have; 16 bits it is", file=sys.stderr)
@@ -793,9 +820,10 @@ class PublishedLinear:
     def read(self, suffix: str) -> Tensor:
         return self.tensors[f"{self.module}.{suffix}"].read()
 
-    @property
-    def where(self) -> Path:
-        return self.tensors[f"{self.module}.{self.layout.integers}"].where
+    def wrong(self, suffix: str, what: str) -> BadInput:
+        """Of a tensor that is there."""
+        name = f"{self.module}.{suffix}"
+        return BadInput(f"{self.tensors[name].where}: {name} {what}")
 
     @property
     def has_zeros(self) -> bool:
@@ -803,24 +831,22 @@ class PublishedLinear:
 
     def check(self) -> None:
         """Is everything there, in a form that it may have?"""
-        name = self.layout.name
-        if self.inputs % 8 or (self.out % 8 and name != CompressedLayout.name):
-            size = f"{self.out} x {self.inputs}"
-            raise BadInput(f"{self.where}: {self.module} is {size}, but {name} packs by eight")
+        name, integers = self.layout.name, self.layout.integers
+        if self.out % 8 and not isinstance(self.layout, CompressedLayout):
+            raise self.wrong(integers, f"has {self.out} outputs by config.json, but {name} packs by eight")
         for suffix, forms in self.layout.forms(self.out, self.inputs, self.inputs // self.group).items():
             tensor = f"{self.module}.{suffix}"
             if tensor in self.tensors:
-                shape, kind, where, _ = self.tensors[tensor]
+                shape, kind, _, _ = self.tensors[tensor]
                 if (kind, shape) not in forms:
                     expected = " or ".join(f"{kind} {shape}" for kind, shape in forms)
-                    raise BadInput(f"{where}: {tensor} is {kind} {shape}; {name} has {expected} here")
+                    raise self.wrong(suffix, f"is {kind} {shape}; {name} has {expected} here")
             elif suffix not in self.layout.optional:
-                raise BadInput(f"{self.where}: {tensor} is missing; {name} needs it")
+                raise self.wrong(integers, f"has no {suffix} beside it; {name} needs it")
         if f"{self.module}.weight_shape" in self.tensors:
             stored = self.read("weight_shape").tolist()
             if stored != [self.out, self.inputs]:
-                raise BadInput(f"{self.where}: {self.module}.weight_shape says {stored}, config.json says "
-                               f"{[self.out, self.inputs]}")  # fmt: skip
+                raise self.wrong("weight_shape", f"is {stored}; config.json says {[self.out, self.inputs]}")
 
     def order(self) -> Tensor | None:
         """The input of every column int64 [in], so that groups are neighbours; None for their own order.
@@ -834,24 +860,25 @@ class PublishedLinear:
             return None
         order = index.argsort(stable=True)
         if not torch.equal(index[order], plain):
-            raise BadInput(
-                f"{self.where}: {self.module}.{self.layout.index} does not have {self.group} inputs a group"
-            )
+            raise self.wrong(self.layout.index, f"does not have {self.group} inputs a group")
         return order
 
     def stored_zeros(self) -> Tensor:
         """uint8 [out, groups]"""
-        return self.layout.read_zeros(self.read(self.layout.zeros), self.out)
+        stored = self.read(self.layout.zeros)
+        if stored.dtype == torch.int8 and not -8 <= stored.min() <= stored.max() <= 7:
+            raise self.wrong(self.layout.zeros, "is not within -8 and 7")
+        return self.layout.read_zeros(stored, self.out)
 
     def packed(self) -> Tensor:
-        q, order = self.layout.read_integers(self.read(self.layout.integers))[:, : self.inputs], self.order()
+        q, order = self.layout.read_integers(self.read(self.layout.integers)), self.order()
         return pack_nibbles(q if order is None else q[:, order])
 
     def half_scales(self) -> Tensor:
-        """Exact for float16, and for bf16 from 2^-14 on."""
+        """Exact for float16, and for bf16 from 2^-17 on; what is below 2^-25 becomes 0."""
         scales = self.layout.read_scales(self.read(self.layout.scales)).half()
         if not scales.isfinite().all():
-            raise BadInput(f"{self.where}: {self.module}.{self.layout.scales} does not fit into float16")
+            raise self.wrong(self.layout.scales, "does not fit into float16")
         return scales
 
     def half_zeros(self) -> Tensor:
@@ -861,7 +888,8 @@ class PublishedLinear:
 
     def view(self, symmetric: bool) -> dict[str, Stored]:
         """What stands for this linear in our format."""
-        groups, where = (self.out, self.inputs // self.group), self.where
+        groups = (self.out, self.inputs // self.group)
+        where = self.tensors[f"{self.module}.{self.layout.integers}"].where
         view = {
             "packed": Stored((self.out, self.inputs // 2), "U8", where, self.packed),
             "scales": Stored(groups, "F16", where, self.half_scales),
@@ -895,12 +923,14 @@ def translate(
         raise BadInput(f"{where}: says {layout.name}, but no linear has a tensor {layout.integers}")
     kept = tuple(module for module in shapes if module not in present and module != "lm_head")
     q = Quantization(4, layout.group, True, 4 if "lm_head" in present else 16, kept)
-    linears = [
-        PublishedLinear(layout, module, tensors, *shapes[module], q.group_of(module, shapes[module][1]))
-        for module in present
-    ]
-    for linear in linears:
-        linear.check()
+    linears = []
+    for module in present:
+        try:
+            group = q.group_of(module, shapes[module][1])
+        except BadInput as error:
+            raise BadInput(f"{tensors[f'{module}.{layout.integers}'].where}: {error}") from None
+        linears.append(PublishedLinear(layout, module, tensors, *shapes[module], group))
+        linears[-1].check()
     symmetric = zeros_are_symmetric(layout, linears, where)
     suffixes = tuple(f".{suffix}" for suffix in layout.forms(8, 8, 1))
     consumed = {name for name in tensors if name.endswith(suffixes) and name.rpartition(".")[0] in present}
@@ -976,6 +1006,10 @@ def mean_loss(model: Transformer, texts: list[list[int]], tokens: int) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
+CALIBRATION_LENGTH = 512  # tokens of a text that GPTQ looks at
+TOGETHER = 16  # texts that a model writes side by side
+
+
 class ShardWriter:
     """Writes tensors into safetensors files of about a gigabyte, and an index if there are several."""
 
@@ -1017,17 +1051,17 @@ def write_checkpoint(
 ) -> int:
     """Write a directory that appears when it is whole, with the small files of `source` -> weight bytes."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{output.name}.", dir=output.parent))
     try:
-        writer = ShardWriter(partial, {"format": "pt", "gpt_spec": json.dumps(asdict(q))})
+        writer = ShardWriter(unfinished, {"format": "pt", "gpt_spec": json.dumps(asdict(q))})
         for some in tensors:
             writer.add(some)
         writer.close()
-        copy_small_files(source, partial)
-        partial.chmod(0o755)
-        partial.rename(output)
+        copy_small_files(source, unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return writer.total
 
 
@@ -1099,7 +1133,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--quantizer", choices=QUANTIZERS, default="rtn", help="round to nearest (default), "
                    "with refined zeros, or with what the model computes on text in mind")  # fmt: skip
     p.add_argument("--calibration", metavar="FILE", help="for gptq: text, or .jsonl like --prompts of "
-                   "generate.py; default: what the model writes by itself")  # fmt: skip
+                   "generate.py; default: what the model, all of it in memory, writes itself")  # fmt: skip
     p.add_argument("--calibration_tokens", type=int, metavar="N", help="for gptq; default: 32768")
     p.add_argument("--rotate", action="store_true", help="spread large activations over all (QuaRot)")
     p.add_argument("--lm_head_bits", type=int, choices=[8, 16], help="default: 8")
@@ -1143,6 +1177,8 @@ def run(args: argparse.Namespace) -> None:
         pieces = quantize_checkpoint(checkpoint.model, checkpoint.tensors, q, args.quantizer, tokens)
     else:
         pieces = ({name: stored.read()} for name, stored in checkpoint.tensors.items())
+        if checkpoint.precision != "w4a16":
+            print(f"the file asks for {checkpoint.precision}; ask for it with --precision", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(args.output or f"{scratch}/quantized")
         written = write_with_progress(output, directory, q, pieces, total)
@@ -1183,10 +1219,6 @@ def write_with_progress(
         raise BadInput(f"--output: {output} cannot be written: {error}") from None
 
 
-CALIBRATION_LENGTH = 512  # tokens of a text that GPTQ looks at
-TOGETHER = 16  # texts that a model writes side by side
-
-
 def calibration_texts(args: argparse.Namespace, directory: Path, model: Transformer) -> Tensor:
     """Tokens of --calibration, or the model's own text, int64 [texts, n]. Raises BadInput."""
     import generate
@@ -1209,7 +1241,7 @@ def calibration_texts(args: argparse.Namespace, directory: Path, model: Transfor
         ids = [token for line in lines if line.strip() for token in generate.read_line(line, args, tokenizer)]
     except BadInput as error:
         raise BadInput(f"--calibration: {args.calibration}: a line is {error}") from None
-    ids = ids if lines else tokenizer.encode(content)
+    ids = ids if lines else tokenizer.encode(content[: 32 * texts * length])  # more than enough
     if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
         wrong = next(token for token in ids if not 0 <= token < model.config.vocab_size)
         raise BadInput(
@@ -1234,14 +1266,14 @@ def own_texts(directory: Path, tokenizer, texts: int, length: int) -> Tensor:
 
     model = generate.load_model(directory)
     first = None if tokenizer is None else tokenizer.specials.get(tokenizer.bos)
-    some = mix(torch.arange(texts)) % model.config.vocab_size
-    prompts = [[token] if first is None else [first] for token in some.tolist()]
+    hashes = (mix(torch.arange(texts)) % model.config.vocab_size).tolist()
+    prompts = [[token] if first is None else [first] for token in hashes]
     rows = [list(prompt) for prompt in prompts]
     with tqdm(total=texts * length, desc="writing text", unit="token", disable=None) as bar:
         for begin in range(0, texts, TOGETHER):
-            some = prompts[begin : begin + TOGETHER]
-            sampling, options = Sampling(1.0, seed=begin), {"batch_size": len(some), "compile": False}
-            steps = decode(model, some, None, sampling, length - 1, **options)
+            now = prompts[begin : begin + TOGETHER]
+            sampling, options = Sampling(1.0, seed=begin), {"batch_size": len(now), "compile": False}
+            steps = decode(model, now, None, sampling, length - 1, **options)
             for emission in (emission for emissions in steps for emission in emissions):
                 rows[begin + emission.prompt_index] += emission.tokens
                 bar.update(len(emission.tokens))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt_spec import EagleHead, ModelConfig, Sampling, Transformer, generate  # noqa: E402
+import quantize  # noqa: E402
+from gpt_spec import BadInput, EagleHead, ModelConfig, Sampling, Transformer, generate  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 SHIPPED_TARGET, SHIPPED_SMALL = ROOT / "models" / "python-7m", ROOT / "models" / "python-1m"
@@ -85,6 +86,23 @@ def target() -> Transformer:
 
 
 @pytest.fixture(scope="session")
+def held_out() -> list[list[int]]:
+    """The modules that the shipped models have not seen, in their tokens."""
+    try:
+        return quantize.held_out_tokens(SHIPPED_TARGET)
+    except BadInput:
+        pytest.skip("this Python comes without the source of its library")
+
+
+@pytest.fixture(scope="session")
+def rotated_target(tmp_path_factory) -> Path:
+    """The shipped target as `quantize.py --rotate` makes it."""
+    output = tmp_path_factory.mktemp("rotated") / "target"
+    assert quantize.main(["--checkpoint_path", str(SHIPPED_TARGET), "--rotate", "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Tokenizers and prompts that CI has and a fresh clone elsewhere may not."""
     if not SHARED.is_dir():
@@ -116,3 +134,21 @@ def save_checkpoint(
     tensors = {name: view.to(dtype).clone() for name, view in model.checkpoint_tensors().items()}
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def edit_config(directory: Path, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(directory: Path, change) -> None:
+    """Have `change` alter the dictionary of all tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@torch.no_grad()
+def logits(model: Transformer) -> torch.Tensor:
+    """Of some text, float32 [1, 39, V], without a cache."""
+    return model.lm_head(model.recompute(torch.arange(1, 40)[None])).float()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_model, save_checkpoint
+from conftest import ROOT, edit_config, edit_weights, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from generate import find_checkpoint, load_model, stop_ids
@@ -18,17 +18,6 @@ from gpt_spec import BadInput
 @pytest.fixture
 def checkpoint(tmp_path):
     return save_checkpoint(random_model(), tmp_path / "model")
-
-
-def edit_weights(directory, change) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def edit_config(directory, **changes) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def shard(directory) -> dict[str, str]:

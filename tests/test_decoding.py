@@ -188,12 +188,14 @@ def test_every_precision_gives_the_autoregressive_text(precision):
         assert texts(model, prompts, TreeDrafter(head), sampling, 100, batch_size=2) == begun
 
 
-def test_compiled_too_in_a_quantized_precision():
+def test_compiled_too_in_a_quantized_precision(rotated_target):
+    """And rotated: the online rotations are part of the compiled graphs."""
     if kernels.PATH == "reference":
         pytest.skip("the reference is not row-invariant")
-    model, small = load_model(SHIPPED_TARGET, "w4a8"), load_model(SHIPPED_SMALL, "w4a8")
+    model, small = load_model(rotated_target, "w4a8"), load_model(SHIPPED_SMALL, "w4a8")
     prompts, sampling = [list(range(5, 40)), [1]], Sampling(temperature=1.0)
     expected = texts(model, prompts, None, sampling, 100, compile=True)
+    assert model.rotation is not None
     assert texts(model, prompts, SequentialDrafter(small, 2), sampling, 100, compile=True) == expected
     tree = TreeDrafter(load_head(SHIPPED_HEAD, model, "w4a8"), 12, 3, 3)
     assert texts(model, prompts, tree, sampling, 100, compile=True) == expected

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-from conftest import random_model, save_checkpoint
+from conftest import edit_config, edit_weights, logits, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -14,6 +14,8 @@ import quantize
 from gpt_spec import BadInput, Linear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_layers": 1}
+SHUFFLED = torch.randperm(96, generator=torch.Generator().manual_seed(3))
+SHUFFLED = torch.cat((SHUFFLED[SHUFFLED < 64], SHUFFLED[SHUFFLED >= 64]))  # an order of 64 inputs, and of 96
 FORMATS = ["awq", "gptq", "gptq_v2", "compressed", "compressed old"]
 
 
@@ -35,7 +37,7 @@ class Known:
 
 
 def known_linear(out: int, inputs: int, group: int, symmetric: bool, order: torch.Tensor | None) -> Known:
-    size = inputs if group == -1 else group
+    size = inputs if group == -1 or group > inputs else group
     count = inputs // size
     zeros = torch.full((out, count), 8) if symmetric else torch.randint(0, 16, (out, count))
     groups = torch.arange(inputs) // size
@@ -124,7 +126,6 @@ def write(form: str, known: Known, symmetric: bool) -> dict[str, torch.Tensor]:
 
 def publish(tmp_path, form, group=32, symmetric=False, order=None, **changes):
     """A random model of known 4-bit linears -> its directory in the given format, and the linears."""
-    torch.manual_seed(7)
     model = random_model(**SIZES, **changes)
     directory = save_checkpoint(model, tmp_path / form.replace(" ", "-"), torch.bfloat16, eos_token_id=2)
     tensors, linears = load_file(directory / "model.safetensors"), {}
@@ -138,24 +139,8 @@ def publish(tmp_path, form, group=32, symmetric=False, order=None, **changes):
     return directory, linears
 
 
-def edit_config(directory, **changes) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(directory, change) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
 def read_all(directory) -> dict[str, torch.Tensor]:
     return {name: stored.read() for name, stored in generate.open_checkpoint(directory).tensors.items()}
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.lm_head(model.recompute(torch.arange(1, 40)[None])).float()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -185,13 +170,11 @@ def test_the_same_numbers_in_every_format_are_the_same_tensors(tmp_path, symmetr
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2", "compressed"])
 def test_act_order(tmp_path, form):
     """Columns of a group become neighbours, and the permutation brings the inputs along."""
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(3))
-    order = torch.cat((order[order < 64], order[order >= 64]))  # an order of 64 inputs, and one of 96
-    directory, linears = publish(tmp_path, form, 32, False, order)
+    directory, linears = publish(tmp_path, form, 32, False, SHUFFLED)
     tensors = read_all(directory)
     for module, known in linears.items():
         permutation = tensors[f"{module}.permutation"].long()
-        assert permutation.dtype == torch.int64 and not torch.equal(permutation, permutation.sort().values)
+        assert not torch.equal(permutation, permutation.sort().values)
         kinds = [tensors[f"{module}.{kind}"] for kind in ("packed", "scales", "zeros")]
         assert torch.equal(kernels.dequantize(*kinds)[:, permutation.argsort()], known.weight), module
     model = random_model(**SIZES)
@@ -268,7 +251,52 @@ def test_modules_that_stayed_16_bit_and_a_quantized_head(tmp_path):
     assert checkpoint.quantization.lm_head_bits == 4 and checkpoint.precision == "w4a16"
     model = generate.load_model(directory)
     assert torch.equal(kernels.dequantize(model.lm_head.weight, model.lm_head.scales)[:61], head.weight)
-    assert torch.equal(kernels.unpack(model.layers[0].mlp.down_proj.weight), weight)
+    down = model.layers[0].mlp.down_proj.weight
+    assert torch.equal(kernels.unpack(down) if down.dim() == 4 else down, weight)
+
+
+def test_other_names_for_the_same_settings(tmp_path):
+    """AWQ without a version, older compressed-tensors, GPTQ with exclusions, a file name of AutoGPTQ's."""
+    for form, change in (
+        ("awq", lambda raw: raw.pop("version")),
+        ("compressed", lambda raw: raw.pop("quant_method")),
+        ("gptq", lambda raw: raw.update(dynamic={"-:lm_head": {}, "up_proj": {"bits": 4}})),
+    ):
+        directory, _ = publish(tmp_path, form, 32)
+        right, raw = read_all(directory), settings(form, 32, False)
+        change(raw)
+        key = "compression_config" if form == "compressed" else "quantization_config"
+        edit_config(directory, quantization_config=None)
+        edit_config(directory, **{key: raw})
+        (directory / "model.safetensors").rename(directory / "gptq_model-4bit-32g.safetensors")
+        assert all(torch.equal(right[name], tensor) for name, tensor in read_all(directory).items())
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "compressed"])
+def test_models_of_other_kinds(tmp_path, form):
+    """Tied embeddings with a second copy in the file, biases, and groups larger than the inputs."""
+    directory, linears = publish(tmp_path, form, 128, True, tied_embeddings=True, qkv_bias=True)
+    edit_config(directory, tie_word_embeddings=True, model_type="qwen2")
+    edit_weights(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = generate.load_model(directory)
+    assert model.lm_head.weight is model.embed_tokens.weight and model.config.qkv_bias
+    model = random_model(**SIZES, tied_embeddings=True, qkv_bias=True)
+    tensors = read_all(directory)
+    for name, tensor in model.checkpoint_tensors().items():
+        module = name.removesuffix(".weight")
+        tensor.copy_(linears[module].weight if module in linears else tensors[name])
+    exact = logits(model)
+    assert (logits(generate.load_model(directory)) - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_quantized_head_with_a_second_one_is_refused(tmp_path):
+    directory, _ = publish(tmp_path, "gptq", 32, True, vocab_size=64)
+    head = write("gptq", known_linear(64, 64, 32, True, None), True)
+    edit_weights(directory, lambda t: t.update({f"lm_head.{name}": tensor for name, tensor in head.items()}))
+    with pytest.raises(BadInput, match="unexpected tensor lm_head.weight"):
+        generate.load_model(directory)
+    edit_weights(directory, lambda tensors: tensors.pop("lm_head.weight"))
+    assert generate.load_model(directory).lm_head.scales is not None
 
 
 def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path):
@@ -298,7 +326,7 @@ def test_activations_that_the_file_asks_for(tmp_path, capsys):
 
 
 def test_converting_keeps_every_number(tmp_path, capsys):
-    directory, _ = publish(tmp_path, "gptq", 32, order=torch.arange(96).flip(0) % 64 + 0)
+    directory, _ = publish(tmp_path, "gptq", 32, order=SHUFFLED)
     assert quantize.main(["--checkpoint_path", str(directory), "--output", str(tmp_path / "ours")]) == 0
     before, after = read_all(directory), read_all(tmp_path / "ours")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -336,7 +364,7 @@ def test_generate_takes_the_directory_as_it_is(tmp_path, capsys):
         ("awq", {"version": "marlin"}, "AutoAWQ marlin is not supported"),
         ("awq", {"bits": 8}, "AutoAWQ of 8 bits is not supported"),
         ("awq", {"group_size": 48}, "group_size 48 is not supported; 16, 32"),
-        ("awq", {"group_size": 64}, "96 inputs, no multiple of a group of 64"),
+        ("awq", {"group_size": 64}, r"q_proj.qzeros is I32 \(2, 8\); AutoAWQ gemm has I32 \(1, 8\) here"),
         ("awq", {"group_size": 16}, r"self_attn.*qzeros is I32 \(2, 8\); AutoAWQ gemm has I32 \(4, 8\) here"),
         ("gptq", {"bits": 3}, "GPTQ of 3 bits is not supported"),
         ("gptq", {"bits": 8}, "GPTQ of 8 bits is not supported"),
@@ -347,7 +375,11 @@ def test_generate_takes_the_directory_as_it_is(tmp_path, capsys):
         ("gptq", {"quant_method": "awq"}, r"qweight is I32 \(8, 64\); AutoAWQ gemm has I32 \(64, 8\) here"),
         ("compressed", {"format": "marlin-24"}, "compressed-tensors marlin-24 is not supported"),
         ("compressed", {"config_groups": 3}, "config.json: the quantization_config is not understood"),
-        ("compressed", {"config_groups": {}}, "compressed-tensors with group sizes  is not supported"),
+        ("compressed", {"config_groups": {}}, "without quantized weights is not supported"),
+        ("compressed", {"transform_config": {"groups": {}}}, "with a transform_config is not supported"),
+        ("gptq", {"rotation": "hadamard"}, "gptq with a rotation is not supported"),
+        ("awq", {"group_size": 32.0}, "group_size 32.0 is not supported"),
+        ("awq", {"quant_method": ["awq"]}, "quant_method .*'awq'.* is not supported"),
         ("awq", {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported"),
         ("compressed", {"quant_method": "gptq", "bits": 4, "group_size": 32}, "no linear has a tensor qwei"),
     ],
@@ -380,13 +412,15 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     "form, damage, message",
     [
-        ("awq", lambda t: t.pop(f"{UP}.scales"), f"model.safetensors: {UP}.scales is missing; AutoAWQ gemm"),
-        ("gptq", lambda t: t.pop(f"{UP}.qzeros"), f"{UP}.qzeros is missing"),
+        ("awq", lambda t: t.pop(f"{UP}.scales"), f"model.safetensors: {UP}.qweight has no scales beside it"),
+        ("gptq", lambda t: t.pop(f"{UP}.qzeros"), f"{UP}.qweight has no qzeros"),
         ("gptq", lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].long()}), f"{UP}.qweight is I64"),
         ("awq", lambda t: t.update({f"{UP}.scales": torch.full((2, 96), 1e9)}), "does not fit into float16"),
+        ("awq", lambda t: t.update({f"{UP}.scales": torch.full((2, 96), torch.nan)}), f"{UP}.scales does"),
+        ("compressed old", lambda t: t[f"{UP}.weight_zero_point"].fill_(9), "is not within -8 and 7"),
         ("gptq", lambda t: t[f"{UP}.g_idx"].fill_(1), f"{UP}.g_idx does not have 32 inputs a group"),
         ("gptq", lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"].flip(0)}), "different orders"),
-        ("compressed", lambda t: t[f"{UP}.weight_shape"].fill_(3), f"{UP}.weight_shape says \\[3, 3\\]"),
+        ("compressed", lambda t: t[f"{UP}.weight_shape"].fill_(3), f"{UP}.weight_shape is \\[3, 3\\]"),
         ("compressed", lambda t: t.update({"model.odd": torch.zeros(1)}), "unexpected tensor model.odd"),
         ("awq", lambda t: [t.pop(n) for n in list(t) if n.startswith(UP)], "one matrix"),
     ],
@@ -401,7 +435,7 @@ def test_malformed_tensors_are_named(tmp_path, form, damage, message):
 
 def test_a_permutation_of_ours_that_is_none_is_refused(tmp_path):
     """The kernel trusts its numbers: an index from outside would read somebody else's memory."""
-    directory, _ = publish(tmp_path, "gptq", order=torch.arange(96).flip(0) % 64)
+    directory, _ = publish(tmp_path, "gptq", order=SHUFFLED)
     assert quantize.main(["--checkpoint_path", str(directory), "--output", str(tmp_path / "q")]) == 0
     path, name = tmp_path / "q" / "model.safetensors", "model.layers.0.mlp.down_proj.permutation"
     q, tensors = generate.open_checkpoint(tmp_path / "q").quantization, load_file(path)

@@ -1,12 +1,13 @@
 """Packed weights: nibble by nibble, file by file, and what the command line does with them."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import SHIPPED_TARGET, random_model, save_checkpoint
+from conftest import SHIPPED_TARGET, logits, random_model, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,12 +27,6 @@ def source(tmp_path, **changes):
 
 def quantized(directory, output, *flags) -> int:
     return quantize.main(["--checkpoint_path", str(directory), "--output", str(output), *flags])
-
-
-def logits(model) -> torch.Tensor:
-    tokens = torch.arange(1, 40)[None]
-    with torch.no_grad():
-        return model.lm_head(model.recompute(tokens)).float()
 
 
 # ---- rounding --------------------------------------------------------------------------------------------
@@ -201,6 +196,31 @@ def test_gptq_is_better_on_what_it_saw(tmp_path, rotate):
     exact = logits(generate.load_model(directory, "fp32"))
     error = {name: (logits(generate.load_model(tmp_path / name)) - exact).norm() for name in names}
     assert error["gptq"] < 0.9 * error["rtn"]
+
+
+@pytest.mark.parametrize("rotate", [[], ["--rotate"]])
+def test_hqq_from_the_command_line(tmp_path, rotate):
+    """Zeros, and others than those of round to nearest; the scales are the same."""
+    directory, flags = source(tmp_path), ["--group_size", "32", *rotate]
+    assert quantized(directory, tmp_path / "rtn", *flags, "--asymmetric") == 0
+    assert quantized(directory, tmp_path / "hqq", *flags, "--quantizer", "hqq") == 0
+    rtn, hqq = (load_file(tmp_path / name / "model.safetensors") for name in ("rtn", "hqq"))
+    assert rtn.keys() == hqq.keys()
+    for name, tensor in rtn.items():
+        same = not name.endswith((".zeros", ".packed"))
+        assert torch.equal(tensor, hqq[name]) == same, name
+    exact = logits(generate.load_model(directory))
+    assert (logits(generate.load_model(tmp_path / "hqq")) - exact).norm() < 0.3 * exact.norm()
+
+
+def test_what_a_rotated_model_keeps_in_16_bits_stays_in_16_bits(tmp_path):
+    directory = source(tmp_path)
+    assert quantized(directory, tmp_path / "q", "--rotate", "--keep_16_bit", "down_proj") == 0
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16, torch.float16}
+    assert "model.layers.0.mlp.down_proj.weight" in tensors
+    exact = logits(generate.load_model(directory))
+    assert (logits(generate.load_model(tmp_path / "q")) - exact).norm() < 0.3 * exact.norm()
 
 
 def test_gptq_writes_its_own_text(tmp_path):
@@ -444,14 +464,10 @@ def test_damaged_tensors_are_refused(tmp_path):
 # ---- the shipped target ----------------------------------------------------------------------------------
 
 
-def test_perplexity_of_the_shipped_target(capsys):
+def test_perplexity_of_the_shipped_target(held_out):
     """8-bit activations cost next to nothing, 4-bit weights a little, 4-bit activations more."""
-    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
-    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
-    if not texts:
-        pytest.skip("this Python comes without the source of its library")
     precisions = ["bf16", *PRECISIONS]
-    loss = {p: quantize.mean_loss(generate.load_model(SHIPPED_TARGET, p), texts, 8000) for p in precisions}
+    loss = {p: quantize.mean_loss(generate.load_model(SHIPPED_TARGET, p), held_out, 8000) for p in precisions}
     perplexity = {p: torch.tensor(value).exp().item() for p, value in loss.items()}
     assert abs(perplexity["w8a16"] / perplexity["bf16"] - 1) < 0.005
     assert abs(perplexity["w4a8"] / perplexity["w4a16"] - 1) < 0.01
@@ -459,18 +475,15 @@ def test_perplexity_of_the_shipped_target(capsys):
     assert perplexity["w4a8"] < perplexity["w4a4"] < 1.5 * perplexity["bf16"]
 
 
-def test_gptq_without_data_on_the_shipped_target(tmp_path):
-    """Within 3 % of bf16, on text that the model wrote itself, and below round to nearest."""
-    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
-    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
-    if not texts:
-        pytest.skip("this Python comes without the source of its library")
+def test_gptq_without_data_on_the_shipped_target(tmp_path, held_out):
+    """Within 3 % of bf16, on text that the model wrote itself, and below round to nearest; groups of 128."""
     flags = ["--quantizer", "gptq", "--calibration_tokens", "8192"]
     assert quantized(SHIPPED_TARGET, tmp_path / "gptq", *flags) == 0
+    assert generate.open_checkpoint(tmp_path / "gptq").quantization == Quantization(4, 128, lm_head_bits=8)
     models = [generate.load_model(SHIPPED_TARGET, p) for p in ("bf16", "w4a16")]
     models.append(generate.load_model(tmp_path / "gptq"))
-    bf16, rtn, gptq = (quantize.mean_loss(model, texts, 8000) for model in models)
-    assert bf16 < gptq < rtn and gptq - bf16 < 0.03
+    bf16, rtn, gptq = (quantize.mean_loss(model, held_out, 8000) for model in models)
+    assert bf16 < gptq < rtn and gptq - bf16 < math.log(1.03)
 
 
 def test_evaluate_prints_both(capsys):

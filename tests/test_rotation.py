@@ -185,14 +185,6 @@ def test_a_rotated_directory(tmp_path, tied):
     assert (loaded.lm_head(loaded.recompute(TOKENS)) - exact).norm() > 3 * error
 
 
-@pytest.fixture(scope="module")
-def rotated_target(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("rotated") / "target"
-    flags = ["--checkpoint_path", str(SHIPPED_TARGET), "--rotate", "--output", str(output)]
-    assert quantize.main(flags) == 0
-    return output
-
-
 @pytest.mark.parametrize("precision", ["w4a16", "w4a8", "w4a4"])
 def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
     """With heads that were trained on the model before it was rotated; `bench.py exact` takes more texts."""
@@ -218,16 +210,7 @@ def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
             assert texts(target, prompts, drafter, sampling, 60, batch_size=2) == expected, name
 
 
-def test_rotation_lowers_the_perplexity_of_4_bit_activations(rotated_target):
-    held_out = held_out_tokens()
+def test_rotation_lowers_the_perplexity_of_4_bit_activations(rotated_target, held_out):
     plain = quantize.mean_loss(generate.load_model(SHIPPED_TARGET, "w4a4"), held_out, 4000)
     turned = quantize.mean_loss(generate.load_model(rotated_target, "w4a4"), held_out, 4000)
     assert math.exp(turned - plain) < 0.98
-
-
-def held_out_tokens() -> list[list[int]]:
-    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
-    held_out = [tokenizer.encode(text) for text in quantize.held_out_texts()]
-    if not held_out:
-        pytest.skip("this Python comes without the source of its library")
-    return held_out

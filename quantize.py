@@ -565,24 +565,28 @@ def gptq(
         layer.to_empty(device="cpu").requires_grad_(False)
         if q.rotation:
             add_rotations(model)
-        run = LayerRun(model, i, states)
         for name, place in model.checkpoint_tensors().items():
-            if not place.is_meta:
+            if not place.is_meta:  # all other layers are
                 place.copy_(tensors[name].read())
+        run = LayerRun(model, i, states)
         for path, linear in layer.named_modules():
-            if not isinstance(linear, Linear):
-                continue
-            parts = model.parts(f"layers.{i}.{path}", linear.out_features)
-            if q.bits_of(next(iter(parts))) != 4:
-                continue
-            group = q.group_of(next(iter(parts)), linear.in_features)
-            fitted = gptq_weight(linear.weight, run.hessian(linear), group, q.symmetric)
-            linear.weight.copy_(kernels.dequantize(*fitted))
-            pieces = [t.split(tuple(parts.values())) for t in fitted if t is not None]
-            for module, *own in zip(parts, *pieces):
-                yield module, name_tensors(module, linear.weight, *own)
+            parts = model.parts(f"layers.{i}.{path}", getattr(linear, "out_features", 0))
+            if isinstance(linear, Linear) and q.bits_of(next(iter(parts))) == 4:
+                yield from gptq_linear(linear, parts, run.hessian(linear), q)
         states = run.forward()
         layer.to("meta")
+
+
+def gptq_linear(
+    linear: Linear, parts: dict[str, int], hessian: Tensor, q: Quantization
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Quantize one matrix, in place too -> (module, its tensors in a file) of its parts."""
+    group = q.group_of(next(iter(parts)), linear.in_features)
+    fitted = gptq_weight(linear.weight, hessian, group, q.symmetric)
+    linear.weight.copy_(kernels.dequantize(*fitted))
+    pieces = [tensor.split(tuple(parts.values())) for tensor in fitted if tensor is not None]
+    for module, *own in zip(parts, *pieces):
+        yield module, name_tensors(module, linear.weight, *own)
 
 
 class LayerRun:
@@ -909,15 +913,13 @@ def translate(
     Headers, zeros and group indices are read for that, weights are not. What is quantized is decided by the
     tensors that are there, whatever lists of modules the configuration has. Raises BadInput.
     """
-    shapes = {}  # [out, in] by module path
+    shapes, biases = {}, set()  # [out, in] by module path; biases that the model does not have
     for path, linear in model.named_modules():
         if isinstance(linear, Linear):
             parts = model.parts(path, linear.out_features)
             shapes |= {part: (rows, linear.in_features) for part, rows in parts.items()}
-            biases = [f"{part}.bias" for part in parts if linear.bias is None and f"{part}.bias" in tensors]
-            for name in biases:  # GPTQ writes them as zeros
-                if not tensors[name].read().any():
-                    tensors = {key: stored for key, stored in tensors.items() if key != name}
+            biases |= {f"{part}.bias" for part in parts if linear.bias is None}
+    empty = {name for name in biases & set(tensors) if not tensors[name].read().any()}  # as GPTQ writes them
     present = [module for module in shapes if f"{module}.{layout.integers}" in tensors]
     if not present:
         raise BadInput(f"{where}: says {layout.name}, but no linear has a tensor {layout.integers}")
@@ -933,8 +935,8 @@ def translate(
         linears[-1].check()
     symmetric = zeros_are_symmetric(layout, linears, where)
     suffixes = tuple(f".{suffix}" for suffix in layout.forms(8, 8, 1))
-    consumed = {name for name in tensors if name.endswith(suffixes) and name.rpartition(".")[0] in present}
-    view = {name: stored for name, stored in tensors.items() if name not in consumed}
+    used = {name for name in tensors if name.endswith(suffixes) and name.rpartition(".")[0] in present}
+    view = {name: stored for name, stored in tensors.items() if name not in used | empty}
     for linear in linears:
         view |= linear.view(symmetric)
     return view, replace(q, symmetric=symmetric)

@@ -8,6 +8,7 @@
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
     python bench.py perplexity  # of every precision and quantizer, on held-out modules
     python bench.py rotation    # accepted lengths on a rotated target and on the same one unrotated
+    python bench.py hadamard    # what online rotations add to the linears that they belong to
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
 
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -639,6 +641,40 @@ def call_overhead() -> float:
     return interleave({"call": lambda: [operator(*arguments) for _ in range(1000)]}, 9)["call"] / 1000
 
 
+def report_hadamard(args: argparse.Namespace) -> dict:
+    """What the online rotations add to o_proj and down_proj of real models, w4a16, groups of 128."""
+    rows = {}
+    for shape in args.shapes.split(","):
+        config = SHAPES[shape]
+        heads = config.num_heads * config.head_dim
+        for name, inputs, stride in (
+            ("o_proj", heads, config.head_dim),
+            ("down_proj", config.intermediate_size, 1),
+        ):
+            for n, row in rotation_costs(config.hidden_size, inputs, stride).items():
+                rows[f"{shape} {name} n={n}"] = row
+                plain, ratio = row["seconds"] * 1e3, row["rotated_seconds"] / row["seconds"]
+                print(
+                    f"{shape:13} {name:9} n = {n:2}: {plain:7.3f} ms, rotated {ratio:.3f} times", flush=True
+                )
+    return rows
+
+
+def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, float]]:
+    """Seconds of a linear, plain and with its inputs rotated, by their number of rows."""
+    copies = max(2, int(LARGER_THAN_CACHE / (out * inputs / 2)))
+    weights, rows = cycle([random_weight(out, inputs, "w4a16") for _ in range(copies)]), {}
+    kinds = {"seconds": None, "rotated_seconds": (*quantize.hadamard(inputs // stride), stride)}
+
+    def multiply(x: Tensor, rotation: tuple[Tensor, int, int] | None) -> Tensor:
+        return kernels.linear(x, *next(weights), out_features=out, rotation=rotation)
+
+    for n in (1, 8, 64):
+        x = torch.randn(1, n, inputs).bfloat16()
+        rows[n] = interleave({name: partial(multiply, x, kind) for name, kind in kinds.items()}, 60)
+    return rows
+
+
 def random_model(config: ModelConfig, precision: str) -> Transformer:
     """A model of random weights in the given precision; nothing larger than it is ever in memory."""
     with torch.device("meta"):
@@ -709,7 +745,7 @@ REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
     **{"tree": report_tree, "hierarchical": report_hierarchical},
     **{"perplexity": report_perplexity, "rotation": report_rotation},
-    **{"kernels": report_kernels, "decode": report_decode},
+    **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
 
 

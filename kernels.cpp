@@ -105,7 +105,8 @@ inline Floats dot(Floats sum, Pairs w, int32_t x) {
 }
 
 // 16 rows of 16 words each -> their columns.
-inline void transpose(const uint32_t* const* rows, uint32_t* out) {
+template <class Word>
+inline void transpose(const Word* const* rows, Word* out) {
   __m512 r[16], t[16];
   for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(rows[i]);
   for (int i = 0; i < 16; i += 2) {
@@ -351,7 +352,8 @@ inline Floats dot(Floats sum, Pairs w, int32_t x) {
 #endif
 
 #if !(defined(__AVX512BF16__) && defined(__AVX512VNNI__))
-inline void transpose(const uint32_t* const* rows, uint32_t* out) {
+template <class Word>
+inline void transpose(const Word* const* rows, Word* out) {
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) out[16 * j + i] = rows[i][j];
 }
@@ -440,9 +442,10 @@ struct Rotation {
   int64_t order, power, stride;
 };
 
-// The fast Walsh-Hadamard transform: sums and differences of numbers that lie half, a quarter, ... of it all apart.
-void butterflies(float* x, int64_t span, int64_t stride) {
-  for (int64_t half = span / 2; half >= stride; half /= 2)
+// The fast Walsh-Hadamard transform: sums and differences of numbers that lie half, a quarter, ... of it all apart,
+// down to `least`.
+void butterflies(float* x, int64_t span, int64_t least) {
+  for (int64_t half = span / 2; half >= least; half /= 2)
     for (int64_t begin = 0; begin < span; begin += 2 * half) {
       float *low = x + begin, *high = low + half;
       int64_t i = 0;
@@ -455,6 +458,24 @@ void butterflies(float* x, int64_t span, int64_t stride) {
         low[i] = a + b, high[i] = a - b;
       }
     }
+}
+
+// The last four stages of it, for 256 numbers: vectors are turned around, so that what lay in one lies side by side.
+void butterflies_in_vectors(float* x) {
+  float turned[LANES * LANES];
+  const float* rows[LANES];
+  Floats v[LANES];
+  for (int i = 0; i < LANES; i++) rows[i] = x + i * LANES;
+  transpose(rows, turned);
+  for (int i = 0; i < LANES; i++) v[i] = load(turned + i * LANES), rows[i] = turned + i * LANES;
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < LANES; i++)
+      if (!(i & half)) {
+        Floats a = v[i], b = v[i + half];
+        v[i] = a + b, v[i + half] = a - b;
+      }
+  for (int i = 0; i < LANES; i++) store(turned + i * LANES, v[i]);
+  transpose(rows, x);
 }
 
 // matrix times x [order, span], in place, 16 columns at a time and 4 rows of the matrix.
@@ -480,10 +501,15 @@ void mix_rows(float* x, const float* matrix, int64_t order, int64_t span) {
 
 void rotate_row(float* x, int64_t size, const Rotation& r) {
   const int64_t span = r.power * r.stride, block = r.order * span;
-  for (int64_t begin = 0; begin < size; begin += block) {
-    for (int64_t k = 0; k < r.order; k++) butterflies(x + begin + k * span, span, r.stride);
-    if (r.order > 1) mix_rows(x + begin, r.matrix, r.order, span);
+  const bool in_vectors = r.stride == 1 && span % LANES == 0;
+  for (int64_t begin = 0; begin < size; begin += span) butterflies(x + begin, span, in_vectors ? LANES : r.stride);
+  if (in_vectors) {
+    int64_t i = 0;
+    for (; i + LANES * LANES <= size; i += LANES * LANES) butterflies_in_vectors(x + i);
+    for (; i < size; i += LANES) butterflies(x + i, LANES, 1);
   }
+  if (r.order > 1)
+    for (int64_t begin = 0; begin < size; begin += block) mix_rows(x + begin, r.matrix, r.order, span);
   const float scale = 1.0f / std::sqrt((float)(r.order * r.power));
   for (int64_t i = 0; i < size; i++) x[i] *= scale;
 }

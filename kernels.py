@@ -469,10 +469,8 @@ def rotate(x: Tensor, matrix: Tensor, power: int, stride: int = 1) -> Tensor:
 
     Numbers that lie `stride` apart are seen as [K, power], and multiplied with the Kronecker product of
     `matrix` [K, K], a Hadamard matrix, and that of Sylvester of the order `power`, a power of two, over the
-    root of K * power. K is 1 or a multiple of 4. float32 or bf16; float64, for weights, has no CPU body.
+    root of K * power. K is 1 or a multiple of 4. float32 or bf16.
     """
-    if x.dtype == torch.float64:
-        return rotate_reference(x, matrix, power, stride)
     return torch.ops.gpt_spec.rotate(x, matrix, power, stride)
 
 

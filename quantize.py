@@ -441,11 +441,8 @@ def add_rotations(model: Transformer, device: torch.device | str = "cpu") -> Non
 
 
 def turn(weight: Tensor, rotation: Rotation, dim: int = -1) -> Tensor:
-    """Rotate a dimension of a weight, or a bias, in float64 and a part at a time -> float32."""
-    rows = weight.movedim(dim, -1).view(-1, weight.shape[dim])
-    parts = rows.split(max(1, CHUNK // rows.shape[1]))
-    turned = torch.cat([rotation(part.double()).float() for part in parts])  # [rows, size]
-    return turned.view(weight.movedim(dim, -1).shape).movedim(-1, dim)
+    """Rotate a dimension of a float32 weight or bias."""
+    return rotation(weight.movedim(dim, -1)).movedim(-1, dim)
 
 
 def rotate_tensor(name: str, tensors: dict[str, Stored], r: Rotations) -> Tensor:

@@ -513,19 +513,19 @@ def gptq_rows(
     weight = weight.masked_fill(size == 0, 0.0)  # inputs that are never there
     w, importance = weight.view(-1, group), size.expand_as(weight).reshape(-1, group)
     scale, zero = (t.view(len(weight), -1) for t in fit_groups(w, symmetric, importance))  # [out, groups]
-    w, q = weight[:, order], torch.empty(weight.shape, dtype=torch.uint8)
+    w, groups = weight.T[order], (order // group).tolist()  # [in, out]: an input's weights lie side by side
+    q, (s, z) = torch.empty(w.shape, dtype=torch.uint8), (t.T.contiguous() for t in (scale, zero))
     for begin in range(0, len(order), GPTQ_BLOCK):
-        block = slice(begin, min(begin + GPTQ_BLOCK, len(order)))
-        errors = torch.zeros_like(w[:, block])
-        for i in range(block.start, block.stop):
-            s, z = scale[:, order[i] // group], zero[:, order[i] // group]  # [out] each
-            rounded = (w[:, i] / s + z).round().clamp(0, 15)
-            q[:, order[i]] = rounded.to(torch.uint8)
-            error = (w[:, i] - (rounded - z) * s) / factor[i, i]
-            w[:, i : block.stop] -= error[:, None] * factor[i, i : block.stop]
-            errors[:, i - begin] = error
-        w[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return pack_nibbles(q), scale.half(), zero.half()
+        end = min(begin + GPTQ_BLOCK, len(order))
+        errors = torch.zeros_like(w[begin:end])
+        for i in range(begin, end):
+            g = groups[i]
+            rounded = (w[i] / s[g] + z[g]).round().clamp(0, 15)  # [out]
+            q[i] = rounded.to(torch.uint8)
+            errors[i - begin] = (w[i] - (rounded - z[g]) * s[g]) / factor[i, i]
+            w[i:end] -= factor[i, i:end, None] * errors[i - begin]
+        w[end:] -= factor[begin:end, end:].T @ errors
+    return pack_nibbles(q[order.argsort()].T.contiguous()), scale.half(), zero.half()
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -412,8 +412,7 @@ def report_perplexity(args: argparse.Namespace) -> dict:
 
     None of them has seen data: gptq is calibrated on text that the target writes itself.
     """
-    tokenizer = generate.load_tokenizer(generate.SHIPPED_TARGET)
-    texts = [tokenizer.encode(text) for text in quantize.held_out_texts()]
+    texts = quantize.held_out_tokens(generate.SHIPPED_TARGET)
     rows, four = {}, [name for name, (bits, _) in quantize.PRECISIONS.items() if bits == 4]
 
     def measure(path: Path | str, precision: str, name: str) -> None:

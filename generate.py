@@ -287,12 +287,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = ModelConfig.from_dict(raw, where)
     files = weight_files(directory)
     q, tensors = stored_quantization(files), stored_tensors(files)
-    (published, where), layout = (None, where) if q else published_config(directory, raw), None
+    published, settings = published_config(directory, raw) if q is None else (None, where)
+    layout = None
     with torch.device("meta"):
         model = Transformer(config)
     if published is not None:
-        layout = quantize.find_layout(published, where)
-        tensors, q = quantize.translate(layout, tensors, model, where)
+        layout = quantize.find_layout(published, settings)
+        tensors, q = quantize.translate(layout, tensors, model, settings)
     if q is not None:
         permuted = quantize.check_permutations(tensors, model)
         try:

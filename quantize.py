@@ -121,6 +121,11 @@ class Quantization:
         return group
 
 
+def named_linears(model: nn.Module) -> list[tuple[str, Linear]]:
+    """(path, module) of every linear of a model, or of a part of it."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Linear)]
+
+
 def best_group(inputs: list[int]) -> int:
     """The largest group size that divides all of these, else -1."""
     return next((g for g in GROUP_SIZES if all(n % g == 0 for n in inputs)), -1)
@@ -133,14 +138,12 @@ def default_quantization(model: CheckpointModule, precision: str) -> Quantizatio
     return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=8)
 
 
-def reshape(model: CheckpointModule, q: Quantization, permuted: Iterable[str] = ()) -> None:
+def reshape(model: CheckpointModule, q: Quantization, permuted: frozenset[str] = frozenset()) -> None:
     """Replace the 16-bit weights of a model by empty quantized ones, on the same device (meta, mostly).
 
     `permuted`: module paths of linears with a permutation.
     """
-    for path, linear in model.named_modules():
-        if not isinstance(linear, Linear):
-            continue
+    for path, linear in named_linears(model):
         parts = model.parts(path, linear.out_features)
         bits = {q.bits_of(part) for part in parts}
         if len(bits) > 1:
@@ -154,7 +157,7 @@ def reshape(model: CheckpointModule, q: Quantization, permuted: Iterable[str] = 
         scales = torch.empty(out, groups, dtype=torch.float16, device=weight.device)
         zeros = None if q.symmetric or bits == 8 else torch.empty_like(scales)
         linear.set_weights(weight, scales, zeros)
-        if not set(permuted).isdisjoint(parts):
+        if permuted & parts.keys():
             order = torch.empty(inputs, dtype=torch.int32, device=weight.device)
             linear.permutation = nn.Parameter(order, requires_grad=False)
 
@@ -212,6 +215,11 @@ def quantize_8_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(quantized), torch.cat(scales)
 
 
+def to_integers(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """q in 0 .. 15, as floats, so that (q - zero) * scale is nearest to w."""
+    return (w / scale + zero).round().clamp(0, 15)
+
+
 def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """w float32 [groups, group] -> q in 0 .. 15, scale and zero [groups, 1], for a range that is shrunk.
 
@@ -221,7 +229,7 @@ def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Ten
     scale = shrink * (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15)  # [groups, 1]
     scale = scale.clamp(min=SMALLEST).half().float()  # what the file will say
     zero = torch.full_like(scale, 8.0) if symmetric else (-shrink * low / scale).half().float()
-    return (w / scale + zero).round().clamp(0, 15), scale, zero
+    return to_integers(w, scale, zero), scale, zero
 
 
 def fit_groups(w: Tensor, symmetric: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,7 +256,7 @@ def refine_zeros(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """
     beta, p = 10.0, 0.7
     for _ in range(20):
-        q = (w / scale + zero).round().clamp(0, 15)
+        q = to_integers(w, scale, zero)
         error = w - (q - zero) * scale
         size = error.abs()
         outliers = error.sign() * (size - size.clamp(min=SMALLEST).pow(p - 1) / beta).clamp(min=0)
@@ -274,7 +282,7 @@ def quantize_4_bit(
         w = rows.float().reshape(-1, group)  # [groups, group]
         scale, zero = fit_groups(w, symmetric)
         zero = refine_zeros(w, scale, zero) if refine else zero
-        q = (w / scale + zero).round().clamp(0, 15).to(torch.uint8)
+        q = to_integers(w, scale, zero).to(torch.uint8)
         packed.append(pack_nibbles(q.view(rows.shape)))
         scales.append(scale.half().view(len(rows), -1))
         zeros.append(zero.half().view(len(rows), -1))
@@ -304,8 +312,7 @@ def name_tensors(
 
 def linear_names(model: CheckpointModule) -> set[str]:
     """Hugging Face module paths of everything that may be quantized."""
-    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, Linear)]
-    return {part for path, linear in linears for part in model.parts(path, linear.out_features)}
+    return {part for path, linear in named_linears(model) for part in model.parts(path, linear.out_features)}
 
 
 def convert(
@@ -520,7 +527,7 @@ def gptq_rows(
         errors = torch.zeros_like(w[begin:end])
         for i in range(begin, end):
             g = groups[i]
-            rounded = (w[i] / s[g] + z[g]).round().clamp(0, 15)  # [out]
+            rounded = to_integers(w[i], s[g], z[g])  # [out]
             q[i] = rounded.to(torch.uint8)
             errors[i - begin] = (w[i] - (rounded - z[g]) * s[g]) / factor[i, i]
             w[i:end] -= factor[i, i:end, None] * errors[i - begin]
@@ -566,9 +573,9 @@ def gptq(
             if not place.is_meta:  # all other layers are
                 place.copy_(tensors[name].read())
         run = LayerRun(model, i, states)
-        for path, linear in layer.named_modules():
-            parts = model.parts(f"layers.{i}.{path}", getattr(linear, "out_features", 0))
-            if isinstance(linear, Linear) and q.bits_of(next(iter(parts))) == 4:
+        for path, linear in named_linears(layer):
+            parts = model.parts(f"layers.{i}.{path}", linear.out_features)
+            if q.bits_of(next(iter(parts))) == 4:
                 yield from gptq_linear(linear, parts, run.hessian(linear), q)
         states = run.forward()
         layer.to("meta")
@@ -633,9 +640,6 @@ def nibbles(words: Tensor, order: tuple[int, ...] = IN_ORDER) -> Tensor:
     return out.flatten(-2)
 
 
-FLOATS = ("F16", "BF16", "F32")
-
-
 @dataclass
 class Layout:
     """How one kind of published checkpoint stores a 4-bit linear; a subclass for each.
@@ -675,7 +679,7 @@ class AwqLayout(Layout):
         return {
             "qweight": [("I32", (inputs, out // 8))],
             "qzeros": [("I32", (groups, out // 8))],
-            "scales": [(kind, (groups, out)) for kind in FLOATS],
+            "scales": [(kind, (groups, out)) for kind in FLOAT_TYPES],
         }
 
     def read_integers(self, stored):
@@ -692,7 +696,7 @@ class GptqLayout(Layout):
         return {
             "qweight": [("I32", (inputs // 8, out))],
             "qzeros": [("I32", (groups, out // 8))],
-            "scales": [(kind, (groups, out)) for kind in FLOATS],
+            "scales": [(kind, (groups, out)) for kind in FLOAT_TYPES],
             "g_idx": [("I32", (inputs,))],
         }
 
@@ -708,7 +712,7 @@ class CompressedLayout(Layout):
     def forms(self, out, inputs, groups):
         return {
             "weight_packed": [("I32", (out, inputs // 8))],
-            "weight_scale": [(kind, (out, groups)) for kind in FLOATS],
+            "weight_scale": [(kind, (out, groups)) for kind in FLOAT_TYPES],
             "weight_zero_point": [("I32", (-(-out // 8), groups)), ("I8", (out, groups))],
             "weight_g_idx": [("I32", (inputs,))],
             "weight_shape": [("I64", (2,)), ("I32", (2,))],
@@ -911,11 +915,10 @@ def translate(
     tensors that are there, whatever lists of modules the configuration has. Raises BadInput.
     """
     shapes, biases = {}, set()  # [out, in] by module path; biases that the model does not have
-    for path, linear in model.named_modules():
-        if isinstance(linear, Linear):
-            parts = model.parts(path, linear.out_features)
-            shapes |= {part: (rows, linear.in_features) for part, rows in parts.items()}
-            biases |= {f"{part}.bias" for part in parts if linear.bias is None}
+    for path, linear in named_linears(model):
+        parts = model.parts(path, linear.out_features)
+        shapes |= {part: (rows, linear.in_features) for part, rows in parts.items()}
+        biases |= {f"{part}.bias" for part in parts if linear.bias is None}
     empty = {name for name in biases & set(tensors) if not tensors[name].read().any()}  # as GPTQ writes them
     present = [module for module in shapes if f"{module}.{layout.integers}" in tensors]
     if not present:
@@ -956,12 +959,9 @@ def zeros_are_symmetric(layout: Layout, linears: list[PublishedLinear], where: s
     return False
 
 
-def check_permutations(tensors: dict[str, Stored], model: Transformer) -> list[str]:
+def check_permutations(tensors: dict[str, Stored], model: Transformer) -> frozenset[str]:
     """The modules with a permutation, which must be one, and the same for all parts of a matrix. BadInput."""
-    permuted = [name.removesuffix(".permutation") for name in tensors if name.endswith(".permutation")]
-    for path, linear in model.named_modules():
-        if not isinstance(linear, Linear):
-            continue
+    for path, linear in named_linears(model):
         names = [f"{part}.permutation" for part in model.parts(path, linear.out_features)]
         orders = [tensors[name].read().long() if name in tensors else None for name in names]
         if any(order is not None for order in orders):
@@ -972,7 +972,8 @@ def check_permutations(tensors: dict[str, Stored], model: Transformer) -> list[s
                 raise BadInput(f"{where}: {parts} are one matrix, but their inputs have different orders")
             if not torch.equal(orders[0].sort().values, plain):
                 raise BadInput(f"{where}: {names[0]} is no permutation of {linear.in_features} inputs")
-    return permuted
+    suffix = ".permutation"
+    return frozenset(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1166,15 +1167,13 @@ def run(args: argparse.Namespace) -> None:
     directory = generate.find_checkpoint(args.checkpoint_path)
     checkpoint = generate.open_checkpoint(directory)
     q, total = checkpoint.quantization, len(checkpoint.tensors)
+    texts = held_out_tokens(directory) if args.evaluate else []
     if q is None:
         q = choose_quantization(args, checkpoint.model)
-    else:
-        check_conversion(args, checkpoint)
-    texts = held_out_tokens(directory) if args.evaluate else []
-    if checkpoint.quantization is None:
         tokens = calibration_texts(args, directory, checkpoint.model) if args.quantizer == "gptq" else None
         pieces = quantize_checkpoint(checkpoint.model, checkpoint.tensors, q, args.quantizer, tokens)
     else:
+        check_conversion(args, checkpoint)
         pieces = ({name: stored.read()} for name, stored in checkpoint.tensors.items())
         if checkpoint.precision != "w4a16":
             print(f"the file asks for {checkpoint.precision}; ask for it with --precision", file=sys.stderr)

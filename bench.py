@@ -4,6 +4,7 @@
     python bench.py methods     # every method on held-out prompts: tokens/s, tokens per step, speedup
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
+    python bench.py qspec       # the target's own weights as drafter, at several batch sizes
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
     python bench.py perplexity  # of every precision and quantizer, on held-out modules
@@ -312,6 +313,101 @@ def hierarchies(
         "hierarchical": HierarchicalDrafter(small, inner, args.min_draft_length),
         f"hierarchical, {lower} self": HierarchicalDrafter(twin, own, args.min_draft_length, True),
     }
+
+
+def report_qspec(args: argparse.Namespace) -> dict:
+    """QSpec in w4a16 for batches of several sizes: the shipped target, the same rotated, a random one of
+    --shape. See `measure_qspec`."""
+    results = {}
+    with quantized_target(["--rotate"]) as rotated:
+        for name, path in (("shipped", generate.SHIPPED_TARGET), ("shipped, rotated", rotated)):
+            target, prompts = generate.load_model(path, "w4a16"), read_prompts(args.prompts)
+            rows = {b: measure_qspec(name, target, prompts, b, args, burst=10) for b in batch_sizes(args)}
+            results[name] = rows
+    target, rows = random_model(SHAPES[args.shape], "w4a16"), {}
+    for b in batch_sizes(args):
+        prompts = torch.randint(3, 1000, (b, 16), generator=torch.Generator().manual_seed(b)).tolist()
+        rows[b] = measure_qspec(args.shape, target, prompts, b, args, burst=1)
+    return results | {args.shape: rows}
+
+
+def batch_sizes(args: argparse.Namespace) -> list[int]:
+    return [int(size) for size in args.batch_sizes.split(",")]
+
+
+def measure_qspec(
+    name: str,
+    target: Transformer,
+    prompts: list[list[int]],
+    batch_size: int,
+    args: argparse.Namespace,
+    burst: int,
+) -> dict[str, dict]:
+    """By precision of the drafts: costs in units of T, a forward of one token of every row; what E tokens per
+    step would then make of them; and the speedup that the prompts had, all decoders taking turns.
+
+    r is a draft token, v the verification of K + 1; expected = E / (K r + v); `at_096` is the same with the E
+    of drafts of which each is accepted with the probability 0.96, as published for a real model of 8 B.
+    """
+    k, longest = args.speculate_k, max(map(len, prompts)) + args.max_new_tokens
+    drafters = {"w4a16": Drafter()}
+    for precision in ("w4a8", "w4a4"):
+        twin = quantize.share_weights(target, precision)
+        drafters[precision] = SequentialDrafter(twin, k, shares_cache=True)
+    sampling = Sampling(args.temperature)
+    decoders = {p: Decoder(target, d, sampling, longest, batch_size) for p, d in drafters.items()}
+    for decoder in decoders.values():
+        decoder.warm_up()
+    stats, speeds, texts = {p: Stats() for p in decoders}, {p: [] for p in decoders}, {}
+    for turn in range(args.repeats):
+        for p in rotate_names(list(decoders), turn):
+            before = stats[p].decode_seconds, stats[p].new_tokens
+            texts[p] = decode_all(decoders[p], prompts, args.max_new_tokens, stats[p])
+            tokens = stats[p].new_tokens - before[1] - len(prompts)
+            speeds[p].append(tokens / (stats[p].decode_seconds - before[0]))
+    costs, rows = step_costs(decoders, burst), {}
+    for p, (drafting, verification) in costs.items():
+        one = costs["w4a16"][1]
+        e, r, v = stats[p].tokens_per_step, drafting / k / one, verification / one
+        rows[p] = {
+            "seconds": {"drafting": drafting, "verification": verification},
+            **{"r": r, "v": v, "tokens_per_step": e, "expected": e / (k * r + v)},
+            "at_096": (1 if p == "w4a16" else (1 - 0.96 ** (k + 1)) / 0.04) / (k * r + v),
+            "speedup": quartiles([a / b for a, b in zip(speeds[p], speeds["w4a16"])]),
+            "tokens_per_second": median(speeds[p]),
+            "aggregate_tokens_per_second": stats[p].aggregate_tokens_per_second,
+            "acceptance_by_position": stats[p].acceptance_by_position,
+            "occupancy": stats[p].occupancy,
+            "different_texts": sum(a != b for a, b in zip(texts[p], texts["w4a16"])),
+        }
+    print_qspec(name, batch_size, rows, costs["w4a16"][1])
+    return rows
+
+
+def step_costs(decoders: dict[str, Decoder], burst: int) -> dict[str, tuple[float, float]]:
+    """Seconds of drafting and of verifying, with the last texts in the caches."""
+    functions = {}
+    with torch.no_grad():
+        for name, decoder in decoders.items():  # no row is active: every repetition does the same work
+            draft = decoder.drafter.propose(decoder.state)
+            functions[name, "draft"] = partial(decoder.drafter.propose, decoder.state)
+            functions[name, "verify"] = partial(decoder.commit, draft)
+        seconds = interleave(functions, 20 if burst > 1 else 5, burst)
+    drafts = {name: decoder.drafter.max_nodes > 1 for name, decoder in decoders.items()}
+    return {name: (drafts[name] * seconds[name, "draft"], seconds[name, "verify"]) for name in decoders}
+
+
+def print_qspec(name: str, batch_size: int, rows: dict[str, dict], one: float) -> None:
+    print(f"{name}, batch of {batch_size}: T is {one * 1e3:.2f} ms")
+    for p, row in rows.items():
+        shares = ", ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+        print(
+            f"    {p:6} {row['tokens_per_second']:7.0f} tokens/s, occupied {row['occupancy']:.2f}; "
+            f"r {row['r']:.2f}, v {row['v']:.2f}, E {row['tokens_per_step']:.2f} ({shares}): expected "
+            f"{row['expected']:.2f}, measured {row['speedup'][1]:.2f}, at 0.96 {row['at_096']:.2f}; "
+            f"{row['different_texts']} texts differ",
+            flush=True,
+        )
 
 
 def rotate_names(names: list[str], turn: int) -> list[str]:
@@ -742,7 +838,7 @@ def profile(decoder: Decoder) -> dict[str, float]:
 
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
-    **{"tree": report_tree, "hierarchical": report_hierarchical},
+    **{"tree": report_tree, "hierarchical": report_hierarchical, "qspec": report_qspec},
     **{"perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
@@ -777,12 +873,14 @@ def main() -> None:
     parser.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="tree: levels")
     parser.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="tree: nodes of a beam")
     parser.add_argument("--tree_size", type=int, help="hierarchical: nodes (default: auto)")
+    parser.add_argument("--batch_sizes", default="1,4,8,16", help="qspec: rows, with commas")
+    parser.add_argument("--speculate_k", type=int, default=3, help="qspec: tokens of a draft")
     parser.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode: which model")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode, qspec: which model")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="kernels: measurements, of which the median counts"
+        "--repeats", type=int, default=7, help="kernels, qspec: measurements, of which the median counts"
     )
     parser.add_argument("--output", help="write the results as JSON to this file")
     args = parser.parse_args()

@@ -909,11 +909,13 @@ class Output:
     stream: TextStream
     token_ids: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per token: did the drafter propose it?
+    steps: int = 0  # verifications; the first token comes from prefill
     finish_reason: str | None = None
     error: str | None = None
 
     def add(self, emission: Emission) -> None:
         self.token_ids += emission.tokens
+        self.steps += emission.draft is not None
         self.drafted += [i < emission.accepted for i in range(len(emission.tokens))]
         if emission.finish_reason:
             self.finish(emission.finish_reason)
@@ -921,6 +923,10 @@ class Output:
     def finish(self, reason: str) -> None:
         self.finish_reason = reason
         self.stream.finish()
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        return (len(self.token_ids) - 1) / self.steps if self.steps else None
 
     def as_json(self) -> dict[str, Any]:
         has_text = self.stream.tokenizer is not None and self.finish_reason != "error"
@@ -1007,7 +1013,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 
-METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical"]
+METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qspec"]
 
 
 def tree_size(text: str) -> int | str:
@@ -1076,8 +1082,9 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     p.add_argument(
         "--draft_precision",
         choices=ALL_PRECISIONS,
-        help="of the draft model (default: --precision; hierarchical with self: the next lower activations), "
-        "or of the EAGLE head of --method tree (default, and in hierarchies: 16 bits)",
+        help="of the draft model (default: --precision; of qspec, and of hierarchical with self: the next "
+        "lower activations, w4a8 for w4a16), or of the EAGLE head of --method tree (default, and in "
+        "hierarchies: 16 bits)",
     )
     p.add_argument(
         "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
@@ -1154,8 +1161,8 @@ def load_target(args: argparse.Namespace) -> Target:
 # Flags that only some methods understand.
 FLAGS_OF = {
     "draft_checkpoint_path": ["sequential", "hierarchical"],
-    "draft_precision": ["sequential", "tree", "hierarchical"],
-    "draft_confidence": ["sequential"],
+    "draft_precision": ["sequential", "tree", "hierarchical", "qspec"],
+    "draft_confidence": ["sequential", "qspec"],
     "min_draft_length": ["hierarchical"],
     **dict.fromkeys(
         ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree", "hierarchical"]
@@ -1179,15 +1186,20 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
         return method, gpt_spec.LookupDrafter(args.speculate_k)
     if method == "tree":
         return method, tree_drafter(args, method, target.model, SHIPPED_HEAD if shipped else None)
+    chain = (args.speculate_k, args.draft_confidence)
+    if method == "qspec":
+        twin = own_twin(args, target, "--method qspec drafts with")
+        return method, gpt_spec.SequentialDrafter(twin, *chain, shares_cache=True)
     path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
     if path is None:
         raise BadInput(
             f"--method {method} needs --draft_checkpoint_path: a smaller model with the target's vocabulary"
         )
     own = path == "self" and method == "hierarchical"
-    model = own_middle(args, target) if own else load_draft_model(path, args, target)
+    reason = "--draft_checkpoint_path: self means"
+    model = own_twin(args, target, reason) if own else load_draft_model(path, args, target)
     if method == "sequential":
-        return method, gpt_spec.SequentialDrafter(model, args.speculate_k, args.draft_confidence)
+        return method, gpt_spec.SequentialDrafter(model, *chain)
     head = SMALL_HEAD if Path(path).resolve() == SHIPPED_SMALL else SHIPPED_HEAD if own and shipped else None
     tree = tree_drafter(args, method, model, head)
     least = args.min_draft_length or gpt_spec.MIN_DRAFT_LENGTH
@@ -1223,8 +1235,8 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
     if path == "self":
         if precision != target.precision:
             raise BadInput(
-                "--draft_precision: self drafts with the target's own weights, in its precision; "
-                "--method hierarchical has it verify drafts with lower activations"
+                "--draft_precision: self drafts with the target's own weights, in its precision; --method "
+                "qspec drafts with them at lower activations"
             )
         return target.model
     directory = find_checkpoint(path, "--draft_checkpoint_path")
@@ -1235,15 +1247,16 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
     return model
 
 
-def own_middle(args: argparse.Namespace, target: Target) -> Transformer:
-    """The target's own weights with lower activations."""
-    if target.precision not in quantize.PRECISIONS:
+def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transformer:
+    """The target's own weights with lower activations; an error begins with the reason for wanting them."""
+    own = target.precision
+    lower = quantize.lower_activations(own) if own in quantize.PRECISIONS else own
+    if lower == own:
         raise BadInput(
-            "--draft_checkpoint_path: self means the target's weights with lower activations, and "
-            f"{target.precision} has no lower ones; use --precision w4a16"
+            f"{reason} the target's weights at lower activations, and {own} has no lower ones; "
+            "use --precision w4a16"
         )
     try:
-        lower = quantize.lower_activations(target.precision)
         return quantize.share_weights(target.model, args.draft_precision or lower)
     except BadInput as error:
         raise BadInput(f"--draft_precision: {error}") from None
@@ -1446,6 +1459,7 @@ STATS_FIELDS = [
     *("decode_seconds", "decode_tokens_per_second", "target_forwards"),
     *("drafted_tokens", "accepted_tokens", "tokens_per_step"),
     *("acceptance_by_position", "compile_seconds"),
+    *("aggregate_tokens_per_second", "occupancy"),
 ]
 
 TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
@@ -1455,10 +1469,13 @@ LEVEL_FIELDS = [
 ]
 
 
-def stats_json(stats: Stats, models: list[torch.nn.Module], device: str, method: str) -> dict[str, Any]:
+def stats_json(
+    stats: Stats, models: list[torch.nn.Module], device: str, method: str, outputs: list[Output]
+) -> dict[str, Any]:
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
     names = STATS_FIELDS + (TREE_FIELDS if method == "tree" else [])
     more = {"levels": levels_json(stats)} if stats.inside else {}
+    more |= {"tokens_per_step_by_output": [output.tokens_per_step for output in outputs]}
     return {name: getattr(stats, name) for name in names} | memory | more
 
 
@@ -1478,8 +1495,17 @@ def format_levels(levels: list[dict[str, Any]]) -> str:
     return f"levels: {'; '.join(parts)}; its drafter {levels[-1]['drafting_seconds']:.2f} s\n"
 
 
+def format_batch(s: dict[str, Any]) -> str:
+    """A line for people: how many texts did, and how evenly."""
+    rates = [rate for rate in s["tokens_per_step_by_output"] if rate is not None] or [0.0]
+    return (
+        f"{len(rates)} texts: {s['aggregate_tokens_per_second']:.1f} tokens/s with prefill; rows occupied "
+        f"{s['occupancy']:.2f}; tokens per step of a text {min(rates):.2f} to {max(rates):.2f}\n"
+    )
+
+
 def format_stats(s: dict[str, Any]) -> str:
-    """Three or four lines for people; `s` is what --json prints as `stats`."""
+    """Three to five lines for people; `s` is what --json prints as `stats`."""
     by_position = ", ".join(f"{share:.2f}" for share in s["acceptance_by_position"])
     accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
     if "expected_accepted_tokens" in s:
@@ -1491,6 +1517,7 @@ def format_stats(s: dict[str, Any]) -> str:
         f"{s['tokens_per_step']:.2f} tokens per step of the target"
         + (f"; {accepted}; at least 1, 2, ... in {by_position} of the steps\n" if by_position else "\n")
         + (format_levels(s["levels"]) if "levels" in s else "")
+        + (format_batch(s) if len(s["tokens_per_step_by_output"]) > 1 else "")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
     )
 
@@ -1562,7 +1589,7 @@ def run(args: argparse.Namespace) -> int:
             interact(decoder, target, args, stats)
         else:
             decode_all(decoder, outputs, args, target.stop_ids, stats)
-    summary = stats_json(stats, [target.model, *drafter.models], args.device, method)
+    summary = stats_json(stats, [target.model, *drafter.models], args.device, method, outputs)
     if args.json:
         head = {"method": method, "precision": target.precision, "device": args.device, "seed": args.seed}
         print(json.dumps({**head, "outputs": [output.as_json() for output in outputs], "stats": summary}))

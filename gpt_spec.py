@@ -991,26 +991,40 @@ class SequentialDrafter(Drafter):
     distributions let it. The last draft of a run that is accepted whole was never fed to it; so every run
     starts with the last *two* tokens of the text (more, where `Level.behind` says so), which costs no extra
     forward and writes what is there already in every other case.
+
+    The smaller model may be the target itself with lower activations, on the target's own cache (QSpec, arXiv
+    2410.11305): drafts write their keys and values from `length` on, verification writes over them before it
+    reads, and so there is nothing to prefill, to catch up with or to take back.
     """
 
-    def __init__(self, model: Transformer, speculate_k: int = 4, draft_confidence: float = 0.0):
-        """`draft_confidence`: a draft ends before a token that the model finds less probable than this."""
-        self.model, self.models, self.max_nodes = model, (model,), speculate_k + 1
+    def __init__(
+        self,
+        model: Transformer,
+        speculate_k: int = 4,
+        draft_confidence: float = 0.0,
+        shares_cache: bool = False,
+    ):
+        """`draft_confidence`: a draft ends before a token that the model finds less probable than this.
+
+        `shares_cache`: the model is the target in another precision of activations, and on its cache.
+        """
+        self.model, self.shares_cache, self.max_nodes = model, shares_cache, speculate_k + 1
+        self.models = () if shares_cache else (model,)
         self.draft_confidence = draft_confidence
         self.stride = 1 if draft_confidence > 0 else speculate_k  # tokens written by one compiled call
 
     def start(self, level: Level) -> None:
-        like, setup = self.model.norm.weight, level.setup
-        self.cache = KVCache.allocate(self.model.config, setup.batch_size, setup.slots, like)
-        self.sampling, self.window = setup.sampling, 2 + level.behind
+        self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
+        self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
         self.write_some = setup.compiled(self.write)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
-        prefill(self.model, self.cache, row, tokens, max(start - self.window, 0))
+        if not self.shares_cache:
+            prefill(self.model, self.cache, row, tokens, max(start - self.window, 0))
 
     def warm_up(self, state: State) -> None:
         # Whatever the confidence, which may end `propose` early.
-        for n in (self.window,) if self.stride > 1 else (self.window, 1):
+        for n in {self.window, self.window if self.stride > 1 else 1}:
             fed, start = state.before(state.length + 1, n)
             self.write_some(fed, start, state.length - start, state.seed)
 
@@ -1260,6 +1274,7 @@ class Stats:
     verification_seconds: float = 0.0  # also; on a GPU it includes waiting for what drafting began
     compile_seconds: float = 0.0
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
+    row_forwards: int = 0  # the same, but rows that held no text, or a finished one, count too
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     expected_accepted_tokens: float = 0.0  # of drafters that say how probable their nodes are
@@ -1271,6 +1286,17 @@ class Stats:
     def decode_tokens_per_second(self) -> float:
         """Without the first token of each output, which prefill yields."""
         return (self.new_tokens - self.outputs) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def aggregate_tokens_per_second(self) -> float:
+        """Of all rows together, prefill and first tokens included."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.new_tokens / seconds if seconds else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """The share of rows that held an unfinished text, averaged over the steps."""
+        return self.target_forwards / self.row_forwards if self.row_forwards else 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -1360,16 +1386,24 @@ class Level:
         # that this level said itself: every level above adds one more.
         self.behind = 0 if above is None else above.behind + 1
         self.renewed = renewed
-        like, width = model.norm.weight, len(self.taps) * model.config.hidden_size
-        batch_size, slots = setup.batch_size, setup.slots
-        self.state = State.allocate(batch_size, slots, 0 if shares_cache else width, like)
+        width = 0 if shares_cache else len(self.taps) * model.config.hidden_size
+        self.cache = (above or self).cache_for(model, shares_cache)
+        self.state = State.allocate(setup.batch_size, setup.slots, width, model.norm.weight)
         if above is not None:
             self.state.tokens, self.state.seed = above.state.tokens, above.state.seed
         if shares_cache:
-            self.cache, self.state.features = above.cache, above.state.features
-        else:
-            self.cache = KVCache.allocate(model.config, batch_size, slots, like)
+            self.state.features = above.state.features
         drafter.start(self)
+
+    def cache_for(self, model: Transformer, shared: bool) -> KVCache:
+        """For a model of this level or one that drafts for it: this level's own cache, if `shared`, or a new
+        one."""
+        if not shared:
+            setup = self.setup
+            return KVCache.allocate(model.config, setup.batch_size, setup.slots, model.norm.weight)
+        if model.config != self.model.config:
+            raise BadInput("a model that shares a cache must have the shape of the one whose cache it is")
+        return self.cache
 
     @torch.no_grad()
     def warm_up(self) -> float:
@@ -1469,6 +1503,7 @@ class Level:
 
         rows: of each text what was verified, and how many accepted and new tokens of it are used.
         """
+        self.stats.row_forwards += self.setup.batch_size
         for result, accepted, tokens in rows:
             self.stats.count_row(draft, result, accepted, tokens)
         self.stats.decode_seconds += seconds
@@ -1525,8 +1560,6 @@ class HierarchicalDrafter(Drafter):
         return self.drafter.taps(layers) if self.shares_cache else ()
 
     def start(self, level: Level) -> None:
-        if self.shares_cache and self.model.config != level.model.config:
-            raise BadInput("a model that shares a cache must have the shape of the one whose cache it is")
         setup = replace(level.setup, pace=Pace())
         # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0

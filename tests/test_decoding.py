@@ -3,6 +3,7 @@ stale."""
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -91,6 +92,9 @@ def drafters(target) -> dict[str, Drafter]:
         "itself": SequentialDrafter(target, 4),
         "noisy": SequentialDrafter(noisy_copy(target), 4),
         "unsure": SequentialDrafter(noisy_copy(target), 3, draft_confidence=0.5),
+        # What "another precision" of the same weights changes is noise here: see test_qspec.py.
+        "qspec": SequentialDrafter(noisy_copy(target), 3, shares_cache=True),
+        "unsure qspec": SequentialDrafter(noisy_copy(target), 4, 0.5, shares_cache=True),
         "bush": RandomTreeDrafter(target),
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
         "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=3),
@@ -124,12 +128,16 @@ def hierarchies(target) -> dict[str, Drafter]:
         "shared twice": HierarchicalDrafter(
             noisy, HierarchicalDrafter(noisier, tree(target), 2, shares_cache=True), 5, shares_cache=True
         ),
+        "qspec in the middle": HierarchicalDrafter(
+            noisy, SequentialDrafter(noisier, 2, shares_cache=True), 4
+        ),
     }
 
 
-FLAT = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
+FLAT = ["lookup", "random", "itself", "noisy", "unsure", "qspec", "unsure qspec", "bush"]
+FLAT += ["tree", "auto", "sure"]
 NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
-NESTED += ["three levels", "shared", "shared, three levels", "shared twice"]
+NESTED += ["three levels", "shared", "shared, three levels", "shared twice", "qspec in the middle"]
 NAMES = FLAT + NESTED
 
 
@@ -204,7 +212,7 @@ def test_compiled_too_in_a_quantized_precision(rotated_target):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["lookup", "noisy", "auto", "middle", "shared"])
+@pytest.mark.parametrize("name", ["lookup", "noisy", "qspec", "auto", "middle", "shared"])
 def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, compile):
     target = copy.deepcopy(target).cuda()
     expected = texts(target, PROMPTS, sampling=SAMPLED)
@@ -250,7 +258,7 @@ def assert_level_is_fresh(
         tokens, positions = torch.tensor([text[:length]]), torch.arange(length)[None]
         features = model(tokens, positions, causal_attention, level.taps)[1]
         torch.testing.assert_close(level.state.features[row, :length], features[0], rtol=1e-4, atol=1e-5)
-    if isinstance(drafter, SequentialDrafter):
+    if isinstance(drafter, SequentialDrafter) and not drafter.shares_cache:
         assert_cache_is_fresh(drafter.model, drafter.cache, row, text, length - 1)
     if isinstance(drafter, TreeDrafter):
         assert_head_is_fresh(level, row, text)
@@ -357,6 +365,40 @@ def test_prompt_i_of_a_batch_is_that_prompt_alone_with_seed_plus_i(target):
         assert texts(target, [prompt], sampling=alone) == [together[i]]
 
 
+MANY = random_prompts([1 + 7 * i % 40 for i in range(64)])
+
+
+@pytest.fixture(scope="module")
+def many_texts(target) -> list[list[int]]:
+    """What plain decoding says after each of MANY, alone with its own seed, up to one of two stop tokens."""
+    alone = [replace(SAMPLED, seed=SAMPLED.seed + i) for i in range(len(MANY))]
+    return [texts(target, [p], None, own, 24, stop_ids=STOPS)[0] for p, own in zip(MANY, alone)]
+
+
+STOPS = [3, 19]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_64_prompts_through_8_rows(target, many_texts, name):
+    """Every text is that of its prompt alone, and no row is idle while a prompt waits."""
+    assert len({len(text) for text in many_texts}) > 15  # rows finish at different times
+    decoder = Decoder(target, drafters(target)[name], SAMPLED, 128, batch_size=8, compile=False)
+    commit, begun, idle, stats = decoder.commit, set(), [], Stats()
+
+    def watched(draft):
+        idle.append(len(begun) < len(MANY) and not decoder.state.active.all())
+        return commit(draft)
+
+    decoder.commit, out = watched, [[] for _ in MANY]
+    for emissions in decoder.run(MANY, 24, STOPS, stats=stats):
+        for emission in emissions:
+            out[emission.prompt_index] += emission.tokens
+            begun.add(emission.prompt_index)
+    assert out == many_texts
+    assert len(idle) > 10 and not any(idle)
+    assert stats.row_forwards == 8 * len(idle) and 0.8 < stats.occupancy < 1
+
+
 def test_a_long_prompt_is_prefilled_in_chunks(target, monkeypatch):
     prompt = random_prompts([50])
     expected = texts(target, prompt)
@@ -390,7 +432,7 @@ def test_a_conversation_reuses_the_cache(target, name):
 @pytest.mark.parametrize(
     "name, sampling, batch_size",
     [
-        *(("lookup", GREEDY, 2), ("random", GREEDY, 1), ("unsure", GREEDY, 2)),
+        *(("lookup", GREEDY, 2), ("qspec", GREEDY, 1), ("unsure", GREEDY, 2)),
         ("auto", SAMPLED, 2),
     ],
 )
@@ -530,9 +572,12 @@ def test_stats_add_up(target):
     shares = stats.acceptance_by_position
     assert len(shares) == 3 and shares == sorted(shares, reverse=True)
     assert sum(shares) * stats.target_forwards == pytest.approx(stats.accepted_tokens)
+    assert stats.occupancy == stats.target_forwards / stats.row_forwards
+    seconds = stats.prefill_seconds + stats.decode_seconds
+    assert stats.aggregate_tokens_per_second == 200 / seconds
 
 
-@pytest.mark.parametrize("name", ["noisy", "tree", "middle", "three levels", "shared"])
+@pytest.mark.parametrize("name", ["noisy", "qspec", "tree", "middle", "three levels", "shared"])
 def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, name, monkeypatch):
     decoder = Decoder(target, drafters(target)[name], max_length=80, compile=False)
     first, second = random_prompts([20, 25])

@@ -79,7 +79,7 @@ def test_every_method_prints_the_same_text(capsys, temperature, draft_precision)
     flags = [*SHORT, "--precision", "fp32", "--temperature", temperature, "--top_p", "0.9"]
     expected = run_json(capsys, *flags, "--method", "autoregressive")
     assert expected["outputs"][0]["token_ids"]
-    for method in generate.METHODS[1:]:
+    for method in set(generate.METHODS) - {"autoregressive", "qspec"}:  # qspec wants quantized weights
         drafter = ["--draft_precision", draft_precision] if method == "sequential" else []
         result = run_json(capsys, *flags, "--method", method, *drafter)
         assert result["outputs"] == expected["outputs"]
@@ -106,6 +106,42 @@ def test_both_paths_make_a_hierarchy(capsys):
     assert re.search(
         r"levels: the target [\d.]+ tokens per step, [\d.]+ s; the middle model [\d.]+ tokens", err
     )
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_qspec_prints_what_its_target_prints(capsys, temperature):
+    """In the target's precision; with weights and memory of the target alone, whatever the draft's is."""
+    for precision, drafts in (("w4a16", [None, "w4a8", "w4a4"]), ("w4a8", [None]), ("w8a16", [None])):
+        flags = [*SHORT, "--precision", precision, "--temperature", temperature]
+        expected = run_json(capsys, *flags, "--method", "autoregressive")
+        accepted = []
+        for draft in drafts:
+            lower = ["--draft_precision", draft] if draft else []
+            result = run_json(capsys, *flags, "--method", "qspec", "--speculate_k", "3", *lower)
+            assert (result["method"], result["precision"]) == ("qspec", precision)
+            assert result["outputs"] == expected["outputs"]
+            assert result["stats"]["weight_bytes"] == expected["stats"]["weight_bytes"]
+            assert result["stats"]["tokens_per_step"] > 2
+            accepted.append(result["stats"]["acceptance_by_position"])
+        assert accepted[0] == accepted[1 % len(accepted)]  # w4a8 is what w4a16 drafts in by default
+
+
+def test_statistics_of_a_batch(capsys, tmp_path):
+    lines = [{"prompt_ids": [1, *range(50, 50 + 3 * i)]} for i in range(4)]
+    file = write_prompts(tmp_path / "p.jsonl", *lines[:2], "{bad", *lines[2:])
+    flags = [*SHORT, "--prompts", file, "--batch_size", "3"]
+    status, out, err = run(capsys, *flags, "--json")
+    result = json.loads(out)
+    stats, outputs = result["stats"], result["outputs"]
+    rates = stats["tokens_per_step_by_output"]
+    assert status == 2 and len(rates) == 5 and rates[2] is None
+    steps = [(len(o["token_ids"]) - 1) / rate for o, rate in zip(outputs, rates) if rate]
+    assert sum(steps) == pytest.approx(stats["target_forwards"])
+    assert 0.5 < stats["occupancy"] < 1
+    seconds = stats["prefill_seconds"] + stats["decode_seconds"]
+    assert stats["aggregate_tokens_per_second"] == pytest.approx(stats["new_tokens"] / seconds)
+    assert re.search(r"4 texts: [\d.]+ tokens/s with prefill; rows occupied 0\.\d+; tokens per step of", err)
+    assert "texts:" not in run(capsys, *SHORT)[2]
 
 
 def test_json_has_the_promised_fields(capsys):
@@ -410,6 +446,11 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
         (["--method", "hierarchical", "--min_draft_length", "0"], ["--min_draft_length", "at least 1"]),
         (["--method", "hierarchical", "--min_draft_length", "9" * 20], ["--min_draft_length", "1 to"]),
         (["--method", "hierarchical", "--draft_checkpoint_path", "self"], ["self", "bf16", "w4a16"]),
+        (["--method", "qspec"], ["qspec", "bf16", "--precision w4a16"]),
+        (["--method", "qspec", "--precision", "w4a4", "--draft_precision", "w4a4"], ["no lower", "w4a16"]),
+        (["--method", "qspec", "--precision", "w4a16", "--draft_precision", "w8a8"], ["--draft_precision"]),
+        (["--method", "qspec", "--precision", "w4a16", "--draft_checkpoint_path", "self"], ["sequential"]),
+        (["--precision", "w4a16", *MIDDLE[:1], "self", "--draft_precision", "w4a8"], ["--method qspec"]),
         ([*SELF, "--precision", "w4a8", "--draft_precision", "w8a8"], ["--draft_precision", "w4a8", "w8a8"]),
         (["--checkpoint_path", str(SHIPPED_TARGET), "--method", "hierarchical"], ["--draft_checkpoint_path"]),
         (["--checkpoint_path", str(SHIPPED_TARGET), *SELF, "--precision", "w4a8"], ["--eagle_checkpoint"]),

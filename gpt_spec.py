@@ -984,6 +984,9 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
     return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
 
 
+UNROLLED_LAYERS = 32  # at most, in a compiled call that writes several tokens
+
+
 class SequentialDrafter(Drafter):
     """A smaller model of the same vocabulary writes K tokens in a row (Leviathan et al., arXiv 2211.17192).
 
@@ -1011,7 +1014,10 @@ class SequentialDrafter(Drafter):
         self.model, self.shares_cache, self.max_nodes = model, shares_cache, speculate_k + 1
         self.models = () if shares_cache else (model,)
         self.draft_confidence = draft_confidence
-        self.stride = 1 if draft_confidence > 0 else speculate_k  # tokens written by one compiled call
+        # Tokens written by one compiled call: the fewer calls the faster, but each layer of each token takes
+        # a second or two to compile.
+        most = 1 if draft_confidence > 0 else max(UNROLLED_LAYERS // model.config.num_layers, 1)
+        self.stride = max(n for n in range(1, speculate_k + 1) if speculate_k % n == 0 and n <= most)
 
     def start(self, level: Level) -> None:
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
@@ -1024,7 +1030,7 @@ class SequentialDrafter(Drafter):
 
     def warm_up(self, state: State) -> None:
         # Whatever the confidence, which may end `propose` early.
-        for n in {self.window, self.window if self.stride > 1 else 1}:
+        for n in {self.window, self.window if self.stride == self.max_nodes - 1 else 1}:
             fed, start = state.before(state.length + 1, n)
             self.write_some(fed, start, state.length - start, state.seed)
 
@@ -1059,7 +1065,9 @@ class SequentialDrafter(Drafter):
                 break
             drafted.append(tokens)
             count = count + sure.sum(dim=1)  # [B]
-            fed, start, last = tokens[:, -1:], state.length + k + self.stride, torch.zeros_like(last)
+            # A new tensor, whose strides are those of the warm-up.
+            fed, last = tokens.narrow_copy(1, self.stride - 1, 1), torch.zeros_like(last)
+            start = state.length + k + self.stride
         draft = torch.cat(drafted, dim=1)
         n = next(size for size in self.draft_sizes() if size >= draft.shape[1])
         return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]

@@ -93,7 +93,7 @@ def drafters(target) -> dict[str, Drafter]:
         "noisy": SequentialDrafter(noisy_copy(target), 4),
         "unsure": SequentialDrafter(noisy_copy(target), 3, draft_confidence=0.5),
         # What "another precision" of the same weights changes is noise here: see test_qspec.py.
-        "qspec": SequentialDrafter(noisy_copy(target), 3, shares_cache=True),
+        "qspec": SequentialDrafter(noisy_copy(target), 4, shares_cache=True),
         "unsure qspec": SequentialDrafter(noisy_copy(target), 4, 0.5, shares_cache=True),
         "bush": RandomTreeDrafter(target),
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
@@ -399,6 +399,23 @@ def test_64_prompts_through_8_rows(target, many_texts, name):
     assert stats.row_forwards == 8 * len(idle) and 0.8 < stats.occupancy < 1
 
 
+@pytest.mark.parametrize("layers, stride", [(1, 1), (2, 1), (4, 2), (7, 2), (8, 4), (99, 4)])
+@pytest.mark.parametrize("shares_cache", [False, True])
+def test_a_call_drafts_as_many_tokens_as_are_worth_compiling(
+    target, layers, stride, shares_cache, monkeypatch
+):
+    """Text and acceptance do not depend on it."""
+    monkeypatch.setattr("gpt_spec.UNROLLED_LAYERS", layers)
+    drafter, stats = SequentialDrafter(noisy_copy(target), 4, shares_cache=shares_cache), Stats()
+    assert drafter.stride == stride
+    expected = texts(target, PROMPTS[:2], sampling=SAMPLED)
+    assert texts(target, PROMPTS[:2], drafter, SAMPLED, batch_size=2, stats=stats) == expected
+    monkeypatch.undo()
+    whole = SequentialDrafter(noisy_copy(target), 4, shares_cache=shares_cache)
+    texts(target, PROMPTS[:2], whole, SAMPLED, batch_size=2, stats=(again := Stats()))
+    assert stats.accepted_histogram == again.accepted_histogram
+
+
 def test_a_long_prompt_is_prefilled_in_chunks(target, monkeypatch):
     prompt = random_prompts([50])
     expected = texts(target, prompt)
@@ -436,8 +453,11 @@ def test_a_conversation_reuses_the_cache(target, name):
         ("auto", SAMPLED, 2),
     ],
 )
-def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampling, batch_size):
+def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampling, batch_size, monkeypatch):
     """fullgraph, and after the warm-up every size is there: draft steps, all sizes of drafts, refills."""
+    monkeypatch.setattr(
+        "gpt_spec.UNROLLED_LAYERS", 2 * target.config.num_layers
+    )  # qspec: two calls for K = 4
     expected = texts(target, PROMPTS[:3], sampling=sampling)
     decoder = Decoder(target, drafters(target)[name], sampling, max_length=128, batch_size=batch_size)
     assert decoder.warm_up() > 0

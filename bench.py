@@ -5,6 +5,7 @@
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
     python bench.py qspec       # the target's own weights as drafter, at several batch sizes
+    python bench.py confidence  # drafts of QSpec that end where it is not sure of itself
     python bench.py noise       # acceptance with noise shared by target and drafter, and independent
     python bench.py exact       # every method in every precision: is each text the autoregressive one?
     python bench.py perplexity  # of every precision and quantizer, on held-out modules
@@ -65,8 +66,10 @@ HELD_OUT = generate.MODELS / "held_out.jsonl"
 class IndependentDrafter(SequentialDrafter):
     """Draws with noise of its own, as every engine does that samples target and drafter separately."""
 
-    def write(self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        return super().write(fed, start, last, seed + 2**40)
+    def write(
+        self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        return super().write(fed, start, last, seed + 2**40, count)
 
 
 class GreedyDrafter(SequentialDrafter):
@@ -206,6 +209,7 @@ def compare(target: Transformer, drafters: dict[str, Drafter], args: argparse.Na
             "different_texts": different[name],
             "expected_accepted_tokens": stats.expected_accepted_tokens,
             "accepted_tokens": stats.accepted_tokens,
+            "drafted_tokens": stats.drafted_tokens,
             "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
             "steps_by_nodes": stats.nodes_histogram,
             "levels": generate.levels_json(stats),
@@ -289,7 +293,7 @@ def report_hierarchical(args: argparse.Namespace) -> dict:
     activations, in w4a16 and w4a8: see `compare`."""
     results = {}
     for precision in ("w4a16", "w4a8"):
-        lower = quantize.lower_activations(precision)
+        lower = quantize.lower_precisions(precision)[0]
         print(f"{precision}; its own middle is {lower}")
         results[precision] = compare(*hierarchies(precision, lower, args), args)
     return results
@@ -331,6 +335,20 @@ def report_qspec(args: argparse.Namespace) -> dict:
     return results | {args.shape: rows}
 
 
+def report_confidence(args: argparse.Namespace) -> dict:
+    """QSpec on the shipped target in w4a16, where drafts end before an improbable token: see `compare`."""
+    target, results = generate.load_model(generate.SHIPPED_TARGET, "w4a16"), {}
+    for precision in quantize.lower_precisions("w4a16"):
+        twin = quantize.share_weights(target, precision)
+        drafters: dict[str, Drafter] = {"autoregressive": Drafter()}
+        for k, confidence in ((3, 0.0), (6, 0.0), (6, 0.3), (6, 0.5), (6, 0.7), (6, 0.9)):
+            name = f"K={k}" + (f", confidence {confidence}" if confidence else "")
+            drafters[name] = SequentialDrafter(twin, k, confidence, shares_cache=True)
+        print(f"drafts in {precision}")
+        results[precision] = compare(target, drafters, args)
+    return results
+
+
 def batch_sizes(args: argparse.Namespace) -> list[int]:
     return [int(size) for size in args.batch_sizes.split(",")]
 
@@ -351,7 +369,7 @@ def measure_qspec(
     """
     k, longest = args.speculate_k, max(map(len, prompts)) + args.max_new_tokens
     drafters = {"w4a16": Drafter()}
-    for precision in ("w4a8", "w4a4"):
+    for precision in quantize.lower_precisions("w4a16"):
         twin = quantize.share_weights(target, precision)
         drafters[precision] = SequentialDrafter(twin, k, shares_cache=True)
     sampling = Sampling(args.temperature)
@@ -449,8 +467,8 @@ def report_noise(args: argparse.Namespace) -> dict:
 def report_exact(args: argparse.Namespace) -> dict:
     """Texts that are not the autoregressive one, by method, precision and temperature: none should be.
 
-    Compiled ones are compared with compiled ones. Batches and hierarchies run uncompiled, to save hours of
-    compilation, and --uncompiled leaves out the others.
+    Compiled ones are compared with compiled ones. Batches of methods other than qspec, and hierarchies, run
+    uncompiled, to save hours of compilation, and --uncompiled leaves out the others.
     """
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in args.precisions.split(","):
@@ -477,19 +495,25 @@ def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
     """The shipped target; drafters and batch sizes by name, to run compiled and uncompiled. The first of each
     are what the others are compared with."""
     target, small = shipped(precision)
-    head = generate.load_head(generate.SHIPPED_HEAD, target)
-    inner = generate.load_head(generate.SMALL_HEAD, small)
-    flat = [Drafter(), LookupDrafter(4), SequentialDrafter(small, 4), TreeDrafter(head)]
-    alone = {f"{type(drafter).__name__}, batch of 1": (drafter, 1) for drafter in flat}
-    batches = {"Drafter, batch of 1": (Drafter(), 1)}
-    more = [*flat, HierarchicalDrafter(small, TreeDrafter(inner))]
-    batches |= {f"{type(drafter).__name__}, batch of 4": (drafter, 4) for drafter in more}
-    if precision in quantize.PRECISIONS:
-        twin = quantize.share_weights(target, quantize.lower_activations(precision))
+    inner = TreeDrafter(generate.load_head(generate.SMALL_HEAD, small))
+    flat = {
+        "autoregressive": Drafter(),
+        "lookup": LookupDrafter(4),
+        "sequential": SequentialDrafter(small, 4),
+    }
+    flat["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target))
+    qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
+    for lower in quantize.lower_precisions(precision):
+        twin = quantize.share_weights(target, lower)
         own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin))
-        middle = HierarchicalDrafter(twin, own, shares_cache=True)
-        batches["HierarchicalDrafter, own middle, batch of 4"] = (middle, 4)
-    return target, alone, batches
+        qspecs[f"qspec {lower}"] = SequentialDrafter(twin, 3, shares_cache=True)
+        more[f"hierarchical, {lower} self"] = HierarchicalDrafter(twin, own, shares_cache=True)
+    one, eight = ", batch of 1", ", batch of 8"
+    compiled = {name + one: (drafter, 1) for name, drafter in (flat | qspecs).items()}
+    compiled |= {name + eight: (drafter, 8) for name, drafter in qspecs.items()}
+    uncompiled = {"autoregressive" + one: (Drafter(), 1)}
+    uncompiled |= {name + eight: (drafter, 8) for name, drafter in (flat | qspecs | more).items()}
+    return target, compiled, uncompiled
 
 
 QUANTIZERS = {  # flags of quantize.py by name
@@ -571,7 +595,8 @@ def count_accepted(
 ) -> dict[str, dict]:
     """Accepted lengths and differing texts of every method, by name."""
     small = generate.load_model(generate.SHIPPED_SMALL)
-    lower = quantize.share_weights(target, quantize.lower_activations(quantize.precision_of(target)))
+    own = quantize.precision_of(target)
+    lower = quantize.share_weights(target, next(iter(quantize.lower_precisions(own)), own))
     inner = TreeDrafter(generate.load_head(generate.SMALL_HEAD, small), 12, 3, 4)
     own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, lower), 12, 3, 4)
     drafters = {
@@ -772,6 +797,7 @@ def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, fl
 
 def random_model(config: ModelConfig, precision: str) -> Transformer:
     """A model of random weights in the given precision; nothing larger than it is ever in memory."""
+    torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
         if precision in quantize.PRECISIONS:
@@ -839,7 +865,7 @@ def profile(decoder: Decoder) -> dict[str, float]:
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
     **{"tree": report_tree, "hierarchical": report_hierarchical, "qspec": report_qspec},
-    **{"perplexity": report_perplexity, "rotation": report_rotation},
+    **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
 

@@ -1249,17 +1249,16 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
 
 def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transformer:
     """The target's own weights with lower activations; an error begins with the reason for wanting them."""
-    own = target.precision
-    lower = quantize.lower_activations(own) if own in quantize.PRECISIONS else own
-    if lower == own:
+    own, lower = target.precision, quantize.lower_precisions(target.precision)
+    if not lower:
         raise BadInput(
             f"{reason} the target's weights at lower activations, and {own} has no lower ones; "
             "use --precision w4a16"
         )
-    try:
-        return quantize.share_weights(target.model, args.draft_precision or lower)
-    except BadInput as error:
-        raise BadInput(f"--draft_precision: {error}") from None
+    draft = args.draft_precision or lower[0]
+    if draft not in (own, *lower):
+        raise BadInput(f"--draft_precision is {draft}; weights of {own} draft in {' or '.join(lower)}")
+    return quantize.share_weights(target.model, draft)
 
 
 def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None) -> str | None:
@@ -1497,11 +1496,12 @@ def format_levels(levels: list[dict[str, Any]]) -> str:
 
 def format_batch(s: dict[str, Any]) -> str:
     """A line for people: how many texts did, and how evenly."""
-    rates = [rate for rate in s["tokens_per_step_by_output"] if rate is not None] or [0.0]
-    return (
-        f"{len(rates)} texts: {s['aggregate_tokens_per_second']:.1f} tokens/s with prefill; rows occupied "
-        f"{s['occupancy']:.2f}; tokens per step of a text {min(rates):.2f} to {max(rates):.2f}\n"
-    )
+    rates = [rate for rate in s["tokens_per_step_by_output"] if rate is not None]
+    line = f"all texts: {s['aggregate_tokens_per_second']:.1f} tokens/s with prefill"
+    if rates:  # texts of one token take no step
+        line += f"; rows occupied {s['occupancy']:.2f}; tokens per step of a text {min(rates):.2f} to "
+        line += f"{max(rates):.2f}"
+    return line + "\n"
 
 
 def format_stats(s: dict[str, Any]) -> str:

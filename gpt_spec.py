@@ -649,33 +649,14 @@ class Sampling:
             raise BadInput(f"seed is {self.seed}; it must be between -2**62 and 2**62")
 
 
-LOW_32 = 0xFFFFFFFF
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (in int64) whose bits look random: lowbias32 by Chris Wellons.
-
-    The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
-    """
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32
-    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & LOW_32
-    return x ^ (x >> 16)
-
-
 def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise as a function: the same (seed, position, token) has the same noise, whoever asks.
 
     seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator,
     so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
     """
-    first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
-    second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
-    a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
-    b = mix(a ^ second[..., None])
-    token = torch.arange(vocab_size, device=positions.device)
-    bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, vocabulary]
     # Uniform in (0, 1), most precise near 0, where large noise comes from; -log(1 - uniform) is exponential.
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    uniform = kernels.uniform(seed, positions, vocab_size)
     return -torch.log(-torch.log1p(-uniform))
 
 
@@ -984,7 +965,7 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
     return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
 
 
-UNROLLED_LAYERS = 32  # at most, in a compiled call that writes several tokens
+UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one token
 
 
 class SequentialDrafter(Drafter):
@@ -1011,13 +992,16 @@ class SequentialDrafter(Drafter):
 
         `shares_cache`: the model is the target in another precision of activations, and on its cache.
         """
+        if speculate_k < 1:
+            raise BadInput(f"speculate_k is {speculate_k}; it must be at least 1")
         self.model, self.shares_cache, self.max_nodes = model, shares_cache, speculate_k + 1
         self.models = () if shares_cache else (model,)
         self.draft_confidence = draft_confidence
-        # Tokens written by one compiled call: the fewer calls the faster, but each layer of each token takes
-        # a second or two to compile.
+        # The tokens that each compiled call writes: the fewer calls the faster, but each layer of each token
+        # takes a second or two to compile.
         most = 1 if draft_confidence > 0 else max(UNROLLED_LAYERS // model.config.num_layers, 1)
-        self.stride = max(n for n in range(1, speculate_k + 1) if speculate_k % n == 0 and n <= most)
+        count = -(-speculate_k // most)
+        self.calls = [(speculate_k + i) // count for i in reversed(range(count))]
 
     def start(self, level: Level) -> None:
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
@@ -1029,16 +1013,18 @@ class SequentialDrafter(Drafter):
             prefill(self.model, self.cache, row, tokens, max(start - self.window, 0))
 
     def warm_up(self, state: State) -> None:
-        # Whatever the confidence, which may end `propose` early.
-        for n in {self.window, self.window if self.stride == self.max_nodes - 1 else 1}:
+        # Not by `propose`, which may end early. The first call feeds the window, the others one token.
+        for n, count in {(self.window, self.calls[0]), *((1, count) for count in self.calls[1:])}:
             fed, start = state.before(state.length + 1, n)
-            self.write_some(fed, start, state.length - start, state.seed)
+            self.write_some(fed, start, state.length - start, state.seed, count)
 
-    def write(self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Feed int64 [B, n] at `start`, of which `last` [B] is the root, and go on from there -> tokens int64
-        [B, stride], are they sure? bool."""
+        [B, count], are they sure? bool."""
         tokens, sure, row = [], [], torch.arange(len(fed), device=fed.device)[:, None]  # [B, 1]
-        for _ in range(self.stride):
+        for _ in range(count):
             features, _ = extend(self.model, self.cache, fed, start)
             logits = self.model.lm_head(features[row, last[:, None]])  # [B, 1, V]
             start, last = start + last + 1, torch.zeros_like(last)
@@ -1057,17 +1043,17 @@ class SequentialDrafter(Drafter):
         fed, start = state.before(state.length + 1, self.window)
         root, last = state.tokens.gather(1, state.length[:, None]), state.length - start  # [B, 1], [B]
         drafted, sure, count = [root], state.active[:, None], torch.zeros_like(start)
-        for k in range(0, self.max_nodes - 1, self.stride):  # k tokens are drafted
-            tokens, confident = self.write_some(fed, start, last, state.seed)  # [B, stride] each
-            sure = sure & confident
+        for more in self.calls:
+            tokens, confident = self.write_some(fed, start, last, state.seed, more)  # [B, more] each
+            sure = sure[:, -1:] & confident
             # A read of the host, the price of stopping early.
             if self.draft_confidence > 0 and not sure.any():
                 break
             drafted.append(tokens)
             count = count + sure.sum(dim=1)  # [B]
             # A new tensor, whose strides are those of the warm-up.
-            fed, last = tokens.narrow_copy(1, self.stride - 1, 1), torch.zeros_like(last)
-            start = state.length + k + self.stride
+            fed, start = tokens.narrow_copy(1, more - 1, 1), start + last + more
+            last = torch.zeros_like(last)
         draft = torch.cat(drafted, dim=1)
         n = next(size for size in self.draft_sizes() if size >= draft.shape[1])
         return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]

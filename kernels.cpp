@@ -1171,6 +1171,37 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
 }
 
 // ------------------------------------------------------------------------------------------------------------
+// Random numbers as a function of seed, position and token, bit for bit those of uniform_reference.
+// ------------------------------------------------------------------------------------------------------------
+
+uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+Tensor uniform(const Tensor& seed_any, const Tensor& positions_any, int64_t size) {
+  Tensor seed = seed_any.contiguous(), positions = positions_any.contiguous();
+  TORCH_CHECK(seed.scalar_type() == at::kLong && positions.scalar_type() == at::kLong && positions.dim() == 2 &&
+                  seed.numel() == positions.size(0),
+              "uniform: seed int64 [B], positions int64 [B, n]");
+  const int64_t batch = positions.size(0), n = positions.size(1);
+  Tensor out = at::empty({batch, n, size}, positions.options().dtype(at::kFloat));
+  const int64_t *keys = seed.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
+  float* to = out.mutable_data_ptr<float>();
+#pragma omp parallel for if (out.numel() > SMALL)
+  for (int64_t row = 0; row < batch * n; row++) {
+    const uint64_t key = keys[row / n];
+    const uint32_t first = mix(mix((uint32_t)key) ^ (uint32_t)(key >> 32)), second = mix(first ^ 0x5BF03635u);
+    const uint32_t a = mix((uint32_t)position[row] + first), b = mix(a ^ second);
+    float* values = to + row * size;
+    for (uint32_t token = 0; token < (uint32_t)size; token++)
+      values[token] = std::min(((float)mix(mix(token + a) ^ b) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+  }
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------
 // Sampling: the top_k largest of a row and, of these, the smallest set with top_p of their softmax.
 // ------------------------------------------------------------------------------------------------------------
 
@@ -1253,6 +1284,7 @@ TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rotate", rotate);
   m.impl("move", move);
+  m.impl("uniform", uniform);
   m.impl("top_k", top_k);
   m.impl("filter", filter);
   m.impl("attention", attention);

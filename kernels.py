@@ -4,6 +4,7 @@
                 order, rounding of the activations) and after (bias, residual) is part of it
     rms_norm    the norm alone
     rotate      a rotation alone: Hadamard matrices, which spread what is large over many numbers
+    uniform     random numbers as a function of seed, position and token: a hash
     top_k       the largest of every row, with a rule for equal ones
     filter      what top-k and top-p sampling leave of logits, without sorting them all
     attention   n queries of every text over a static cache
@@ -319,6 +320,29 @@ def prepare_reference(
     return x if permutation is None else x[..., permutation]
 
 
+LOW_32 = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (in int64) whose bits look random: lowbias32 by Chris Wellons.
+
+    The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
+    """
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & LOW_32
+    return x ^ (x >> 16)
+
+
+def uniform_reference(seed: Tensor, positions: Tensor, size: int) -> Tensor:
+    first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
+    second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
+    a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
+    b = mix(a ^ second[..., None])
+    token = torch.arange(size, device=positions.device)
+    bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, size]
+    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
 def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ordered, index = x.masked_fill(x.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
     return ordered[..., :k].contiguous(), index[..., :k].contiguous()
@@ -375,6 +399,7 @@ library.define(
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("rotate(Tensor x, Tensor matrix, int power, int stride) -> Tensor")
+library.define("uniform(Tensor seed, Tensor positions, int size) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
 library.define("filter(Tensor logits, float temperature, int top_k, float top_p) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
@@ -383,6 +408,7 @@ library.impl("move", move_reference, "CompositeExplicitAutograd")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
 library.impl("rotate", rotate_reference, "CompositeExplicitAutograd")
+library.impl("uniform", uniform_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
 library.impl("filter", filter_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
@@ -402,6 +428,11 @@ def _(x, weight, eps):
 @torch.library.register_fake("gpt_spec::rotate")
 def _(x, matrix, power, stride):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gpt_spec::uniform")
+def _(seed, positions, size):
+    return positions.new_empty(*positions.shape, size, dtype=torch.float32)
 
 
 @torch.library.register_fake("gpt_spec::top_k")
@@ -472,6 +503,15 @@ def rotate(x: Tensor, matrix: Tensor, power: int, stride: int = 1) -> Tensor:
     root of K * power. K is 1 or a multiple of 4. float32 or bf16.
     """
     return torch.ops.gpt_spec.rotate(x, matrix, power, stride)
+
+
+def uniform(seed: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Numbers in (0, 1), float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and place.
+
+    All bodies give the same bits. An operator, because Inductor would compile this chain of shifts and
+    products for twenty seconds, again for every token of a draft.
+    """
+    return torch.ops.gpt_spec.uniform(seed, positions, size)
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

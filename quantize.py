@@ -53,7 +53,6 @@ from gpt_spec import (
     Rotation,
     Transformer,
     causal_attention,
-    mix,
     rope_frequencies,
 )
 
@@ -180,10 +179,10 @@ def precision_of(model: Transformer) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.norm.weight.dtype]
 
 
-def lower_activations(precision: str) -> str:
-    """The precision of the same weights with the next smaller activations; itself where there is none."""
-    same_bits = [name for name in PRECISIONS if PRECISIONS[name][0] == PRECISIONS[precision][0]]
-    return same_bits[min(same_bits.index(precision) + 1, len(same_bits) - 1)]
+def lower_precisions(precision: str) -> list[str]:
+    """Those of the same weights with fewer bits of activations, the next one first."""
+    weights, activations = PRECISIONS.get(precision, (0, 0))
+    return [name for name, (w, a) in PRECISIONS.items() if w == weights and a < activations]
 
 
 def share_weights(model: Transformer, precision: str) -> Transformer:
@@ -426,7 +425,7 @@ class Rotations:
 
     @staticmethod
     def of(config: ModelConfig) -> Rotations:
-        signs = (mix(torch.arange(config.hidden_size, device="cpu")) & 1) * 2.0 - 1
+        signs = (kernels.mix(torch.arange(config.hidden_size, device="cpu")) & 1) * 2.0 - 1
         return Rotations(
             Rotation(*hadamard(config.hidden_size), signs=signs),
             Rotation(*hadamard(config.head_dim)),
@@ -1264,7 +1263,7 @@ def own_texts(directory: Path, tokenizer, texts: int, length: int) -> Tensor:
 
     model = generate.load_model(directory)
     first = None if tokenizer is None else tokenizer.specials.get(tokenizer.bos)
-    hashes = (mix(torch.arange(texts)) % model.config.vocab_size).tolist()
+    hashes = (kernels.mix(torch.arange(texts)) % model.config.vocab_size).tolist()
     prompts = [[token] if first is None else [first] for token in hashes]
     rows = [list(prompt) for prompt in prompts]
     with tqdm(total=texts * length, desc="writing text", unit="token", disable=None) as bar:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import (
+    NEEDS_EQUAL_ROWS,
     ROOT,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
@@ -21,7 +22,6 @@ from conftest import (
     texts,
 )
 
-import kernels
 from generate import load_head, load_model, load_tokenizer
 from gpt_spec import (
     BadInput,
@@ -43,7 +43,7 @@ from gpt_spec import (
     generate,
     tree_geometry,
 )
-from quantize import PRECISIONS
+from quantize import PRECISIONS, share_weights
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 WARM = Sampling(temperature=0.7, top_p=0.95, seed=8)
@@ -95,6 +95,8 @@ def drafters(target) -> dict[str, Drafter]:
         # What "another precision" of the same weights changes is noise here: see test_qspec.py.
         "qspec": SequentialDrafter(noisy_copy(target), 4, shares_cache=True),
         "unsure qspec": SequentialDrafter(noisy_copy(target), 4, 0.5, shares_cache=True),
+        "qspec of one token": SequentialDrafter(noisy_copy(target), 1, shares_cache=True),
+        "qspec, never sure": SequentialDrafter(noisy_copy(target), 2, 1.0, shares_cache=True),
         "bush": RandomTreeDrafter(target),
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
         "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=3),
@@ -134,8 +136,13 @@ def hierarchies(target) -> dict[str, Drafter]:
     }
 
 
-FLAT = ["lookup", "random", "itself", "noisy", "unsure", "qspec", "unsure qspec", "bush"]
-FLAT += ["tree", "auto", "sure"]
+def qspec(target, precision: str, k: int = 3, confidence: float = 0.0) -> SequentialDrafter:
+    """The target drafts with its own weights and cache, in a lower precision."""
+    return SequentialDrafter(share_weights(target, precision), k, confidence, shares_cache=True)
+
+
+FLAT = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
+FLAT += ["qspec", "unsure qspec", "qspec of one token", "qspec, never sure"]
 NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
 NESTED += ["three levels", "shared", "shared, three levels", "shared twice", "qspec in the middle"]
 NAMES = FLAT + NESTED
@@ -175,14 +182,13 @@ def test_every_drafter_gives_the_autoregressive_text(target, name, sampling):
         assert texts(target, PROMPTS, drafters(target)[name], sampling, batch_size=2) == expected
 
 
+@NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("precision", ["bf16", *PRECISIONS])
 def test_every_precision_gives_the_autoregressive_text(precision):
     """Token for token, not up to near-ties: rows of our kernels do not depend on each other.
 
     Two held-out prompts; `python bench.py exact` takes twenty.
     """
-    if kernels.PATH == "reference":
-        pytest.skip("the reference is not row-invariant")
     model, small = load_model(SHIPPED_TARGET, precision), load_model(SHIPPED_SMALL, precision)
     head = load_head(SHIPPED_HEAD, model, precision)
     lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
@@ -196,10 +202,9 @@ def test_every_precision_gives_the_autoregressive_text(precision):
         assert texts(model, prompts, TreeDrafter(head), sampling, 100, batch_size=2) == begun
 
 
+@NEEDS_EQUAL_ROWS
 def test_compiled_too_in_a_quantized_precision(rotated_target):
     """And rotated: the online rotations are part of the compiled graphs."""
-    if kernels.PATH == "reference":
-        pytest.skip("the reference is not row-invariant")
     model, small = load_model(rotated_target, "w4a8"), load_model(SHIPPED_SMALL, "w4a8")
     prompts, sampling = [list(range(5, 40)), [1]], Sampling(temperature=1.0)
     expected = texts(model, prompts, None, sampling, 100, compile=True)
@@ -207,6 +212,13 @@ def test_compiled_too_in_a_quantized_precision(rotated_target):
     assert texts(model, prompts, SequentialDrafter(small, 2), sampling, 100, compile=True) == expected
     tree = TreeDrafter(load_head(SHIPPED_HEAD, model, "w4a8"), 12, 3, 3)
     assert texts(model, prompts, tree, sampling, 100, compile=True) == expected
+    decoders = [Decoder(model, None, sampling, 256), Decoder(model, qspec(model, "w4a4", 2), sampling, 256)]
+    plain, ours = ((*d.cache.keys, *d.cache.values) for d in decoders)
+    for prompt in prompts:
+        alone, drafted = (collect(d.run([prompt], 100), 1)[0] for d in decoders)
+        assert alone == drafted
+        valid = len(prompt) + 99
+        assert all(torch.equal(a[:, :valid], b[:, :valid]) for a, b in zip(plain, ours))
 
 
 @pytest.mark.gpu
@@ -222,7 +234,7 @@ def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, comp
 @pytest.mark.parametrize(
     "name, low, high",
     [
-        *(("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0)),
+        *(("random", 0.0, 0.2), ("noisy", 0.2, 0.9), ("itself", 0.99, 1.0), ("qspec", 0.2, 0.9)),
         *(("tree", 0.2, 0.95), ("sure", 0.8, 1.0)),
         *(("middle", 0.2, 0.95), ("equal middle", 0.99, 1.0), ("strange middle", 0.0, 0.2)),
     ],
@@ -303,8 +315,8 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
     hole."""
     feed_two = SequentialDrafter.write
 
-    def feed_one(self, fed, start, last, seed):
-        return feed_two(self, fed[:, -1:], start + last, torch.zeros_like(last), seed)
+    def feed_one(self, fed, start, last, *rest):
+        return feed_two(self, fed[:, -1:], start + last, torch.zeros_like(last), *rest)
 
     monkeypatch.setattr(SequentialDrafter, "write", feed_one)
     with pytest.raises(AssertionError):
@@ -365,7 +377,7 @@ def test_prompt_i_of_a_batch_is_that_prompt_alone_with_seed_plus_i(target):
         assert texts(target, [prompt], sampling=alone) == [together[i]]
 
 
-MANY = random_prompts([1 + 7 * i % 40 for i in range(64)])
+MANY, STOPS = random_prompts([1 + 7 * i % 40 for i in range(64)]), [3, 19]
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +385,6 @@ def many_texts(target) -> list[list[int]]:
     """What plain decoding says after each of MANY, alone with its own seed, up to one of two stop tokens."""
     alone = [replace(SAMPLED, seed=SAMPLED.seed + i) for i in range(len(MANY))]
     return [texts(target, [p], None, own, 24, stop_ids=STOPS)[0] for p, own in zip(MANY, alone)]
-
-
-STOPS = [3, 19]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -399,19 +408,25 @@ def test_64_prompts_through_8_rows(target, many_texts, name):
     assert stats.row_forwards == 8 * len(idle) and 0.8 < stats.occupancy < 1
 
 
-@pytest.mark.parametrize("layers, stride", [(1, 1), (2, 1), (4, 2), (7, 2), (8, 4), (99, 4)])
+@pytest.mark.parametrize(
+    "layers, k, calls",
+    [
+        *((1, 3, [1, 1, 1]), (2, 4, [1, 1, 1, 1]), (4, 5, [2, 2, 1]), (7, 7, [3, 2, 2])),
+        *((8, 4, [4]), (9, 7, [4, 3]), (99, 1, [1])),
+    ],
+)
 @pytest.mark.parametrize("shares_cache", [False, True])
 def test_a_call_drafts_as_many_tokens_as_are_worth_compiling(
-    target, layers, stride, shares_cache, monkeypatch
+    target, layers, k, calls, shares_cache, monkeypatch
 ):
     """Text and acceptance do not depend on it."""
     monkeypatch.setattr("gpt_spec.UNROLLED_LAYERS", layers)
-    drafter, stats = SequentialDrafter(noisy_copy(target), 4, shares_cache=shares_cache), Stats()
-    assert drafter.stride == stride
+    drafter, stats = SequentialDrafter(noisy_copy(target), k, shares_cache=shares_cache), Stats()
+    assert drafter.calls == calls
     expected = texts(target, PROMPTS[:2], sampling=SAMPLED)
     assert texts(target, PROMPTS[:2], drafter, SAMPLED, batch_size=2, stats=stats) == expected
     monkeypatch.undo()
-    whole = SequentialDrafter(noisy_copy(target), 4, shares_cache=shares_cache)
+    whole = SequentialDrafter(noisy_copy(target), k, shares_cache=shares_cache)
     texts(target, PROMPTS[:2], whole, SAMPLED, batch_size=2, stats=(again := Stats()))
     assert stats.accepted_histogram == again.accepted_histogram
 
@@ -449,15 +464,14 @@ def test_a_conversation_reuses_the_cache(target, name):
 @pytest.mark.parametrize(
     "name, sampling, batch_size",
     [
-        *(("lookup", GREEDY, 2), ("qspec", GREEDY, 1), ("unsure", GREEDY, 2)),
+        *(("lookup", GREEDY, 2), ("noisy", GREEDY, 1), ("unsure", GREEDY, 2), ("qspec", GREEDY, 2)),
         ("auto", SAMPLED, 2),
     ],
 )
 def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampling, batch_size, monkeypatch):
     """fullgraph, and after the warm-up every size is there: draft steps, all sizes of drafts, refills."""
-    monkeypatch.setattr(
-        "gpt_spec.UNROLLED_LAYERS", 2 * target.config.num_layers
-    )  # qspec: two calls for K = 4
+    # K = 4 is two calls then, of 2 tokens each.
+    monkeypatch.setattr("gpt_spec.UNROLLED_LAYERS", 3 * target.config.num_layers)
     expected = texts(target, PROMPTS[:3], sampling=sampling)
     decoder = Decoder(target, drafters(target)[name], sampling, max_length=128, batch_size=batch_size)
     assert decoder.warm_up() > 0
@@ -592,7 +606,6 @@ def test_stats_add_up(target):
     shares = stats.acceptance_by_position
     assert len(shares) == 3 and shares == sorted(shares, reverse=True)
     assert sum(shares) * stats.target_forwards == pytest.approx(stats.accepted_tokens)
-    assert stats.occupancy == stats.target_forwards / stats.row_forwards
     seconds = stats.prefill_seconds + stats.decode_seconds
     assert stats.aggregate_tokens_per_second == 200 / seconds
 
@@ -646,3 +659,5 @@ def test_impossible_requests_are_refused(target):
     ]:
         with pytest.raises(BadInput, match=words):
             texts(target, prompts, **options)
+    with pytest.raises(BadInput, match="speculate_k is 0"):
+        SequentialDrafter(target, 0)

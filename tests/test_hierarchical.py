@@ -4,6 +4,7 @@ are right is tested with all other drafters, in test_decoding.py."""
 import pytest
 import torch
 from conftest import (
+    NEEDS_EQUAL_ROWS,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
@@ -17,7 +18,6 @@ from conftest import (
 )
 from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
-import kernels
 from generate import load_head, load_model
 from gpt_spec import (
     BadInput,
@@ -179,6 +179,7 @@ def test_rows_of_a_batch_stop_drafting_each_for_itself(target):
     assert frozen > 5
 
 
+@NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("precision, middle", [("w4a16", "w4a8"), ("w4a8", "w4a4"), ("w8a16", "w8a8")])
 def test_a_target_is_its_own_middle(precision, middle, temperature):
@@ -187,8 +188,6 @@ def test_a_target_is_its_own_middle(precision, middle, temperature):
     The text and, bit for bit, the keys and values of the target are those of plain decoding, and there is
     one set of weights in memory, and one cache.
     """
-    if kernels.PATH == "reference":
-        pytest.skip("the reference is not row-invariant")
     target, prompts = load_model(SHIPPED_TARGET, precision), [list(range(5, 40)), [1]]
     twin = share_weights(target, middle)
     theirs = {tensor.data_ptr() for tensor in twin.parameters()}
@@ -214,9 +213,8 @@ def test_a_target_is_its_own_middle(precision, middle, temperature):
             assert torch.equal(ours[row, :valid], expected[row, :valid])
 
 
+@NEEDS_EQUAL_ROWS
 def test_the_shipped_small_model_with_its_head_in_the_middle():
-    if kernels.PATH == "reference":
-        pytest.skip("the reference is not row-invariant")
     target, small = load_model(SHIPPED_TARGET, "w4a16"), load_model(SHIPPED_SMALL, "w4a16")
     head = load_head(SMALL_HEAD, small, "w4a16")
     for sampling in (GREEDY, Sampling(temperature=1.0)):

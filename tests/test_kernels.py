@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NEEDS_EQUAL_ROWS, ROOT
 
 import bench
 import kernels
@@ -114,7 +114,7 @@ def test_linear_against_float64(form, out, inputs, group):
     assert torch.equal(narrow, multiply(x, *blocks).bfloat16())
 
 
-@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("out, inputs, group", [*SHAPES, (256, 4096, 128)])
 def test_rows_of_a_linear_do_not_depend_on_each_other(form, out, inputs, group):
@@ -287,6 +287,17 @@ def test_moving_slots_against_indexing(n, nodes, dtype):
                 assert torch.equal(ours[b, past + nodes :], theirs[b, past + nodes :])
 
 
+@pytest.mark.parametrize("size", [1, 15, 64, 1000])
+def test_uniform_is_the_same_in_every_body(size):
+    """Bit for bit, for seeds and positions beyond 32 bits and below 0 too, in the open interval."""
+    seeds = torch.tensor([0, 1, -1, 1234, 2**40 + 7, -(2**61), 2**62 - 1])
+    positions = torch.tensor([[0, 1, 2**31, 2**33 + 5, 131071]]).expand(7, -1)
+    numbers = kernels.uniform(seeds, positions, size)
+    assert torch.equal(numbers, kernels.uniform_reference(seeds, positions, size))
+    assert numbers.min() > 0 and numbers.max() < 1 and numbers.unique().numel() > 0.99 * numbers.numel()
+    assert torch.equal(numbers[3:4, 2:], kernels.uniform(seeds[3:4], positions[3:4, 2:], size))
+
+
 @pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (16, 3), (17, 17), (100, 10), (4096, 64), (20011, 8)])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
 def test_top_k_against_sorting(n, k, shape):
@@ -379,7 +390,7 @@ def test_slots_that_nobody_may_see_change_nothing():
     assert torch.equal(kernels.attention(q, keys, values, ancestors, length), before)
 
 
-@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_reduces_over_positions_not_slots(dtype):
     """A path scattered among the nodes of a tree, a chain, and a text that has all of it below `length` are
@@ -496,7 +507,7 @@ def spread_out(n: int) -> torch.Tensor:
     return torch.where(node % 2 == 0, node - 2, node - 1).clamp(min=-1)[None]
 
 
-@pytest.mark.skipif(kernels.PATH == "reference", reason="the reference is not row-invariant")
+@NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize(
     "config, precision",
     [(WIDE, precision) for precision in ("bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4")]

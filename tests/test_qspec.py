@@ -8,9 +8,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED_TARGET, collect, noisy_copy, random_model, random_prompts
+from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_TARGET, collect, noisy_copy, random_model, random_prompts
+from test_decoding import qspec
 
-import kernels
 from generate import load_model, load_tokenizer, weight_bytes
 from gpt_spec import (
     BadInput,
@@ -24,10 +24,6 @@ from gpt_spec import (
     prefill,
 )
 from quantize import share_weights
-
-NEEDS_EQUAL_ROWS = pytest.mark.skipif(
-    kernels.load() is None, reason="the reference, which is all there is here, is not row-invariant"
-)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +42,6 @@ def plain() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def rotated(rotated_target) -> torch.nn.Module:
     return load_model(rotated_target, "w4a16")
-
-
-def qspec(target, precision: str, k: int = 3, confidence: float = 0.0) -> SequentialDrafter:
-    return SequentialDrafter(share_weights(target, precision), k, confidence, shares_cache=True)
 
 
 @torch.no_grad()

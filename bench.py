@@ -336,11 +336,14 @@ def report_qspec(args: argparse.Namespace) -> dict:
 
 
 def report_qspec_shape(args: argparse.Namespace) -> dict:
-    """QSpec on a model of --shape with random weights, whose acceptance says nothing about a trained one."""
+    """QSpec on a model of --shape with random weights, whose acceptance says nothing about a trained one.
+
+    Uncompiled: a graph of so many layers takes a minute to compile, and its steps take tens of milliseconds.
+    """
     target, rows = random_model(SHAPES[args.shape], "w4a16"), {}
     for b in batch_sizes(args):
         prompts = torch.randint(3, 1000, (2 * b, 16), generator=torch.Generator().manual_seed(b)).tolist()
-        rows[b] = measure_qspec(args.shape, target, prompts, b, args)
+        rows[b] = measure_qspec(args.shape, target, prompts, b, args, compile=False)
     return {args.shape: rows}
 
 
@@ -368,6 +371,7 @@ def measure_qspec(
     prompts: list[list[int]],
     batch_size: int,
     args: argparse.Namespace,
+    compile: bool = True,
 ) -> dict[str, dict]:
     """By precision of the drafts: costs in units of T, a forward of one token of every row; what E tokens per
     step should then make of them; and the speedup that the prompts had, all decoders taking turns.
@@ -382,7 +386,7 @@ def measure_qspec(
         twin = quantize.share_weights(target, precision)
         drafters[precision] = SequentialDrafter(twin, k, shares_cache=True)
     sampling = Sampling(args.temperature)
-    decoders = {p: Decoder(target, d, sampling, longest, batch_size) for p, d in drafters.items()}
+    decoders = {p: Decoder(target, d, sampling, longest, batch_size, compile) for p, d in drafters.items()}
     for decoder in decoders.values():
         decoder.warm_up()
     stats, speeds, texts = {p: Stats() for p in decoders}, {p: [] for p in decoders}, {}

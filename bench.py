@@ -324,7 +324,7 @@ def report_qspec(args: argparse.Namespace) -> dict:
     """QSpec on the shipped target in w4a16, in batches of several sizes, and on the same target rotated, in
     one of the first size: a rotation changes acceptance, hardly the costs. See `measure_qspec`."""
     sizes, results = batch_sizes(args), {}
-    prompts = read_prompts(max(args.prompts, 4 * max(sizes)))  # at the end rows are idle
+    prompts = read_prompts(args.prompts)  # several for each row, because rows are idle at the end
     with quantized_target(["--rotate"]) as rotated:
         for name, path, some in (
             ("shipped", generate.SHIPPED_TARGET, sizes),
@@ -348,7 +348,8 @@ def report_qspec_shape(args: argparse.Namespace) -> dict:
 
 
 def report_confidence(args: argparse.Namespace) -> dict:
-    """QSpec on the shipped target in w4a16, where drafts end before an improbable token: see `compare`."""
+    """QSpec on the shipped target in w4a16, drafts of 3 tokens, and of 6 that end before an improbable one:
+    see `compare`."""
     target, results = generate.load_model(generate.SHIPPED_TARGET, "w4a16"), {}
     for precision in quantize.lower_precisions("w4a16"):
         twin = quantize.share_weights(target, precision)
@@ -377,8 +378,9 @@ def measure_qspec(
     step should then make of them; and the speedup that the prompts had, all decoders taking turns.
 
     r is a draft token, v the verification of K + 1, both as they were in the texts; expected = E / (K r + v),
-    which knows no occupancy and no work of the host; `at_096` is the same with the E of drafts of which each
-    is accepted with the probability 0.96, as published for `w4a4` drafts of a real model of 8 B.
+    of means over all turns, which knows no occupancy and no work of the host; `at_096` is the same with the E
+    of drafts of which each is accepted with the probability 0.96, as published for `w4a4` drafts of a real
+    model of 8 B.
     """
     k, longest = args.speculate_k, max(map(len, prompts)) + args.max_new_tokens
     drafters = {"w4a16": Drafter()}
@@ -403,7 +405,8 @@ def measure_qspec(
         verification, e = stats[p].verification_seconds / steps[p], stats[p].tokens_per_step
         r, v = drafting / k / one, verification / one
         rows[p] = {
-            "seconds": {"drafting": drafting, "verification": verification},
+            "prompts": len(prompts),
+            "seconds_of_a_step": {"drafting": drafting, "verification": verification},
             **{"r": r, "v": v, "tokens_per_step": e, "expected": e / (k * r + v)},
             "at_096": (1 if p == "w4a16" else (1 - 0.96 ** (k + 1)) / 0.04) / (k * r + v),
             "speedup": quartiles([a / b for a, b in zip(speeds[p], speeds["w4a16"])]),
@@ -597,8 +600,8 @@ def count_accepted(
 ) -> dict[str, dict]:
     """Accepted lengths and differing texts of every method, by name."""
     small = generate.load_model(generate.SHIPPED_SMALL)
-    own = quantize.precision_of(target)
-    lower = quantize.share_weights(target, next(iter(quantize.lower_precisions(own)), own))
+    precision = quantize.precision_of(target)
+    lower = quantize.share_weights(target, [*quantize.lower_precisions(precision), precision][0])
     inner = TreeDrafter(generate.load_head(generate.SMALL_HEAD, small), 12, 3, 4)
     own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, lower), 12, 3, 4)
     drafters = {
@@ -902,11 +905,13 @@ def main() -> None:
     parser.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="tree: levels")
     parser.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="tree: nodes of a beam")
     parser.add_argument("--tree_size", type=int, help="hierarchical: nodes (default: auto)")
-    parser.add_argument("--batch_sizes", default="1,4,8,16", help="qspec: rows, with commas")
-    parser.add_argument("--speculate_k", type=int, default=3, help="qspec: tokens of a draft")
+    parser.add_argument("--batch_sizes", default="1,4,8,16", help="qspec, qspec_shape: rows, with commas")
+    parser.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     parser.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
     parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="decode, qspec: which model")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="llama-3.2-1b", help="decode, qspec_shape: which model"
+    )
     parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")
     parser.add_argument(
         "--repeats", type=int, default=7, help="kernels, qspec: measurements, of which the median counts"

@@ -198,7 +198,7 @@ def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
     lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
     tokenizer = generate.load_tokenizer(rotated_target)
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
-    lower = quantize.share_weights(target, next(iter(quantize.lower_precisions(precision)), precision))
+    lower = quantize.share_weights(target, [*quantize.lower_precisions(precision), precision][0])
     heads = {model: generate.load_head(SHIPPED_HEAD, model) for model in (target, lower)}
     inner = TreeDrafter(generate.load_head(SMALL_HEAD, small), 12, 3, 4)
     drafters = {

@@ -505,8 +505,8 @@ def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
         "autoregressive": Drafter(),
         "lookup": LookupDrafter(4),
         "sequential": SequentialDrafter(small, 4),
+        "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target)),
     }
-    flat["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target))
     qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
     for lower in quantize.lower_precisions(precision):
         twin = quantize.share_weights(target, lower)

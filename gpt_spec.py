@@ -998,7 +998,7 @@ class SequentialDrafter(Drafter):
         self.models = () if shares_cache else (model,)
         self.draft_confidence = draft_confidence
         # The tokens that each compiled call writes: the fewer calls the faster, but each layer of each token
-        # takes a second or two to compile. With a confidence, `propose` looks at each before the next.
+        # takes two or three seconds to compile. With a confidence, `propose` looks at each before the next.
         most = 1 if draft_confidence > 0 else max(UNROLLED_LAYERS // model.config.num_layers, 1)
         count = -(-speculate_k // most)
         self.calls = [(speculate_k + i) // count for i in reversed(range(count))]

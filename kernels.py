@@ -509,7 +509,7 @@ def uniform(seed: Tensor, positions: Tensor, size: int) -> Tensor:
     """Numbers in (0, 1), float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and place.
 
     All bodies give the same bits. An operator, because Inductor would compile this chain of shifts and
-    products for twenty seconds, again for every token of a draft.
+    products for half a minute, again for every token of a draft.
     """
     return torch.ops.gpt_spec.uniform(seed, positions, size)
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
 import quantize  # noqa: E402
+from generate import load_tokenizer  # noqa: E402
 from gpt_spec import BadInput, EagleHead, ModelConfig, Sampling, Transformer, generate  # noqa: E402
 
 NEEDS_EQUAL_ROWS = pytest.mark.skipif(
@@ -67,6 +68,12 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
 def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def held_out_prompts(count: int) -> list[list[int]]:
+    """The first prompts that ship with the repository, in the tokens of the shipped models."""
+    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:count]
+    return [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
 
 
 def texts(model, prompts, drafter=None, sampling=Sampling(), max_new_tokens=40, **options) -> list[list[int]]:

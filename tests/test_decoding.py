@@ -2,7 +2,6 @@
 stale."""
 
 import copy
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -10,19 +9,19 @@ import pytest
 import torch
 from conftest import (
     NEEDS_EQUAL_ROWS,
-    ROOT,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     collect,
     guessing_head,
+    held_out_prompts,
     noisy_copy,
     random_model,
     random_prompts,
     texts,
 )
 
-from generate import load_head, load_model, load_tokenizer
+from generate import load_head, load_model
 from gpt_spec import (
     BadInput,
     Decoder,
@@ -191,8 +190,7 @@ def test_every_precision_gives_the_autoregressive_text(precision):
     """
     model, small = load_model(SHIPPED_TARGET, precision), load_model(SHIPPED_SMALL, precision)
     head = load_head(SHIPPED_HEAD, model, precision)
-    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
-    prompts = [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
+    prompts = held_out_prompts(2)
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         expected = texts(model, prompts, sampling=sampling, max_new_tokens=200)
         for drafter in (SequentialDrafter(small, 4), LookupDrafter(4)):

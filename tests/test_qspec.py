@@ -4,14 +4,20 @@ That its text and its caches are right is tested with all other drafters, in tes
 stands for another precision. Here are real precisions, bit for bit.
 """
 
-import json
-
 import pytest
 import torch
-from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_TARGET, collect, noisy_copy, random_model, random_prompts
+from conftest import (
+    NEEDS_EQUAL_ROWS,
+    SHIPPED_TARGET,
+    collect,
+    held_out_prompts,
+    noisy_copy,
+    random_model,
+    random_prompts,
+)
 from test_decoding import qspec
 
-from generate import load_model, load_tokenizer, weight_bytes
+from generate import load_model, weight_bytes
 from gpt_spec import (
     BadInput,
     Decoder,
@@ -29,9 +35,7 @@ from quantize import share_weights
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Six held-out prompts, cut to different lengths."""
-    tokenizer = load_tokenizer(SHIPPED_TARGET)
-    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:6]
-    return [tokenizer.encode(json.loads(line)["prompt"])[: 9 * i + 1] for i, line in enumerate(lines)]
+    return [prompt[: 9 * i + 1] for i, prompt in enumerate(held_out_prompts(6))]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Rotated models compute what the others compute, and quantize better."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import pytest
 import torch
 from conftest import (
     NEEDS_EQUAL_ROWS,
-    ROOT,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     SMALL_HEAD,
+    held_out_prompts,
     random_model,
     save_checkpoint,
     texts,
@@ -195,9 +194,7 @@ def test_a_rotated_directory(tmp_path, tied):
 def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
     """With heads that were trained on the model before it was rotated; `bench.py exact` takes more texts."""
     target, small = generate.load_model(rotated_target, precision), generate.load_model(SHIPPED_SMALL)
-    lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:2]
-    tokenizer = generate.load_tokenizer(rotated_target)
-    prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    prompts = held_out_prompts(2)
     lower = quantize.share_weights(target, [*quantize.lower_precisions(precision), precision][0])
     heads = {model: generate.load_head(SHIPPED_HEAD, model) for model in (target, lower)}
     inner = TreeDrafter(generate.load_head(SMALL_HEAD, small), 12, 3, 4)

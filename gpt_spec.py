@@ -17,7 +17,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
@@ -706,6 +706,8 @@ class Draft:
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
     expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
+    drafter: str = ""  # its name, and why it drafts, where there is a choice
+    why: str = ""
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
@@ -823,27 +825,60 @@ class State:
 
 @dataclass
 class Pace:
-    """What a decoder learns about itself: what verifying n nodes costs, measured once, when it starts; the
-    tokens per second of late; and how far its drafter is to be trusted. Nothing of it can change a text."""
+    """What a drafter learns while it is used: what a step with n nodes costs, measured once, when decoding
+    starts; how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
 
-    seconds: dict[int, float] = field(default_factory=dict)  # T(n)
-    tokens: float = 0.0  # of recent steps, older ones counting less and less,
-    elapsed: float = 0.0  # and their seconds
-    trust: float = 1.0  # what a head's logits are multiplied with, so that as much is accepted as it expects
+    seconds: dict[int, float] = field(default_factory=dict)  # of a step with n nodes, drafting included
+    # Of recent steps, older ones counting less and less: their tokens, of one text, and what such steps cost.
+    # Not how long they took: seconds of now and seconds of then, when a machine was slower, compare badly.
+    tokens: float = 0.0
+    elapsed: float = 0.0
+    # And by depth: how often a draft token so deep could be accepted, since all above were, and how often it
+    # was. To begin with, as if two of three had been.
+    tried: list[float] = field(default_factory=lambda: [3.0] * MAX_TREE_DEPTH)
+    kept: list[float] = field(default_factory=lambda: [2.0] * MAX_TREE_DEPTH)
 
-    def count(self, tokens: int, elapsed: float, surplus: float = 0.0) -> None:
-        """A step: its tokens, its seconds, and how much more of a draft was accepted than expected."""
-        self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + elapsed
-        self.trust = min(max(self.trust * math.exp(0.02 * surplus), 0.25), 4.0)
+    @property
+    def rate(self) -> float:
+        """Tokens per second of a text; 0 if nothing is known."""
+        return self.tokens / self.elapsed if self.elapsed else 0.0
+
+    def count(self, tokens: float, nodes: int) -> None:
+        """A step that verified so many nodes: its tokens, averaged over the texts."""
+        self.tokens = 0.98 * self.tokens + tokens
+        self.elapsed = 0.98 * self.elapsed + self.seconds.get(nodes, 0.0)
+
+    def count_accepted(self, accepted: int, drafted: int) -> None:
+        """Of one draft, whose longest path had `drafted` tokens."""
+        for depth in range(min(accepted + 1, drafted, MAX_TREE_DEPTH)):
+            self.tried[depth] = 0.98 * self.tried[depth] + 1
+            self.kept[depth] = 0.98 * self.kept[depth] + (depth < accepted)
+
+    def expected(self, depth: int) -> float:
+        """The accepted length to expect of a draft whose longest path has `depth` tokens."""
+        total, reached = 0.0, 1.0
+        for kept, tried in zip(self.kept[:depth], self.tried):
+            reached *= kept / tried
+            total += reached
+        return total
 
     def best(self, expected: dict[int, float]) -> int:
         """The number of nodes to verify, given the accepted tokens that are expected of each.
 
         More nodes are worth their time while they bring more tokens than that time brings on average: the
-        largest expected - rate * T(n). With the rate that this leads to, it is the fastest choice.
+        largest expected - rate * seconds. With the rate that this leads to, it is the fastest choice.
         """
-        rate = self.tokens / self.elapsed if self.elapsed else 0.0
-        return max(expected, key=lambda n: expected[n] - rate * self.seconds.get(n, 0.0))
+        return max(expected, key=lambda n: expected[n] - self.rate * self.seconds.get(n, 0.0))
+
+    def correct(self, factor: float) -> None:
+        """Steps cost so much more than they were thought to."""
+        self.seconds = {n: factor * seconds for n, seconds in self.seconds.items()}
+        self.elapsed *= factor
+
+    def start(self, expected: dict[int, float]) -> None:
+        """Something to go by until there are steps: the fastest of the accepted lengths expected."""
+        steps = [(1 + accepted, self.seconds[n]) for n, accepted in expected.items()]
+        self.tokens, self.elapsed = max(steps, key=lambda step: step[0] / step[1])
 
 
 @dataclass(frozen=True)
@@ -856,8 +891,6 @@ class Setup:
     compile: bool
     device: torch.device
     cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
-    # The one part that changes: the decoder counts, the drafter asks.
-    pace: Pace = field(default_factory=Pace)
 
     def compiled(self, function: Callable) -> Callable:
         if not self.compile:
@@ -883,7 +916,7 @@ class Drafter:
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
-    needs_costs = False  # does `propose` ask what verifying n nodes costs?
+    needs_costs = False  # does `propose` ask what a step costs?
 
     @property
     def slack(self) -> int:
@@ -896,6 +929,7 @@ class Drafter:
 
     def start(self, level: Level) -> None:
         """Allocate and compile; called once, by the level that it drafts for."""
+        self.pace = Pace()
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
@@ -907,9 +941,24 @@ class Drafter:
     def count_into(self, stats: Stats) -> None:
         """Count what happens inside, if anything does, in `stats.inside`."""
 
-    def propose(self, state: State) -> Draft:
+    def propose(self, state: State, n: int | None = None) -> Draft:
+        """What to verify next. `n`: with so many nodes, instead of as many as the drafter would choose."""
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
         return Draft(root, torch.full_like(root, -1), 0)
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        """What became of a draft, in every row that holds an unfinished text, and how long the step took."""
+        self.pace.count(sum(row.accepted + 1 for row in verified) / len(verified), draft.tokens.shape[1])
+        for row in verified:
+            self.pace.count_accepted(row.accepted, min(row.drafted, draft.max_depth))
+
+    def rate(self, state: State) -> float:
+        """Tokens per second of a text that may be hoped for, going by those of late."""
+        return self.pace.rate
+
+    def contestants(self) -> dict[str, Drafter]:
+        """The drafters that it chooses from, by name: of most there is one, itself."""
+        return {"": self}
 
     def warm_up(self, state: State) -> None:
         """Run once whatever `propose` may run, so that it is compiled. Nothing of the state changes."""
@@ -924,25 +973,69 @@ class Drafter:
         return n - 1
 
 
+CHAIN_SIZES = (2, 4, 8)  # nodes of a sequence, where its length is chosen step by step
+
+
 class LookupDrafter(Drafter):
     """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487)."""
 
-    def __init__(self, speculate_k: int = 4, ngram: int = 3):
-        self.max_nodes, self.ngram = speculate_k + 1, ngram
+    SAMPLES, STRIDE = 8, 3  # how many places of a text `rate` looks at, and how far apart
+
+    def __init__(self, speculate_k: int | None = 4, ngram: int = 3):
+        """`speculate_k` None: as many as paid of late, whenever `rate` was asked."""
+        self.sizes = CHAIN_SIZES[1:] if speculate_k is None else (speculate_k + 1,)
+        self.size = self.max_nodes = self.sizes[-1]
+        self.ngram, self.needs_costs = ngram, speculate_k is None
 
     def start(self, level: Level) -> None:
+        super().start(level)
         self.search = level.setup.compiled(
             partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1)
         )
+        self.hindsight = level.setup.compiled(self.look_back)
+        self.seconds = torch.zeros(1 + len(self.sizes), device=level.setup.device)
 
-    def propose(self, state: State) -> Draft:
+    def propose(self, state: State, n: int | None = None) -> Draft:
         tokens, found = self.search(state.tokens, state.length)
-        if not (found & state.active).any():  # nothing repeats: verifying guesses would only cost time
-            return super().propose(state)
-        return Draft.chain(tokens, found * (self.max_nodes - 1))
+        if n is None and not (found & state.active).any():  # nothing repeats: guesses would only cost time
+            n = 1
+        n = n or self.size
+        return Draft.chain(tokens.narrow_copy(1, 0, n), found * (n - 1))
+
+    def look_back(self, state: State, seconds: Tensor) -> Tensor:
+        """Seconds that a token would have taken lately, float32 [sizes], had it drafted all of every text.
+
+        `seconds`, float32 [1 + sizes], of steps. It looks at SAMPLES places of each active text.
+        """
+        k, (batch, slots) = self.max_nodes - 1, state.tokens.shape
+        text = state.tokens[:, None].expand(-1, self.SAMPLES, -1).reshape(-1, slots)  # [rows, slots]
+        back = k + self.STRIDE * torch.arange(self.SAMPLES, device=text.device)
+        past = (state.length[:, None] - back).clamp(min=0).flatten()  # [rows]
+        drafted, found = find_repetition(text, past, self.ngram, k)
+        said = text.gather(1, past[:, None] + torch.arange(k + 1, device=text.device))  # [rows, k + 1]
+        accepted = (drafted == said).cumprod(dim=1).sum(dim=1) - 1  # [rows]
+        most = torch.tensor(self.sizes, device=text.device) - 1
+        tokens = 1 + torch.where(found[:, None], torch.minimum(accepted[:, None], most), 0)  # [rows, sizes]
+        times = torch.where(found[:, None], seconds[1:], seconds[:1]) / tokens
+        times = times.view(batch, -1, len(self.sizes)).mean(dim=1)  # [B, sizes]
+        return (times * state.active[:, None]).sum(dim=0) / state.active.sum().clamp(min=1)
+
+    def rate(self, state: State) -> float:
+        """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
+        them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
+        if not self.pace.seconds:
+            return self.pace.rate
+        self.seconds.copy_(torch.tensor([self.pace.seconds[n] for n in self.draft_sizes()]))
+        seconds, self.size = min(zip(self.hindsight(state, self.seconds).tolist(), self.sizes))
+        return 1 / seconds if seconds else self.pace.rate  # none without a text
+
+    def warm_up(self, state: State) -> None:
+        self.propose(state)
+        if self.needs_costs:
+            self.hindsight(state, self.seconds)
 
     def draft_sizes(self) -> list[int]:
-        return [1, self.max_nodes]
+        return [1, *self.sizes]
 
 
 def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
@@ -984,26 +1077,31 @@ class SequentialDrafter(Drafter):
     def __init__(
         self,
         model: Transformer,
-        speculate_k: int = 4,
+        speculate_k: int | None = 4,
         draft_confidence: float = 0.0,
         shares_cache: bool = False,
     ):
-        """`draft_confidence`: a draft ends before a token that the model finds less probable than this.
+        """`speculate_k` None: as many as pay, by the acceptance and the speed of late.
+
+        `draft_confidence`: a draft ends before a token that the model finds less probable than this.
 
         `shares_cache`: the model is the target in another precision of activations, and on its cache.
         """
-        if speculate_k < 1:
+        if speculate_k is not None and speculate_k < 1:
             raise BadInput(f"speculate_k is {speculate_k}; it must be at least 1")
-        self.model, self.shares_cache, self.max_nodes = model, shares_cache, speculate_k + 1
+        self.model, self.shares_cache = model, shares_cache
+        self.max_nodes = CHAIN_SIZES[-1] if speculate_k is None else speculate_k + 1
         self.models = () if shares_cache else (model,)
-        self.draft_confidence = draft_confidence
+        self.draft_confidence, self.needs_costs = draft_confidence, speculate_k is None
         # The tokens that each compiled call writes: the fewer calls the faster, but each layer of each token
         # takes two or three seconds to compile. With a confidence, `propose` looks at each before the next.
-        most = 1 if draft_confidence > 0 else max(UNROLLED_LAYERS // model.config.num_layers, 1)
-        count = -(-speculate_k // most)
-        self.calls = [(speculate_k + i) // count for i in reversed(range(count))]
+        one_by_one = draft_confidence > 0 or speculate_k is None
+        most = 1 if one_by_one else max(UNROLLED_LAYERS // model.config.num_layers, 1)
+        count = -(-(self.max_nodes - 1) // most)
+        self.calls = [(self.max_nodes - 1 + i) // count for i in reversed(range(count))]
 
     def start(self, level: Level) -> None:
+        super().start(level)
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
         self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
         self.write_some = setup.compiled(self.write)
@@ -1039,11 +1137,14 @@ class SequentialDrafter(Drafter):
             return torch.ones_like(token, dtype=torch.bool)
         return logits[:, 0].float().softmax(-1).gather(1, token) >= self.draft_confidence
 
-    def propose(self, state: State) -> Draft:
+    def propose(self, state: State, n: int | None = None) -> Draft:
         fed, start = state.before(state.length + 1, self.window)
         root, last = state.tokens.gather(1, state.length[:, None]), state.length - start  # [B, 1], [B]
         drafted, sure, count = [root], state.active[:, None], torch.zeros_like(start)
-        for more in self.calls:
+        most = n or self.max_nodes
+        if n is None and self.needs_costs:
+            most = self.pace.best({n: self.pace.expected(n - 1) for n in CHAIN_SIZES})
+        for more in self.calls if most == self.max_nodes else [1] * (most - 1):
             tokens, confident = self.write_some(fed, start, last, state.seed, more)  # [B, more] each
             sure = sure[:, -1:] & confident
             # A read of the host, the price of stopping early.
@@ -1059,6 +1160,8 @@ class SequentialDrafter(Drafter):
         return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]
 
     def draft_sizes(self) -> list[int]:
+        if self.needs_costs:
+            return [1, *CHAIN_SIZES] if self.draft_confidence > 0 else list(CHAIN_SIZES)
         if self.draft_confidence == 0:
             return [self.max_nodes]
         return [n for n in (1, 2, 3, 5, 9, 17, 33) if n < self.max_nodes] + [self.max_nodes]
@@ -1075,7 +1178,7 @@ class TreeDrafter(Drafter):
     gets its k best children, and the k best of these are the next beam. Of all nodes ever seen, the best are
     verified. A node is as good as the product of the probabilities on its path. What is new here: the noise
     of its position is added to the head's logits, so that the tree grows around what the target is going to
-    pick; and they are multiplied with `Pace.trust`, because a head that learnt the target's distribution is
+    pick; and they are multiplied with `trust`, because a head that learnt the target's distribution is
     too modest about what the target, which has made up its mind, will say.
 
     The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
@@ -1107,6 +1210,7 @@ class TreeDrafter(Drafter):
         self.sizes = [n for n in self.SIZES if n <= pool + 1] if tree_size is None else [tree_size]
         self.sizes = self.sizes or [pool + 1]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
+        self.trust = 1.0  # what the logits are multiplied with, so that as much is accepted as is expected
 
     def taps(self, layers: int) -> tuple[int, ...]:
         return self.head.taps(layers)
@@ -1118,13 +1222,14 @@ class TreeDrafter(Drafter):
         return min(self.depth, n - 1)
 
     def start(self, level: Level) -> None:
+        super().start(level)
         like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
         # True rows that may be new: those of the longest path, and what happened above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
-        self.trust = torch.ones((), device=like.device)
-        self.sampling, self.pace = setup.sampling, setup.pace
+        self.trust_now = torch.ones((), device=like.device)
+        self.sampling = setup.sampling
         self.grow_tree = setup.compiled(self.grow)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
@@ -1169,9 +1274,9 @@ class TreeDrafter(Drafter):
 
     def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n]; the accepted
-        length to expect of each size, float32 [B, sizes], and its sum over active rows.
+        length to expect of each size, float32 [B, sizes], and its mean over active rows.
 
-        `trust` float32 []: see `Pace`.
+        `trust` float32 []: see the class.
         """
         k, past = self.topk, state.length
         rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
@@ -1198,22 +1303,29 @@ class TreeDrafter(Drafter):
         tokens, parents, scores = pool.best(state, self.max_nodes - 1)
         accepted = scores.exp().cumsum(dim=1)  # [B, n - 1]
         worth = torch.stack([accepted[:, n - 2] for n in self.sizes], dim=1)  # [B, sizes]
-        return tokens, parents, worth, (worth * state.active[:, None]).sum(dim=0)
+        mean = (worth * state.active[:, None]).sum(dim=0) / state.active.sum().clamp(min=1)
+        return tokens, parents, worth, mean
 
-    def propose(self, state: State) -> Draft:
-        self.trust.fill_(self.pace.trust)
-        tokens, parent, worth, total = self.grow_tree(state, self.trust)
-        n = self.choose(total)
+    def propose(self, state: State, n: int | None = None) -> Draft:
+        self.trust_now.fill_(self.trust)
+        tokens, parent, worth, mean = self.grow_tree(state, self.trust_now)
+        n = n or self.choose(mean)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
         return Draft(tokens, parent, self.max_depth(n), worth[:, self.sizes.index(n)])
 
-    def choose(self, total: Tensor) -> int:
-        """The number of nodes to verify; `total`, float32 [sizes]: see `grow`."""
+    def choose(self, mean: Tensor) -> int:
+        """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""
         if len(self.sizes) == 1:
             return self.sizes[0]
         # A read of the host, the price of choosing.
-        return self.pace.best(dict(zip(self.sizes, total.tolist())))
+        return self.pace.best(dict(zip(self.sizes, mean.tolist())))
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        super().learn(draft, verified, seconds)
+        # The average over texts, or many of them at once would make it swing.
+        surplus = sum(row.accepted - row.expected for row in verified) / len(verified)
+        self.trust = min(max(self.trust * math.exp(0.02 * surplus), 0.25), 4.0)
 
 
 @dataclass
@@ -1274,6 +1386,7 @@ class Stats:
     expected_accepted_tokens: float = 0.0  # of drafters that say how probable their nodes are
     accepted_histogram: list[int] = field(default_factory=list)  # steps by accepted length
     nodes_histogram: dict[int, int] = field(default_factory=dict)  # steps by nodes verified, root included
+    drafter_histogram: dict[str, int] = field(default_factory=dict)  # steps by who drafted, if that changes
     inside: Stats | None = None  # of the level that drafts; all its seconds are part of our drafting_seconds
 
     @property
@@ -1319,6 +1432,8 @@ class Stats:
         self.accepted_histogram[accepted] += 1
         n = draft.tokens.shape[1]
         self.nodes_histogram[n] = self.nodes_histogram.get(n, 0) + 1
+        if draft.drafter:
+            self.drafter_histogram[draft.drafter] = self.drafter_histogram.get(draft.drafter, 0) + 1
 
 
 @dataclass
@@ -1400,8 +1515,11 @@ class Level:
         return self.cache
 
     @torch.no_grad()
-    def warm_up(self) -> float:
-        """Compile every size that decoding will meet -> seconds. For a level that holds no text yet."""
+    def warm_up(self, costs: dict[str, float] | None = None) -> float:
+        """Compile every size that decoding will meet -> seconds. For a level that holds no text yet.
+
+        `costs`: what steps cost, if it was measured before; what is missing and needed is added.
+        """
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
         self.drafter.warm_up(self.state)
@@ -1409,7 +1527,7 @@ class Level:
             for n in self.drafter.draft_sizes():
                 self.commit(self.blank_draft(n))
         if self.drafter.needs_costs:
-            self.measure_costs()
+            self.measure_costs({} if costs is None else costs)
         return time.perf_counter() - started
 
     def blank_draft(self, n: int) -> Draft:
@@ -1419,22 +1537,38 @@ class Level:
         parent[:, 0] = -1
         return Draft(tokens, parent, self.drafter.max_depth(n))
 
-    def measure_costs(self) -> None:
-        """T(n) of every size, the median of up to 7 verifications, as if the caches were half full.
+    def measure_costs(self, costs: dict[str, float]) -> None:
+        """Seconds of a step of every contestant and size, into their `Pace` and into `costs`, which may have
+        them already; as if the caches were half full. For a level that holds no text yet.
 
-        For a level that holds no text yet.
+        They take turns, so that all see the same machine.
         """
-        pace, sizes = self.setup.pace, self.drafter.draft_sizes()
-        self.state.length.fill_(self.setup.slots // 2)
-        for n in sizes:
-            draft, times = self.blank_draft(n), []
-            while len(times) < 7 and sum(times) < 0.5:
-                begin = time.perf_counter()
-                self.commit(draft)
-                times.append(time.perf_counter() - begin)
-            pace.seconds[n] = statistics.median(times)
+        drafters, times = self.drafter.contestants(), {}
+        places = {f"{name} {n}".strip(): (d, n) for name, d in drafters.items() for n in d.draft_sizes()}
+        missing, begin = [key for key in places if key not in costs], time.perf_counter()
+        self.state.active.fill_(True)  # a drafter may have nothing to do for rows that are not
+        for turn in range(4):
+            if turn > 0 and time.perf_counter() - begin > 0.4 * len(missing):
+                break
+            for key in missing:
+                times[key] = times.get(key, []) + self.time_steps(*places[key])
+        self.state.active.fill_(False)
         self.state.length.fill_(1)
-        pace.count(self.setup.batch_size, pace.seconds[sizes[0]])  # until there is something to go by
+        costs |= {key: statistics.median(values) for key, values in times.items()}
+        for name, drafter in drafters.items():
+            pace, sizes = drafter.pace, drafter.draft_sizes()
+            pace.seconds = {n: costs[f"{name} {n}".strip()] for n in sizes}
+            pace.start({n: pace.expected(drafter.max_depth(n)) for n in sizes})
+
+    def time_steps(self, drafter: Drafter, n: int) -> list[float]:
+        """Seconds of some steps of n nodes; a few before them bring what they need into the caches."""
+        times = []
+        while len(times) < 2 or (len(times) < 6 and sum(times) < 0.2):
+            self.state.length.fill_(self.setup.slots // 2)
+            begin = time.perf_counter()
+            self.commit(drafter.propose(self.state, n))
+            times.append(time.perf_counter() - begin)
+        return times[len(times) // 2 :]
 
     def count_into(self, stats: Stats) -> None:
         """Count what happens from here on in `stats`."""
@@ -1453,7 +1587,7 @@ class Level:
         slots, positions = length[:, None] + nodes, length[:, None] + depth  # [B, n] each
         attend = partial(self.cache.attend, slots, ancestors, length)
         features, tapped = self.model(draft.tokens, positions, attend, self.taps)
-        choice = pick(self.model.lm_head(features), positions + 1, state.seed, self.setup.sampling)  # [B, n]
+        choice = self.choose(self.model.lm_head(features), positions + 1, draft, state)  # [B, n]
         path, accepted = accept(draft.tokens, draft.parent, choice, ancestors, depth, max_depth)
         emitted = choice.gather(1, path)  # [B, max_depth + 1]: accepted drafts, the bonus, repetitions of it
         level = nodes[: max_depth + 1]
@@ -1465,6 +1599,10 @@ class Level:
         drafted = (draft.parent >= 0).sum(dim=1)
         report = torch.cat((torch.stack((accepted, drafted, moves), dim=1), emitted), dim=1)
         return torch.where(state.active, length + accepted + 1, length), path, report
+
+    def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
+        """The model's own token after every node, int64 [B, n]. `draft`: for experiments, which may cheat."""
+        return pick(logits, positions, state.seed, self.setup.sampling)
 
     @torch.no_grad()
     def commit(self, draft: Draft) -> list[Verified]:
@@ -1493,7 +1631,7 @@ class Level:
         return draft, verified
 
     def count_step(self, draft: Draft, rows: list[tuple[Verified, int, int]], seconds: float) -> None:
-        """What a step came to, for those who read statistics and for the pace.
+        """What a step came to, for those who read statistics and for the drafter.
 
         rows: of each text what was verified, and how many accepted and new tokens of it are used.
         """
@@ -1501,9 +1639,7 @@ class Level:
         for result, accepted, tokens in rows:
             self.stats.count_row(draft, result, accepted, tokens)
         self.stats.decode_seconds += seconds
-        surplus = sum(result.accepted - result.expected for result, _, _ in rows) / len(rows)
-        tokens = sum(tokens for _, _, tokens in rows)
-        self.setup.pace.count(tokens, seconds, surplus if draft.expected is not None else 0.0)
+        self.drafter.learn(draft, [result for result, _, _ in rows], seconds)
 
 
 MIN_DRAFT_LENGTH = 6  # unless somebody asks for another
@@ -1554,11 +1690,14 @@ class HierarchicalDrafter(Drafter):
         return self.drafter.taps(layers) if self.shares_cache else ()
 
     def start(self, level: Level) -> None:
-        setup = replace(level.setup, pace=Pace())
+        super().start(level)
         # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
-        self.level = Level(self.model, self.drafter, setup, level, self.shares_cache, renewed)
-        self.feed_some = setup.compiled(self.feed)
+        self.level = self.make_level(level, renewed)
+        self.feed_some = level.setup.compiled(self.feed)
+
+    def make_level(self, above: Level, renewed: int) -> Level:
+        return Level(self.model, self.drafter, above.setup, above, self.shares_cache, renewed)
 
     def warm_up(self, state: State) -> None:
         self.level.warm_up()
@@ -1599,7 +1738,7 @@ class HierarchicalDrafter(Drafter):
         self.level.state.length = state.length.clone()
         self.level.stats.verification_seconds += time.perf_counter() - begin
 
-    def propose(self, state: State) -> Draft:
+    def propose(self, state: State, n: int | None = None) -> Draft:
         inside = self.level.state
         self.rewind(state.length)
         if self.shares_cache:
@@ -1620,6 +1759,164 @@ class HierarchicalDrafter(Drafter):
 
     def draft_sizes(self) -> list[int]:
         return self.sizes
+
+
+ALL = 2**62  # tokens
+
+
+class AutoDrafter(Drafter):
+    """Whichever drafter is fastest, as costs and acceptance have been of late.
+
+    The one in charge drafts for TURN tokens; then the one with the most tokens per second is in charge. What
+    is known of the others grows old, so now and then each has a turn, as often as the time that its turns
+    waste allows: CURIOSITY of the whole, so that nobody who is slow can cost more. Until it has had one, the
+    costs measured at the start and an acceptance of two in three speak for it; and it never gets one if it
+    could not win with all of its drafts accepted. Autoregressive decoding is one of the drafters: it is in
+    charge where speculation loses.
+
+    Who is not in charge does nothing. What it misses stays in the state of the texts, tokens and features,
+    and is fed to it in one chunk, as a prompt is, when its turn comes; it goes on as if never interrupted.
+    """
+
+    TURN, TRIAL = 12, 24  # tokens of a text, and where somebody has it who may not be the fastest
+    CURIOSITY = 0.003  # share of the time
+
+    def __init__(self, drafters: dict[str, Drafter]):
+        """BadInput where two of them want different features of the target: there is one place for them."""
+        self.drafters = {"autoregressive": Drafter()} | drafters
+        self.max_nodes = max(drafter.max_nodes for drafter in self.drafters.values())
+        models = {id(model): model for drafter in drafters.values() for model in drafter.models}
+        self.models, self.needs_costs = tuple(models.values()), True
+        self.current, self.tokens_left = "autoregressive", 0.0
+        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds of turns without which all would be faster
+        self.turns = dict.fromkeys(self.drafters, 0)  # that followed one of somebody else's
+        self.elapsed = self.catching_up = 0.0  # seconds: of all steps, and of feeding in the last one
+        # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
+        self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
+        self.why = ""
+
+    @property
+    def slack(self) -> int:
+        return max(drafter.slack for drafter in self.drafters.values())
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        wanted = {taps for drafter in self.drafters.values() if (taps := drafter.taps(layers))}
+        if len(wanted) > 1:
+            raise BadInput(f"method auto: drafters of one target must read the same features, not {wanted}")
+        return wanted.pop() if wanted else ()
+
+    def contestants(self) -> dict[str, Drafter]:
+        return self.drafters
+
+    def draft_sizes(self) -> list[int]:
+        return sorted({n for drafter in self.drafters.values() for n in drafter.draft_sizes()})
+
+    def max_depth(self, n: int) -> int:
+        # One compiled verification serves all drafts of n nodes, so it must reach as far as any of them.
+        return max(d.max_depth(n) for d in self.drafters.values() if n in d.draft_sizes())
+
+    def start(self, level: Level) -> None:
+        for drafter in self.drafters.values():
+            drafter.start(level)
+        # How much of each row a drafter knows; of rows that it drafts for itself, all.
+        self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
+        self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
+
+    def warm_up(self, state: State) -> None:
+        for drafter in self.drafters.values():
+            drafter.warm_up(state)
+
+    def count_into(self, stats: Stats) -> None:
+        for drafter in self.drafters.values():
+            drafter.count_into(stats)
+
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        mine = self.known[self.current]
+        self.drafters[self.current].prefill(state, row, tokens, min(start, mine[row]))
+        for known in self.known.values():
+            known[row] = min(known[row], start)
+        mine[row] = ALL
+
+    def rewind(self, length: Tensor) -> None:
+        for name, drafter in self.drafters.items():
+            drafter.rewind(length)
+            self.known[name] = [min(pair) for pair in zip(self.known[name], length.tolist())]
+
+    def catch_up(self, state: State, name: str) -> None:
+        """Put a drafter in charge, and feed it what every text has gained since it was."""
+        lengths, active = state.length.tolist(), state.active.tolist()
+        mine = self.known[name]
+        for row in compress(range(len(active)), active):
+            if mine[row] < lengths[row]:
+                self.drafters[name].prefill(state, row, state.tokens[row, : lengths[row]], mine[row])
+        self.known[self.current] = [min(pair) for pair in zip(self.known[self.current], lengths)]
+        self.known[name] = [ALL if a else known for a, known in zip(active, mine)]
+        self.current = name
+
+    def choose(self, state: State) -> tuple[str, int]:
+        """Who is in charge next, and for how many tokens."""
+        rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
+        rates[self.current] *= 1.05  # a change costs something, and rates are not known better than that
+        order = sorted(rates, key=rates.__getitem__, reverse=True)
+        self.best_rate = rates[order[0]]
+        for name in order:
+            if not self.turns[name] and self.could_win(name, order[0]):
+                return name, self.TRIAL
+        for name in order[1:]:
+            if self.turns[name] and self.wasted[name] < self.CURIOSITY * self.elapsed:
+                return name, self.TRIAL
+        return order[0], self.TURN
+
+    def could_win(self, name: str, best: str) -> bool:
+        """Would it be faster than the best one is, if all of its drafts were accepted?"""
+        drafter, rate = self.drafters[name], self.drafters[best].pace.rate
+        return any((1 + drafter.max_depth(n)) > rate * drafter.pace.seconds[n] for n in drafter.draft_sizes())
+
+    def explain(self) -> str:
+        parts = []
+        for name, drafter in self.drafters.items():
+            pace, tried = drafter.pace, "measured" if self.turns[name] else "estimated"
+            parts.append(f"{name} {pace.rate:.0f} ({tried})")
+        return f"{self.current} is in charge; tokens/s of a text: {', '.join(parts)}"
+
+    def compare(self) -> None:
+        """At the end of a turn: was it as slow, against what its steps were thought to cost, as the one
+        before? If that was another drafter's, the costs of this one are corrected a little."""
+        slowness = self.turn_seconds / self.turn_estimate
+        if self.previous not in ("", self.current):
+            self.turns[self.current] += 1
+            factor = (slowness / self.slowness) ** max(1 / (1 + self.turns[self.current]), 0.1)
+            self.drafters[self.current].pace.correct(factor)
+            slowness /= factor
+        self.previous, self.slowness = self.current, slowness
+        self.turn_seconds = self.turn_estimate = 0.0
+
+    def propose(self, state: State, n: int | None = None) -> Draft:
+        self.catching_up = 0.0
+        if self.tokens_left <= 0:
+            if self.turn_estimate:
+                self.compare()
+            chosen, self.tokens_left = self.choose(state)
+            if chosen != self.current:
+                begin = time.perf_counter()
+                self.catch_up(state, chosen)
+                self.catching_up = time.perf_counter() - begin
+            self.why = self.explain()
+        draft = self.drafters[self.current].propose(state, n)
+        draft.max_depth, draft.drafter, draft.why = self.depths[draft.tokens.shape[1]], self.current, self.why
+        return draft
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        name, drafter = draft.drafter, self.drafters[draft.drafter]
+        drafter.learn(draft, verified, seconds - self.catching_up)
+        estimate = drafter.pace.seconds[draft.tokens.shape[1]]
+        self.turn_seconds += seconds - self.catching_up
+        self.turn_estimate += estimate
+        self.elapsed += estimate + self.catching_up
+        tokens = sum(row.accepted + 1 for row in verified) / len(verified)
+        self.tokens_left -= tokens
+        needed = tokens / self.best_rate  # by whoever is thought to be the fastest
+        self.wasted[name] = max(self.wasted[name] + estimate + self.catching_up - needed, 0.0)
 
 
 class Decoder(Level):

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import base64
 import codecs
+import hashlib
 import json
 import os
+import platform
 import re
 import sys
 import sysconfig
@@ -23,7 +25,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -1013,7 +1015,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 
-METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qspec"]
+SPECULATE_K = 4  # tokens of a sequence, unless somebody asks for another number
+METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qspec", "auto"]
 
 
 def tree_size(text: str) -> int | str:
@@ -1073,11 +1076,12 @@ def build_parser() -> argparse.ArgumentParser:
 def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     """Who drafts, and how much."""
     p.add_argument(
-        "--draft_checkpoint_path", help=f"sequential, hierarchical: the small model, {directory}, or self"
+        "--draft_checkpoint_path",
+        help=f"sequential, hierarchical, auto: the small model, {directory}, or self",
     )
     p.add_argument(
         "--eagle_checkpoint_path",
-        help=f"tree, hierarchical: an EAGLE-1, 2 or 3 head of the target or the small model, {directory}",
+        help=f"tree, hierarchical, auto: an EAGLE head of the target or the small model, {directory}",
     )
     p.add_argument(
         "--draft_precision",
@@ -1087,7 +1091,9 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
         "hierarchies: 16 bits)",
     )
     p.add_argument(
-        "--speculate_k", type=int, default=4, help="tokens a sequence drafter proposes (default: 4)"
+        "--speculate_k",
+        type=int,
+        help=f"tokens a sequence drafter proposes (default: {SPECULATE_K}; of auto: what pays, step by step)",
     )
     p.add_argument(
         "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
@@ -1160,12 +1166,12 @@ def load_target(args: argparse.Namespace) -> Target:
 
 # Flags that only some methods understand.
 FLAGS_OF = {
-    "draft_checkpoint_path": ["sequential", "hierarchical"],
+    "draft_checkpoint_path": ["sequential", "hierarchical", "auto"],
     "draft_precision": ["sequential", "tree", "hierarchical", "qspec"],
     "draft_confidence": ["sequential", "qspec"],
-    "min_draft_length": ["hierarchical"],
+    "min_draft_length": ["hierarchical", "auto"],
     **dict.fromkeys(
-        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree", "hierarchical"]
+        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree", "hierarchical", "auto"]
     ),
 }
 
@@ -1180,16 +1186,24 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
         unset = 0.0 if flag == "draft_confidence" else None
         if getattr(args, flag) != unset and method not in methods:
             raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
+    if method == "auto":
+        names = available_methods(args, target)
+        return method, gpt_spec.AutoDrafter({name: one_drafter(name, args, target, None) for name in names})
+    return method, one_drafter(method, args, target, SPECULATE_K)
+
+
+def one_drafter(method: str, args: argparse.Namespace, target: Target, speculate_k: int | None) -> Drafter:
+    """The drafter of a method; `speculate_k` where no flag says it, None for as many as pay."""
+    shipped, k = args.checkpoint_path is None, args.speculate_k or speculate_k
     if method == "autoregressive":
-        return method, Drafter()
+        return Drafter()
     if method == "lookup":
-        return method, gpt_spec.LookupDrafter(args.speculate_k)
+        return gpt_spec.LookupDrafter(k)
     if method == "tree":
-        return method, tree_drafter(args, method, target.model, SHIPPED_HEAD if shipped else None)
-    chain = (args.speculate_k, args.draft_confidence)
+        return tree_drafter(args, method, target.model, SHIPPED_HEAD if shipped else None)
     if method == "qspec":
         twin = own_twin(args, target, "--method qspec drafts with")
-        return method, gpt_spec.SequentialDrafter(twin, *chain, shares_cache=True)
+        return gpt_spec.SequentialDrafter(twin, k, args.draft_confidence, shares_cache=True)
     path = args.draft_checkpoint_path or (str(SHIPPED_SMALL) if shipped else None)
     if path is None:
         raise BadInput(
@@ -1199,12 +1213,38 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
     reason = "--draft_checkpoint_path: self means"
     model = own_twin(args, target, reason) if own else load_draft_model(path, args, target)
     if method == "sequential":
-        return method, gpt_spec.SequentialDrafter(model, *chain)
+        return gpt_spec.SequentialDrafter(model, k, args.draft_confidence)
     head = SMALL_HEAD if Path(path).resolve() == SHIPPED_SMALL else SHIPPED_HEAD if own and shipped else None
     tree = tree_drafter(args, method, model, head)
     least = args.min_draft_length or gpt_spec.MIN_DRAFT_LENGTH
     with naming_flags():
-        return method, gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=own)
+        return gpt_spec.HierarchicalDrafter(model, tree, least, shares_cache=own)
+
+
+def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
+    """What `auto` chooses from, beside drafting nothing: all that there is a model for.
+
+    A head belongs to the target if it has its hidden size, or else to the small model: a hierarchy. Where
+    both are the shipped ones, a hierarchy is not tried: it takes minutes to compile, and loses.
+    """
+    shipped, small, head = (
+        args.checkpoint_path is None,
+        args.draft_checkpoint_path,
+        args.eagle_checkpoint_path,
+    )
+    names = ["lookup"]
+    if small != "self" and (small or shipped):
+        names.append("sequential")
+    if head is not None:
+        size = read_json(find_checkpoint(head, "--eagle_checkpoint_path") / "config.json").get("hidden_size")
+    of_target = shipped if head is None else size == target.model.config.hidden_size or small is None
+    if of_target:
+        names.append("tree")
+    if (head is not None and not of_target) or (small == "self" and of_target):
+        names.append("hierarchical")
+    if quantize.lower_precisions(target.precision):
+        names.append("qspec")
+    return names
 
 
 def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, default: Path | None) -> Drafter:
@@ -1379,6 +1419,7 @@ def decode_all(
     seeds = [args.seed + i for i, output in enumerate(outputs) if output.error is None]
     explain_to = sys.stderr if args.json else sys.stdout
     screen = Screen(outputs, args.explain, explain_to) if args.explain or not args.json else None
+    why = ""
 
     def should_stop(prompt: int, token: int) -> bool:
         return todo[prompt].stream.add(token)
@@ -1388,6 +1429,9 @@ def decode_all(
         for emission in emissions:
             todo[emission.prompt_index].add(emission)
             if args.explain and emission.draft is not None:
+                if emission.draft.why != why:
+                    why = emission.draft.why
+                    print(f"\n{why}", file=sys.stderr)
                 print(draw_step(emission, todo[emission.prompt_index].stream.tokenizer), file=sys.stderr)
         if screen:
             screen.update()
@@ -1474,6 +1518,7 @@ def stats_json(
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
     names = STATS_FIELDS + (TREE_FIELDS if method == "tree" else [])
     more = {"levels": levels_json(stats)} if stats.inside else {}
+    more |= {"steps_by_drafter": stats.drafter_histogram} if stats.drafter_histogram else {}
     more |= {"tokens_per_step_by_output": [output.tokens_per_step for output in outputs]}
     return {name: getattr(stats, name) for name in names} | memory | more
 
@@ -1494,6 +1539,12 @@ def format_levels(levels: list[dict[str, Any]]) -> str:
     return f"levels: {'; '.join(parts)}; its drafter {levels[-1]['drafting_seconds']:.2f} s\n"
 
 
+def format_drafters(steps: dict[str, int]) -> str:
+    """A line for people: who was in charge for how long."""
+    parts = (f"{name} {count}" for name, count in sorted(steps.items(), key=lambda item: -item[1]))
+    return f"steps by drafter: {', '.join(parts)}\n"
+
+
 def format_batch(s: dict[str, Any]) -> str:
     """A line for people: how many texts did, and how evenly."""
     rates = [rate for rate in s["tokens_per_step_by_output"] if rate is not None]
@@ -1505,7 +1556,7 @@ def format_batch(s: dict[str, Any]) -> str:
 
 
 def format_stats(s: dict[str, Any]) -> str:
-    """Three to five lines for people; `s` is what --json prints as `stats`."""
+    """Three to six lines for people; `s` is what --json prints as `stats`."""
     by_position = ", ".join(f"{share:.2f}" for share in s["acceptance_by_position"])
     accepted = f"{s['accepted_tokens']} of {s['drafted_tokens']} drafted tokens accepted"
     if "expected_accepted_tokens" in s:
@@ -1516,6 +1567,7 @@ def format_stats(s: dict[str, Any]) -> str:
         f"first token after {s['time_to_first_token_seconds']:.3f} s; warm-up {s['compile_seconds']:.1f} s\n"
         f"{s['tokens_per_step']:.2f} tokens per step of the target"
         + (f"; {accepted}; at least 1, 2, ... in {by_position} of the steps\n" if by_position else "\n")
+        + (format_drafters(s["steps_by_drafter"]) if "steps_by_drafter" in s else "")
         + (format_levels(s["levels"]) if "levels" in s else "")
         + (format_batch(s) if len(s["tokens_per_step_by_output"]) > 1 else "")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
@@ -1551,6 +1603,43 @@ def can_compile(args: argparse.Namespace) -> bool:
     return missing is None
 
 
+COSTS_LAST = 24 * 3600  # seconds; a machine changes
+
+
+def costs_file(decoder: Decoder, precision: str) -> Path:
+    """Where the costs of such a decoder on this device are kept: what they hang on is in the name."""
+    setup, drafter = decoder.setup, decoder.drafter
+    cuda = setup.device.type == "cuda"
+    machine = torch.cuda.get_device_name(setup.device) if cuda else f"{platform.machine()} {platform.node()}"
+    drafters = [
+        (name, type(d).__name__, d.draft_sizes(), [(m.config, weight_bytes([m])) for m in d.models])
+        for name, d in drafter.contestants().items()
+    ]
+    what = (machine, torch.__version__, kernels.PATH, torch.get_num_threads(), precision)
+    what += (decoder.model.config, drafters, setup.batch_size, setup.slots, setup.compile)
+    return kernels.cache_directory() / f"costs-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
+
+
+def warm_up(decoder: Decoder, precision: str) -> float:
+    """`Decoder.warm_up` with what steps cost when they were measured last, if that was today."""
+    if not decoder.drafter.needs_costs:
+        return decoder.warm_up()
+    file, costs = costs_file(decoder, precision), {}
+    try:
+        if time.time() - file.stat().st_mtime < COSTS_LAST:
+            costs = {str(name): float(seconds) for name, seconds in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, AttributeError):
+        pass  # not there, or not ours: measured again
+    known = len(costs)
+    seconds = decoder.warm_up(costs)
+    if len(costs) > known:
+        scratch = file.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):  # a full disk costs a measurement next time
+            scratch.write_text(json.dumps(costs))
+            scratch.replace(file)
+    return seconds
+
+
 def load_kernels() -> None:
     try:
         kernels.load()
@@ -1581,7 +1670,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--batch_size {args.batch_size}: the caches cannot be allocated ({reason})") from None
-    stats = Stats(compile_seconds=decoder.warm_up())
+    stats = Stats(compile_seconds=warm_up(decoder, target.precision))
     if args.explain:
         print(Screen.legend(), file=sys.stderr, flush=True)
     with trace(args.profile):

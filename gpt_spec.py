@@ -952,6 +952,11 @@ class Drafter:
         for row in verified:
             self.pace.count_accepted(row.accepted, min(row.drafted, draft.max_depth))
 
+    def set_costs(self, seconds: dict[int, float]) -> None:
+        """What a step of every size takes."""
+        self.pace.seconds = seconds
+        self.pace.start({n: self.pace.expected(self.max_depth(n)) for n in seconds})
+
     def rate(self, state: State) -> float:
         """Tokens per second of a text that may be hoped for, going by those of late."""
         return self.pace.rate
@@ -1023,8 +1028,6 @@ class LookupDrafter(Drafter):
     def rate(self, state: State) -> float:
         """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
         them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
-        if not self.pace.seconds:
-            return self.pace.rate
         self.seconds.copy_(torch.tensor([self.pace.seconds[n] for n in self.draft_sizes()]))
         seconds, self.size = min(zip(self.hindsight(state, self.seconds).tolist(), self.sizes))
         return 1 / seconds if seconds else self.pace.rate  # none without a text
@@ -1556,9 +1559,7 @@ class Level:
         self.state.length.fill_(1)
         costs |= {key: statistics.median(values) for key, values in times.items()}
         for name, drafter in drafters.items():
-            pace, sizes = drafter.pace, drafter.draft_sizes()
-            pace.seconds = {n: costs[f"{name} {n}".strip()] for n in sizes}
-            pace.start({n: pace.expected(drafter.max_depth(n)) for n in sizes})
+            drafter.set_costs({n: costs[f"{name} {n}".strip()] for n in drafter.draft_sizes()})
 
     def time_steps(self, drafter: Drafter, n: int) -> list[float]:
         """Seconds of some steps of n nodes; a few before them bring what they need into the caches."""
@@ -1566,7 +1567,9 @@ class Level:
         while len(times) < 2 or (len(times) < 6 and sum(times) < 0.2):
             self.state.length.fill_(self.setup.slots // 2)
             begin = time.perf_counter()
-            self.commit(drafter.propose(self.state, n))
+            draft = drafter.propose(self.state, n)
+            draft.max_depth = self.drafter.max_depth(draft.tokens.shape[1])  # as it will be in use
+            self.commit(draft)
             times.append(time.perf_counter() - begin)
         return times[len(times) // 2 :]
 
@@ -1768,18 +1771,17 @@ class AutoDrafter(Drafter):
     """Whichever drafter is fastest, as costs and acceptance have been of late.
 
     The one in charge drafts for TURN tokens; then the one with the most tokens per second is in charge. What
-    is known of the others grows old, so now and then each has a turn, as often as the time that its turns
-    waste allows: CURIOSITY of the whole, so that nobody who is slow can cost more. Until it has had one, the
-    costs measured at the start and an acceptance of two in three speak for it; and it never gets one if it
-    could not win with all of its drafts accepted. Autoregressive decoding is one of the drafters: it is in
-    charge where speculation loses.
+    is known of the others grows old, so now and then each has a trial of some steps, as often as the time
+    that its trials waste allows: CURIOSITY of the whole, so that nobody who is slow can cost more. Until the
+    first one, the costs measured at the start and an acceptance of two in three speak for it; and it never
+    gets one if it could not win with all of its drafts accepted. Autoregressive decoding is one of the
+    drafters: it is in charge where speculation loses.
 
     Who is not in charge does nothing. What it misses stays in the state of the texts, tokens and features,
     and is fed to it in one chunk, as a prompt is, when its turn comes; it goes on as if never interrupted.
     """
 
-    TURN, TRIAL = 12, 24  # tokens of a text, and where somebody has it who may not be the fastest
-    CURIOSITY = 0.003  # share of the time
+    TURN, TRIAL, CURIOSITY = 12, 6, 0.003  # tokens of a text; steps; share of the time
 
     def __init__(self, drafters: dict[str, Drafter]):
         """BadInput where two of them want different features of the target: there is one place for them."""
@@ -1787,9 +1789,9 @@ class AutoDrafter(Drafter):
         self.max_nodes = max(drafter.max_nodes for drafter in self.drafters.values())
         models = {id(model): model for drafter in drafters.values() for model in drafter.models}
         self.models, self.needs_costs = tuple(models.values()), True
-        self.current, self.tokens_left = "autoregressive", 0.0
-        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds of turns without which all would be faster
-        self.turns = dict.fromkeys(self.drafters, 0)  # that followed one of somebody else's
+        self.current, self.on_trial, self.steps, self.tokens = "autoregressive", False, 0, 0.0
+        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
+        self.turns = dict.fromkeys(self.drafters, 0)
         self.elapsed = self.catching_up = 0.0  # seconds: of all steps, and of feeding in the last one
         # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
         self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
@@ -1818,6 +1820,7 @@ class AutoDrafter(Drafter):
     def start(self, level: Level) -> None:
         for drafter in self.drafters.values():
             drafter.start(level)
+            drafter.set_costs(dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
         # How much of each row a drafter knows; of rows that it drafts for itself, all.
         self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
         self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
@@ -1840,7 +1843,8 @@ class AutoDrafter(Drafter):
     def rewind(self, length: Tensor) -> None:
         for name, drafter in self.drafters.items():
             drafter.rewind(length)
-            self.known[name] = [min(pair) for pair in zip(self.known[name], length.tolist())]
+            pairs = zip(self.known[name], length.tolist())
+            self.known[name] = [known if known == ALL else min(known, end) for known, end in pairs]
 
     def catch_up(self, state: State, name: str) -> None:
         """Put a drafter in charge, and feed it what every text has gained since it was."""
@@ -1853,38 +1857,39 @@ class AutoDrafter(Drafter):
         self.known[name] = [ALL if a else known for a, known in zip(active, mine)]
         self.current = name
 
-    def choose(self, state: State) -> tuple[str, int]:
-        """Who is in charge next, and for how many tokens."""
+    def choose(self, state: State) -> tuple[str, bool]:
+        """Who is in charge next, and whether that is a trial."""
         rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
         rates[self.current] *= 1.05  # a change costs something, and rates are not known better than that
         order = sorted(rates, key=rates.__getitem__, reverse=True)
-        self.best_rate = rates[order[0]]
+        self.rates, self.best_rate = rates, rates[order[0]]
         for name in order:
             if not self.turns[name] and self.could_win(name, order[0]):
-                return name, self.TRIAL
+                return name, True
         for name in order[1:]:
             if self.turns[name] and self.wasted[name] < self.CURIOSITY * self.elapsed:
-                return name, self.TRIAL
-        return order[0], self.TURN
+                return name, True
+        return order[0], False
 
     def could_win(self, name: str, best: str) -> bool:
         """Would it be faster than the best one is, if all of its drafts were accepted?"""
         drafter, rate = self.drafters[name], self.drafters[best].pace.rate
         return any((1 + drafter.max_depth(n)) > rate * drafter.pace.seconds[n] for n in drafter.draft_sizes())
 
-    def explain(self) -> str:
+    def explain(self, rates: dict[str, float]) -> str:
+        """The choice, in a line for people."""
         parts = []
-        for name, drafter in self.drafters.items():
-            pace, tried = drafter.pace, "measured" if self.turns[name] else "estimated"
-            parts.append(f"{name} {pace.rate:.0f} ({tried})")
-        return f"{self.current} is in charge; tokens/s of a text: {', '.join(parts)}"
+        for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
+            tried = "" if self.turns[name] else " (estimated)"
+            parts.append(f"{name} {rate:.0f}{tried}")
+        return f"{self.current} drafts; tokens/s of a text, by costs and acceptance: {', '.join(parts)}"
 
     def compare(self) -> None:
         """At the end of a turn: was it as slow, against what its steps were thought to cost, as the one
         before? If that was another drafter's, the costs of this one are corrected a little."""
         slowness = self.turn_seconds / self.turn_estimate
+        self.turns[self.current] += 1
         if self.previous not in ("", self.current):
-            self.turns[self.current] += 1
             factor = (slowness / self.slowness) ** max(1 / (1 + self.turns[self.current]), 0.1)
             self.drafters[self.current].pace.correct(factor)
             slowness /= factor
@@ -1893,15 +1898,16 @@ class AutoDrafter(Drafter):
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.catching_up = 0.0
-        if self.tokens_left <= 0:
-            if self.turn_estimate:
+        if self.steps == 0 or (self.steps >= self.TRIAL if self.on_trial else self.tokens >= self.TURN):
+            if self.steps > 0:
                 self.compare()
-            chosen, self.tokens_left = self.choose(state)
+            chosen, self.on_trial = self.choose(state)
+            self.steps, self.tokens = 0, 0.0
             if chosen != self.current:
                 begin = time.perf_counter()
                 self.catch_up(state, chosen)
                 self.catching_up = time.perf_counter() - begin
-            self.why = self.explain()
+            self.why = self.explain(self.rates)
         draft = self.drafters[self.current].propose(state, n)
         draft.max_depth, draft.drafter, draft.why = self.depths[draft.tokens.shape[1]], self.current, self.why
         return draft
@@ -1914,9 +1920,10 @@ class AutoDrafter(Drafter):
         self.turn_estimate += estimate
         self.elapsed += estimate + self.catching_up
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
-        self.tokens_left -= tokens
-        needed = tokens / self.best_rate  # by whoever is thought to be the fastest
-        self.wasted[name] = max(self.wasted[name] + estimate + self.catching_up - needed, 0.0)
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        if self.on_trial:
+            wasted = estimate + self.catching_up - tokens / self.best_rate
+            self.wasted[name] = max(self.wasted[name] + wasted, 0.0)
 
 
 class Decoder(Level):

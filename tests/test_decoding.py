@@ -23,6 +23,8 @@ from conftest import (
 
 from generate import load_head, load_model
 from gpt_spec import (
+    ALL,
+    AutoDrafter,
     BadInput,
     Decoder,
     Draft,
@@ -59,14 +61,15 @@ class RandomTreeDrafter(Drafter):
         self.generator = torch.Generator().manual_seed(3)
 
     def start(self, level):
+        super().start(level)
         self.oracle.start(level)
 
     def prefill(self, state, row, tokens, start):
         self.oracle.prefill(state, row, tokens, start)
 
-    def propose(self, state):
+    def propose(self, state, n=None):
         chain = self.oracle.propose(state).tokens  # [B, 5]: root and what the target itself will say
-        batch, n = len(chain), self.max_nodes
+        batch, n = len(chain), n or self.max_nodes
         tokens = torch.randint(61, (batch, n), generator=self.generator)
         tokens[:, 0] = chain[:, 0]
         parent = torch.full((batch, n), -1)
@@ -84,8 +87,49 @@ class RandomTreeDrafter(Drafter):
         return Draft(tokens, parent, n - 1)
 
 
+class RestlessDrafter(AutoDrafter):
+    """Another drafter every few tokens, whatever it costs."""
+
+    TURN = 5
+
+    def choose(self, state):
+        names = list(self.drafters)
+        self.best_rate, self.rates = 1.0, {}
+        return names[(names.index(self.current) + 1) % len(names)], False
+
+    def warm_up(self, state):
+        super().warm_up(state)
+        self.current = "lookup"
+
+
+def all_drafters(target, kind=AutoDrafter) -> AutoDrafter:
+    """One that chooses among all kinds; a hierarchy on the target's cache and one on its own, too.
+
+    Every step is thought to cost the same: measuring takes long, and is tested in test_auto.py.
+    """
+    noisy = noisy_copy(target)
+
+    def tree(model, size=None):
+        return TreeDrafter(guessing_head(model), size, tree_depth=3, tree_topk=3)
+
+    drafter = kind(
+        {
+            "lookup": LookupDrafter(None),
+            "sequential": SequentialDrafter(noisy, None),
+            "tree": tree(target),
+            "qspec": SequentialDrafter(noisy, None, shares_cache=True),
+            "hierarchical": HierarchicalDrafter(noisy, tree(noisy, 9), 4),
+            "own middle": HierarchicalDrafter(noisy, tree(noisy, 9), 4, shares_cache=True),
+        }
+    )
+    drafter.needs_costs = False
+    return drafter
+
+
 def drafters(target) -> dict[str, Drafter]:
     return {
+        "choosing": all_drafters(target),
+        "restless": all_drafters(target, RestlessDrafter),
         "lookup": LookupDrafter(),
         "random": SequentialDrafter(random_model(seed=1), 3),
         "itself": SequentialDrafter(target, 4),
@@ -140,7 +184,19 @@ def qspec(target, precision: str, k: int = 3, confidence: float = 0.0) -> Sequen
     return SequentialDrafter(share_weights(target, precision), k, confidence, shares_cache=True)
 
 
-FLAT = ["lookup", "random", "itself", "noisy", "unsure", "bush", "tree", "auto", "sure"]
+FLAT = [
+    "choosing",
+    "restless",
+    "lookup",
+    "random",
+    "itself",
+    "noisy",
+    "unsure",
+    "bush",
+    "tree",
+    "auto",
+    "sure",
+]
 FLAT += ["qspec", "unsure qspec", "qspec of one token", "qspec, never sure"]
 NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
 NESTED += ["three levels", "shared", "shared, three levels", "shared twice", "qspec in the middle"]
@@ -262,6 +318,9 @@ def assert_level_is_fresh(
     """
     length = min(int(level.state.length[row]), len(text) - 1 if length is None else length)
     drafter = level.drafter
+    if isinstance(drafter, AutoDrafter):
+        assert all(known[row] == ALL or known[row] <= length for known in drafter.known.values())
+        drafter = drafter.drafters[drafter.current]
     assert length >= len(text) - 1 - level.behind
     assert_cache_is_fresh(model, level.cache, row, text, length)
     if level.taps:
@@ -271,15 +330,15 @@ def assert_level_is_fresh(
     if isinstance(drafter, SequentialDrafter) and not drafter.shares_cache:
         assert_cache_is_fresh(drafter.model, drafter.cache, row, text, length - 1)
     if isinstance(drafter, TreeDrafter):
-        assert_head_is_fresh(level, row, text)
+        assert_head_is_fresh(level, drafter, row, text)
     if isinstance(drafter, HierarchicalDrafter):
         inside = drafter.level
         assert_level_is_fresh(inside, model if drafter.shares_cache else inside.model, row, text, length)
 
 
-def assert_head_is_fresh(level: Level, row: int, text: list[int]) -> None:
+def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: list[int]) -> None:
     """The keys and values that an EAGLE head made of the features, but those that it is going to renew."""
-    drafter, rows = level.drafter, len(text) - 1 - level.drafter.window
+    rows = len(text) - 1 - drafter.window
     if rows > 0:
         tokens, positions = torch.tensor([text[1 : rows + 1]]), torch.arange(rows)[None]
         features = drafter.head.fuse(level.state.features[row : row + 1, :rows])

@@ -1,7 +1,11 @@
 """bench.py: what speculation costs and brings on this machine, measured.
 
-    python bench.py cost        # T(n): one target forward over n tokens, and one step of the drafter
-    python bench.py methods     # every method on held-out prompts: tokens/s, tokens per step, speedup
+    python bench.py all         # every report below with the settings of the README, then the figures
+    python bench.py cost        # T(n): one target forward over n tokens, and what drafting costs
+    python bench.py methods     # every method in three precisions: tokens/s, tokens per step, speedup
+    python bench.py auto        # `auto` against every fixed method: models, precisions, batch sizes
+    python bench.py synthetic --shape llama-3-8b     # random weights, published acceptance
+    python bench.py quality     # what a precision costs: perplexity, agreement with bf16, GSM8K
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
     python bench.py qspec       # the target's own weights as drafter, at several batch sizes
@@ -15,6 +19,10 @@
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
 
+    # your own models and prompts
+    python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
+    python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
+
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
 in one process, interleaved, and given as a ratio: absolute times change with the machine's mood, ratios less.
 Run it on an otherwise idle machine. The last line of the output is the results as JSON.
@@ -23,20 +31,26 @@ Run it on an otherwise idle machine. The last line of the output is the results 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,15 +60,20 @@ import gpt_spec
 import kernels
 import quantize
 from gpt_spec import (
+    AutoDrafter,
+    BadInput,
+    CheckpointModule,
     Decoder,
     Draft,
     Drafter,
+    EagleHead,
     HierarchicalDrafter,
     Level,
     LookupDrafter,
     ModelConfig,
     Sampling,
     SequentialDrafter,
+    State,
     Stats,
     Transformer,
     TreeDrafter,
@@ -62,6 +81,7 @@ from gpt_spec import (
 )
 
 HELD_OUT = generate.MODELS / "held_out.jsonl"
+REFERENCE = "autoregressive in bf16"  # what the rows of other precisions are compared with, too
 
 
 class IndependentDrafter(SequentialDrafter):
@@ -103,31 +123,177 @@ class NoiselessTree(TreeDrafter):
         self.sampling = Sampling()
 
 
+# --------------------------------------------------------------------------------------------------
+# Prompts, models and how they are run
+# --------------------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    tokens: list[int]
+    category: str = ""
+    answer: str = ""  # the right one, where a file has it
+
+
+def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
+    """`count` prompts, evenly spread over the lines of a file: JSON objects with "prompt", "question" (GSM8K)
+    or "turns" (Spec-Bench), gzipped or not. Raises BadInput for a file or a line that is something else."""
+    try:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompt_file: {path} cannot be read: {error}") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise BadInput(f"--prompt_file: {path} has no lines")
+    count, settings = min(count, len(lines)), argparse.Namespace(chat=chat, system=None, checkpoint_path=path)
+    prompts = []
+    for number, line in (lines[i * len(lines) // count] for i in range(count)):
+        try:
+            tokens, entry = generate.read_line(line, settings, tokenizer), json.loads(line)
+        except BadInput as error:
+            raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
+        prompts.append(Prompt(tokens, str(entry.get("category", "")), str(entry.get("answer", ""))))
+    return prompts
+
+
+def held_out_prompts(count: int) -> list[Prompt]:
+    """`count` prompts of held-out modules in the tokens of the shipped models."""
+    return read_prompt_file(HELD_OUT, generate.load_tokenizer(generate.SHIPPED_TARGET), count)
+
+
 def read_prompts(count: int) -> list[list[int]]:
-    """`count` prompts of held-out modules, evenly spread over all there are."""
-    tokenizer = generate.load_tokenizer(generate.SHIPPED_TARGET)
-    lines = HELD_OUT.read_text(encoding="utf-8").splitlines()
-    return [tokenizer.encode(json.loads(lines[i * len(lines) // count])["prompt"]) for i in range(count)]
+    """The same, tokens alone."""
+    return [prompt.tokens for prompt in held_out_prompts(count)]
+
+
+def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; it says how many
+    do not. In a chat template, where a file meets a model that has one."""
+    tokenizer = parts.target.tokenizer
+    chat = bool(args.prompt_file and tokenizer and tokenizer.template)
+    prompts = read_prompt_file(args.prompt_file or HELD_OUT, tokenizer, args.prompts, chat)
+    models = [parts.target.model] + ([parts.small] if parts.small else [])
+    room = min(model.config.max_context for model in models) - args.max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= room]
+    if len(fitting) < len(prompts):
+        print(f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are left out: over {room} tokens")
+    if not fitting:
+        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: no prompt leaves room for so many")
+    return fitting
+
+
+class Paths(NamedTuple):
+    """Checkpoint directories; None is what there is not."""
+
+    target: str | Path
+    small: str | Path | None = None
+    head: str | Path | None = None  # of the target
+    small_head: str | Path | None = None
+
+
+SHIPPED = Paths(generate.SHIPPED_TARGET, generate.SHIPPED_SMALL, generate.SHIPPED_HEAD, generate.SMALL_HEAD)
+SHIPPED_ALONE = Paths(generate.SHIPPED_SMALL, head=generate.SMALL_HEAD)
+
+
+@dataclass
+class Parts:
+    """What methods are made of, in one precision; None is what there is not."""
+
+    target: generate.Target
+    small: Transformer | None = None
+    head: Callable[[Transformer], EagleHead] | None = None  # makes one for the target or its twin
+    small_head: Callable[[Transformer], EagleHead] | None = None
+
+
+def chosen_paths(args: argparse.Namespace) -> Paths:
+    """Those of the flags, or the shipped ones. A head is for the model whose hidden size it has."""
+    if args.checkpoint_path is None:
+        return SHIPPED
+    paths = Paths(args.checkpoint_path, args.draft_checkpoint_path, args.eagle_checkpoint_path)
+    if paths.small and paths.head:
+        named = zip(paths, ("--checkpoint_path", "--draft_checkpoint_path", generate.HEAD_FLAG))
+        target, small, head = (
+            generate.read_json(generate.find_checkpoint(str(path), flag) / "config.json")
+            for path, flag in named
+        )
+        width = head.get("target_hidden_size", head.get("hidden_size"))
+        if width == small.get("hidden_size") != target.get("hidden_size"):
+            return Paths(paths.target, paths.small, small_head=paths.head)
+    return paths
+
+
+def load_parts(precision: str, paths: Paths) -> Parts:
+    flags = {"precision": precision, "draft_precision": None, "device": "cpu", "ignore_eos": False}
+    args = argparse.Namespace(checkpoint_path=paths.target, **flags)
+    target = generate.load_target(args)
+    small = generate.load_draft_model(str(paths.small), args, target) if paths.small else None
+    heads = (partial(generate.load_head, path) if path else None for path in (paths.head, paths.small_head))
+    return Parts(target, small, *heads)
 
 
 def shipped(precision: str) -> tuple[Transformer, Transformer]:
-    paths = (generate.SHIPPED_TARGET, generate.SHIPPED_SMALL)
-    target, small = (generate.load_model(path, precision) for path in paths)
-    return target, small
+    parts = load_parts(precision, SHIPPED)
+    return parts.target.model, parts.small
+
+
+def split(text: str) -> list[str]:
+    return text.split(",")
+
+
+def build_decoders(
+    target: Transformer,
+    drafters: dict[str, Drafter],
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    batch_size: int = 1,
+) -> dict[str, Decoder]:
+    """A warm decoder for every drafter, with room for the longest prompt."""
+    longest = max(len(prompt.tokens) for prompt in prompts) + args.max_new_tokens
+    settings = (gpt_spec.cache_length(target.config, longest), batch_size, not args.uncompiled)
+    sampling = Sampling(args.temperature, top_p=args.top_p)
+    decoders = {name: Decoder(target, drafter, sampling, *settings) for name, drafter in drafters.items()}
+    for decoder in decoders.values():
+        decoder.warm_up()
+    return decoders
 
 
 def decode_all(
-    decoder: Decoder, prompts: list[list[int]], tokens: int, stats: Stats | None = None
+    decoder: Decoder,
+    prompts: list[list[int]],
+    tokens: int,
+    stats: Stats | None = None,
+    stop_ids: Iterable[int] = (),
 ) -> list[list[int]]:
     texts = [[] for _ in prompts]
-    for emissions in decoder.run(prompts, tokens, stats=stats):
+    for emissions in decoder.run(prompts, tokens, stop_ids, stats=stats):
         for emission in emissions:
             texts[emission.prompt_index] += emission.tokens
     return texts
 
 
-def decode(decoder: Decoder, prompt: list[int], tokens: int, stats: Stats) -> list[int]:
-    return [t for emissions in decoder.run([prompt], tokens, stats=stats) for t in emissions[0].tokens]
+class Run(NamedTuple):
+    """What decoding some prompts came to."""
+
+    texts: list[list[int]]
+    tokens: int  # without the first one of each text, which prefill yields
+    steps: int  # of the target, counted for each text
+    seconds: float  # of decoding
+    prefill_seconds: float  # of target and drafter
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def timed(
+    decoder: Decoder, prompts: list[list[int]], tokens: int, total: Stats, stop_ids: Iterable[int] = ()
+) -> Run:
+    """Decode some prompts, and count it in `total`, too."""
+    before = replace(total)
+    texts = decode_all(decoder, prompts, tokens, total, stop_ids)
+    names = ("new_tokens", "target_forwards", "decode_seconds", "prefill_seconds")
+    new, steps, *seconds = (getattr(total, name) - getattr(before, name) for name in names)
+    return Run(texts, new - len(prompts), steps, *seconds)
 
 
 def interleave(functions: dict[Any, Callable[[], object]], repeats: int, burst: int = 1) -> dict[Any, float]:
@@ -146,120 +312,389 @@ def interleave(functions: dict[Any, Callable[[], object]], repeats: int, burst: 
     return {name: median(values) for name, values in times.items()}
 
 
-def measure_cost(target: Transformer, small: Transformer, sizes: list[int]) -> dict[str, float]:
-    """Seconds of a whole verification of n nodes and of a draft of 4 tokens, 200 tokens in the caches."""
-    drafter = SequentialDrafter(small, 4)
-    decoder = Decoder(target, drafter, max_length=512)
-    decoder.warm_up()
-    decoder.prefill(0, list(range(3, 203)), seed=0)
-    decoder.state.active.fill_(False)  # frozen: every repetition does the same work
+# --------------------------------------------------------------------------------------------------
+# Costs
+# --------------------------------------------------------------------------------------------------
 
-    def verify(n: int) -> None:
-        decoder.commit(Draft.chain(torch.randint(3, 4000, (1, n))))
 
-    functions = {f"T({n})": lambda n=n: verify(n) for n in sizes}
-    functions["draft of 4"] = lambda: drafter.propose(decoder.state)
+def freeze(decoder: Decoder) -> Decoder:
+    """200 tokens in its caches, and every repetition of a step does the same work."""
+    vocabulary = decoder.model.config.vocab_size
+    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], seed=0)
+    decoder.state.active.fill_(False)
+    return decoder
+
+
+def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile: bool) -> dict[str, dict]:
+    """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name;
+    200 tokens in the caches, all taking turns.
+
+    A token of the small model is a third of a draft of 3; a level of the head is what a tree of depth 6 takes
+    longer than one of depth 2, divided by the 4 levels between.
+    """
+    target = parts.target.model
+
+    def decoder(drafter: Drafter | None = None, model: Transformer = target) -> Decoder:
+        return freeze(Decoder(model, drafter, max_length=512, compile=compile))
+
+    drafts = [Draft.chain(torch.randint(3, target.config.vocab_size, (1, n))) for n in sizes]
+    plain, drafters = decoder(), {}
+    functions: dict[Any, Callable] = {n: partial(plain.commit, draft) for n, draft in zip(sizes, drafts)}
+    for lower in quantize.lower_precisions(parts.target.precision):
+        twin = decoder(model=quantize.share_weights(target, lower))
+        functions[f"a token in {lower}"] = partial(twin.commit, Draft.chain(drafts[0].tokens[:, :1]))
+    if parts.small:
+        drafters["a token of the small model"] = SequentialDrafter(parts.small, 3)
+    if parts.head:
+        head = parts.head(target)
+        drafters |= {"shallow": TreeDrafter(head, 8, 2), "deep": TreeDrafter(head, 8, 6)}
+    for name, drafter in drafters.items():
+        functions[name] = partial(drafter.propose, decoder(drafter).state)
     with torch.no_grad():
-        return interleave(functions, 100)
+        seconds = interleave(functions, turns, burst)
+    drafting = {name: value for name, value in seconds.items() if str(name).startswith("a token in")}
+    if parts.small:
+        drafting["a token of the small model"] = seconds["a token of the small model"] / 3
+    if parts.head:
+        drafting["a level of the EAGLE head"] = (seconds["deep"] - seconds["shallow"]) / 4
+    return {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
 
 
 def report_cost(args: argparse.Namespace) -> dict:
-    cost = measure_cost(*shipped(args.precision), [1, 2, 3, 5, 9, 17, 33, 65])
-    for name, seconds in cost.items():
-        print(f"{name:16} {seconds * 1e3:7.3f} ms   {seconds / cost['T(1)']:5.2f} T(1)")
-    return {name: {"seconds": seconds, "relative": seconds / cost["T(1)"]} for name, seconds in cost.items()}
+    """T(n) of the shipped target, or of --checkpoint_path, and what drafts are made of: see `measure_cost`.
 
-
-def compare(target: Transformer, drafters: dict[str, Drafter], args: argparse.Namespace) -> dict[str, dict]:
-    """Every drafter on the same prompts, taking turns; the first is what the others are compared with.
-
-    Per drafter: tokens per step (tau), seconds of drafting in a step, T(n) averaged over the steps, n being
-    what each verified; tokens/s, speedups (quartiles of the prompts' ratios), and what the cost model makes
-    of the first three, tau * T(1) / (drafting + T(n)). T(n) is measured apart from the texts.
+    With --shape, of random weights: the target, the next smaller shape as small model, and a head.
+    Uncompiled: graphs of so many layers take minutes to compile, and their steps tens of milliseconds.
     """
-    sampling = Sampling(args.temperature, top_p=args.top_p)
-    decoders = {name: Decoder(target, drafter, sampling) for name, drafter in drafters.items()}
-    for decoder in decoders.values():
-        decoder.warm_up()
-    cost = measure_verification(decoders)
-    totals, speeds = {name: Stats() for name in decoders}, {name: [] for name in decoders}
-    different, base = dict.fromkeys(decoders, 0), next(iter(decoders))
-    for turn, prompt in enumerate(read_prompts(args.prompts)):
-        texts = {}
-        for name in rotate_names(list(decoders), turn):
-            before = totals[name].decode_seconds
-            texts[name] = decode(decoders[name], prompt, args.max_new_tokens, totals[name])
-            speeds[name].append((len(texts[name]) - 1) / (totals[name].decode_seconds - before))
-        for name, text in texts.items():
-            different[name] += text != texts[base]
-    rows, [first] = {}, cost[base].values()
-    for name, stats in totals.items():
-        steps = stats.target_forwards
-        verification = sum(cost[name][n] * count for n, count in stats.nodes_histogram.items()) / steps
-        drafting = stats.drafting_seconds / steps if stats.drafted_tokens else 0.0
-        ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[base])]
-        rows[name] = {
-            "tokens_per_step": stats.tokens_per_step,
-            "drafting_seconds": drafting,
-            "verification_seconds": verification,
-            "tokens_per_second": median(speeds[name]),
-            "speedup": quartiles(ratios),
-            "slowest": min(ratios),
-            "fastest": max(ratios),
-            "predicted": stats.tokens_per_step * first / (drafting + verification),
-            "different_texts": different[name],
-            "expected_accepted_tokens": stats.expected_accepted_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "drafted_tokens": stats.drafted_tokens,
-            "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
-            "steps_by_nodes": stats.nodes_histogram,
-            "levels": generate.levels_json(stats),
-            "speeds": speeds[name],
+    sizes, results = numbers(args.sizes), {}
+    for precision in split(args.precisions):
+        if args.shape:
+            parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision)
+        else:
+            parts = load_parts(precision, chosen_paths(args))
+        # What lies in the cache has to be brought there first; the weights of a shape never do.
+        effort = (3 * args.repeats, 2 if args.shape else 10, not (args.shape or args.uncompiled))
+        results[precision] = measure_cost(parts, sizes, *effort)
+        print_cost(precision, results[precision])
+    return results
+
+
+def print_cost(precision: str, cost: dict[str, dict]) -> None:
+    first = cost["verification"]["1"]
+    ratios = "".join(f"{seconds / first:7.2f}" for seconds in cost["verification"].values())
+    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms")
+    print(f"    {'n':12}" + "".join(f"{n:>7}" for n in cost["verification"]))
+    print(f"    {'T(n) / T(1)':12}{ratios}")
+    for name, seconds in cost["drafting"].items():
+        print(f"    {name:28} {seconds * 1e3:9.3f} ms   {seconds / first:6.2f} T(1)", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Methods
+# --------------------------------------------------------------------------------------------------
+
+
+def compare_drafters(
+    target: Transformer, drafters: dict[str, Drafter], args: argparse.Namespace
+) -> dict[str, dict]:
+    """Every drafter of a shipped target on held-out prompts: see `compare`."""
+    prompts = held_out_prompts(args.prompts)
+    return compare(build_decoders(target, drafters, prompts, args), prompts, args)
+
+
+def compare(
+    decoders: dict[str, Decoder],
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    stop_ids: Iterable[int] = (),
+    over: str | None = None,
+    effort: tuple[int, int] = (20, 10),
+    note: str = "",
+) -> dict[str, dict]:
+    """Every decoder on the same prompts, taking turns; the first is what the others are compared with.
+
+    Per decoder: tokens per step (tau), seconds of drafting in a step (of `auto`, with catching up), T(n)
+    averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the prompts'
+    ratios), and what the cost model makes of the first three, tau * T(1) / (drafting + T(n)). T(n) is
+    measured apart from the texts, `effort` being the turns and the calls in each.
+
+    `over` names the decoder of the bf16 target, if the others are to be compared with it as well. Its own
+    texts are not those of the others, and it gets no row. With a `note`, which ends every line and row,
+    texts are not compared.
+    """
+    base, cost = next(iter(decoders)), measure_verification(decoders, *effort)
+    totals, runs, used = {name: Stats() for name in decoders}, {name: [] for name in decoders}, []
+    for turn, prompt in enumerate(prompts):
+        once = {
+            name: timed(decoders[name], [prompt.tokens], args.max_new_tokens, totals[name], stop_ids)
+            for name in rotate_names(list(decoders), turn)
         }
-    print_rows(rows, first)
+        if all(run.tokens for run in once.values()):  # a text of one token takes no step
+            used.append(prompt)
+            for name, run in once.items():
+                runs[name].append(run)
+    if not used:
+        raise BadInput("--prompt_file: no prompt is answered with more than one token")
+    rows = {}
+    for name in decoders:
+        if name == base or name != over:
+            rows[name] = summarize(totals[name], runs[name], runs[base], cost[name], cost[base][1])
+            rows[name] |= by_category(used, runs[name], runs[base])
+            different = {"different_texts": count_different(runs[name], runs[base])}
+            rows[name] |= {"note": note} if note else different
+        if over and name in rows:
+            ratio = cost[over][1] / cost[base][1]
+            rows[name]["speedup_over_bf16"] = quartiles(speed_ratios(runs[name], runs[over]))
+            rows[name]["predicted_over_bf16"] = rows[name]["predicted"] * ratio
+    print_rows(rows, cost[base][1])
     return rows
+
+
+def speed_ratios(ours: list[Run], theirs: list[Run]) -> list[float]:
+    return [a.speed / b.speed for a, b in zip(ours, theirs)]
+
+
+def count_different(ours: list[Run], theirs: list[Run]) -> int:
+    pairs = [pair for a, b in zip(ours, theirs) for pair in zip(a.texts, b.texts)]
+    return sum(a != b for a, b in pairs)
+
+
+def summarize(
+    stats: Stats, runs: list[Run], base: list[Run], cost: dict[int, float], first: float
+) -> dict[str, Any]:
+    """A row of `compare`; `cost`: seconds by number of nodes, `first`: T(1)."""
+    steps, ratios = stats.target_forwards, speed_ratios(runs, base)
+    verification = sum(cost[n] * count for n, count in stats.nodes_histogram.items()) / steps
+    drafting = stats.drafting_seconds / steps if stats.drafted_tokens else 0.0
+    return {
+        "tokens_per_step": stats.tokens_per_step,
+        "drafting_seconds": drafting,
+        "verification_seconds": verification,
+        "tokens_per_second": median(run.speed for run in runs),
+        "speedup": quartiles(ratios),
+        "slowest": min(ratios),
+        "fastest": max(ratios),
+        "predicted": stats.tokens_per_step * first / (drafting + verification),
+        "time_to_first_token_seconds": median(run.prefill_seconds for run in runs),
+        "prefill_seconds": stats.prefill_seconds,
+        "expected_accepted_tokens": stats.expected_accepted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "drafted_tokens": stats.drafted_tokens,
+        "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
+        "steps_by_nodes": stats.nodes_histogram,
+        "levels": generate.levels_json(stats),
+        "speeds": [run.speed for run in runs],
+    } | ({"steps_by_drafter": stats.drafter_histogram} if stats.drafter_histogram else {})
+
+
+def by_category(prompts: list[Prompt], runs: list[Run], base: list[Run]) -> dict[str, dict]:
+    """The same for every category of prompts, if there are several."""
+    rows = {}
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
+        chosen = [i for i, prompt in enumerate(prompts) if prompt.category == category]
+        mine, theirs = [runs[i] for i in chosen], [base[i] for i in chosen]
+        rows[category or "other"] = {
+            "tokens_per_step": sum(run.tokens for run in mine) / sum(run.steps for run in mine),
+            "tokens_per_second": median(run.speed for run in mine),
+            "speedup": quartiles(speed_ratios(mine, theirs)),
+        }
+    return {"categories": rows} if len(rows) > 1 else {}
 
 
 def print_rows(rows: dict[str, dict], first: float) -> None:
     print(f"T(1) is {first * 1e3:.2f} ms")
-    print(f"{'':28}   tau  drafting/T(1)  T(n)/T(1)  tokens/s  speedup (slowest, fastest)  predicted")
+    print(
+        f"{'':28}   tau  drafting/T(1)  T(n)/T(1)  tokens/s  speedup (slowest, fastest)  predicted  "
+        "over bf16  first token, ms"
+    )
     for name, row in rows.items():
         draft, verify = row["drafting_seconds"] / first, row["verification_seconds"] / first
+        over = f"{row['speedup_over_bf16'][1]:11.2f}" if "speedup_over_bf16" in row else " " * 11
+        note = f"   {row['note']}" if "note" in row else ""
         print(
             f"{name:28}{row['tokens_per_step']:6.2f}{draft:15.2f}{verify:11.2f}{row['tokens_per_second']:10.0f}"
             f"{row['speedup'][1]:9.2f} ({row['slowest']:.2f}, {row['fastest']:.2f})"
-            f"{row['predicted']:19.2f}",
+            f"{row['predicted']:19.2f}{over}{row['time_to_first_token_seconds'] * 1e3:17.1f}{note}",
             flush=True,
         )
         for level in row["levels"][1:]:
-            print(f"{'':14}inside: {level['tokens_per_step']:.2f} tokens per step of the middle model")
-    wrong = sum(row["different_texts"] for row in rows.values())
-    print(f"{wrong} texts are not those of {next(iter(rows))}\n")
+            print(f"{'':14}inside: {level['tokens_per_step']:.2f} tokens per step of the middle model{note}")
+        for category, part in row.get("categories", {}).items():
+            print(f"{'':14}{category}: tau {part['tokens_per_step']:.2f}, speedup {part['speedup'][1]:.2f}")
+    base, *others = rows
+    if "different_texts" in rows[base]:
+        wrong = sum(row["different_texts"] for row in rows.values())
+        print(f"{wrong} texts are not those of {base}")
+    off = [abs(rows[name]["predicted"] / rows[name]["speedup"][1] - 1) for name in others]
+    print(f"predicted is off by {median(off):.1%} (median of the methods){note}\n", flush=True)
 
 
-def measure_verification(decoders: dict[str, Decoder]) -> dict[str, dict[int, float]]:
+def measure_verification(
+    decoders: dict[str, Decoder], turns: int = 20, burst: int = 10
+) -> dict[str, dict[int, float]]:
     """Seconds of verifying n nodes, for every n that a decoder meets, with 200 tokens in the cache."""
     functions = {}
     for name, decoder in decoders.items():
-        decoder.prefill(0, list(range(3, 203)), seed=0)
-        decoder.state.active.fill_(False)  # frozen: every repetition does the same work
+        freeze(decoder)
         for n in decoder.drafter.draft_sizes():
             functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
     with torch.no_grad():
-        seconds = interleave(functions, 20, burst=10)  # a decoder in use meets its own data in the caches
+        seconds = interleave(functions, turns, burst)  # a decoder in use meets its own data in the caches
     return {
         name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}
         for name, decoder in decoders.items()
     }
 
 
+def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
+    """What can be made of the parts, by name."""
+    target, shape = parts.target.model, (args.tree_depth, args.tree_topk)
+    drafters = {"autoregressive": Drafter(), "lookup K=3": LookupDrafter(3), "lookup K=7": LookupDrafter(7)}
+    if parts.small:
+        drafters["sequential K=3"] = SequentialDrafter(parts.small, 3)
+    if parts.head:
+        head = parts.head(target)
+        largest = min(60, 1 + args.tree_topk + (args.tree_depth - 1) * args.tree_topk**2)
+        drafters[f"tree of {largest}"] = TreeDrafter(head, largest, *shape)
+        drafters["tree"] = TreeDrafter(head, None, *shape)
+    if parts.small and parts.small_head:
+        inner = TreeDrafter(parts.small_head(parts.small), args.tree_size, *shape)
+        drafters["hierarchical"] = HierarchicalDrafter(parts.small, inner, args.min_draft_length)
+    for i, lower in enumerate(quantize.lower_precisions(parts.target.precision)):
+        twin = quantize.share_weights(target, lower)
+        if parts.head and i == 0:
+            own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
+            middle = HierarchicalDrafter(twin, own, args.min_draft_length, shares_cache=True)
+            drafters["hierarchical, own middle"] = middle
+        drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
+    return drafters | {"auto": auto_drafter(parts, args)}
+
+
+def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
+    """Of everything that does not have a decoder inside, each choosing its own lengths and sizes."""
+    target, drafters = parts.target.model, {"lookup": LookupDrafter(None)}
+    if parts.small:
+        drafters["sequential"] = SequentialDrafter(parts.small, None)
+    if parts.head:
+        drafters["tree"] = TreeDrafter(parts.head(target), None, args.tree_depth, args.tree_topk)
+    for lower in quantize.lower_precisions(parts.target.precision)[:1]:
+        twin = quantize.share_weights(target, lower)
+        drafters["qspec"] = SequentialDrafter(twin, None, shares_cache=True)
+    return AutoDrafter(drafters)
+
+
 def report_methods(args: argparse.Namespace) -> dict:
-    """Every flat method on the same prompts: see `compare`."""
-    target, small = shipped(args.precision)
-    drafters: dict[str, Drafter] = {"autoregressive": Drafter(), "lookup K=4": LookupDrafter(4)}
-    drafters |= {f"sequential K={k}": SequentialDrafter(small, k) for k in (2, 3, 4, 6)}
-    drafters["tree"] = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target))
-    return compare(target, drafters, args)
+    """Every method in every precision on the same prompts, and next to them `autoregressive` of the bf16
+    target: see `compare`. Texts of --prompt_file end where the model ends them, others at the budget."""
+    results, paths = {}, chosen_paths(args)
+    for precision in split(args.precisions):
+        parts = load_parts(precision, paths)
+        prompts = fitting_prompts(parts, args)
+        print(f"{precision}, {len(prompts)} prompts", flush=True)
+        decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
+        over = "autoregressive" if precision == "bf16" else None
+        if over is None and not is_quantized(paths.target):
+            reference, over = generate.load_model(paths.target, "bf16"), REFERENCE
+            decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
+        stop_ids = parts.target.stop_ids if args.prompt_file else ()
+        results[precision] = compare(decoders, prompts, args, stop_ids, over)
+    return results
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Does the checkpoint hold 4-bit or 8-bit weights, so that there is no bf16 model to compare with?"""
+    return generate.open_checkpoint(generate.find_checkpoint(str(path))).quantization is not None
+
+
+def fixed_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
+    """What `auto` is measured against: every method without a decoder inside, its lengths given."""
+    target, shape = parts.target.model, (args.tree_depth, args.tree_topk)
+    drafters = {"autoregressive": Drafter(), "lookup K=3": LookupDrafter(3), "lookup K=7": LookupDrafter(7)}
+    if parts.small:
+        drafters["sequential K=3"] = SequentialDrafter(parts.small, 3)
+    if parts.head:
+        head = parts.head(target)
+        drafters |= {"tree": TreeDrafter(head, None, *shape), "tree of 8": FixedTree(head, 8, *shape)}
+    for lower in quantize.lower_precisions(parts.target.precision):
+        twin = quantize.share_weights(target, lower)
+        drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
+    return drafters
+
+
+def report_auto(args: argparse.Namespace) -> dict:
+    """`auto` against every fixed method that fits, for both shipped targets, every precision and batch size:
+    see `measure_auto`."""
+    targets, results = {"python-7m": SHIPPED, "python-1m": SHIPPED_ALONE}, {}
+    if args.checkpoint_path:
+        targets = {Path(args.checkpoint_path).name: chosen_paths(args)}
+    for name, paths in targets.items():
+        for precision in split(args.precisions):
+            for batch_size in numbers(args.batch_sizes):
+                key = f"{name} {precision} batch {batch_size}"
+                results[key] = measure_auto(load_parts(precision, paths), batch_size, args)
+                print_auto(key, results[key])
+    return results
+
+
+def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """--repeats turns over the prompts; within a turn the decoders take turns prompt by prompt, or batch by
+    batch. A turn's speed is that of all its texts together, without prefill; speedups are the turns' ratios
+    to `autoregressive` (quartiles)."""
+    prompts = fitting_prompts(parts, args)
+    drafters = fixed_methods(parts, args) | {"auto": auto_drafter(parts, args)}
+    decoders = build_decoders(parts.target.model, drafters, prompts, args, batch_size)
+    stats, different = {name: Stats() for name in decoders}, dict.fromkeys(decoders, 0)
+    speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), batch_size)
+    stop_ids = parts.target.stop_ids if args.prompt_file else ()
+    for turn in range(args.repeats):
+        runs = {name: [] for name in decoders}
+        for i, begin in enumerate(begins):
+            some = [prompt.tokens for prompt in prompts[begin : begin + batch_size]]
+            for name in rotate_names(list(decoders), turn + i):
+                runs[name].append(timed(decoders[name], some, args.max_new_tokens, stats[name], stop_ids))
+        for name, mine in runs.items():
+            speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
+            different[name] += count_different(mine, runs["autoregressive"])
+    methods = {
+        name: {
+            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds["autoregressive"])]),
+            "against_auto": quartiles([a / b for a, b in zip(speeds["auto"], speeds[name])]),
+            "tokens_per_second": median(speeds[name]),
+            "tokens_per_step": stats[name].tokens_per_step,
+            "different_texts": different[name],
+        }
+        for name in decoders
+    }
+    low, middle, high = methods[best_fixed(methods)]["speedup"]
+    chosen = stats["auto"].drafter_histogram
+    return {"spread": (high - low) / middle, "methods": methods, "chosen": chosen}
+
+
+def best_fixed(methods: dict[str, dict]) -> str:
+    """The fastest fixed method, by its median; known only in hindsight."""
+    return max((name for name in methods if name != "auto"), key=lambda name: methods[name]["speedup"][1])
+
+
+def print_auto(key: str, result: dict[str, Any]) -> None:
+    methods, total = result["methods"], sum(result["chosen"].values())
+    print(
+        f"{key}\n{'':20}tokens/s     tau  speedup (quartiles)    auto / this (quartiles)  texts that differ"
+    )
+    for name, row in methods.items():
+        ratios = [f"{b:.2f} ({a:.2f} to {c:.2f})" for a, b, c in (row["speedup"], row["against_auto"])]
+        print(
+            f"{name:18}{row['tokens_per_second']:10.0f}{row['tokens_per_step']:8.2f}  {ratios[0]:23}"
+            f"{ratios[1]:25}{row['different_texts']}"
+        )
+    best, tolerance = best_fixed(methods), max(0.05, result["spread"])
+    ratio, plain = methods[best]["against_auto"][1], methods["autoregressive"]["against_auto"][1]
+    verdict = "within" if min(ratio, plain) >= 1 - tolerance else "NOT within"
+    shares = ", ".join(f"{name} {count / total:.0%}" for name, count in result["chosen"].items())
+    print(
+        f"auto is {ratio:.2f} of the best fixed, {best}, and {plain:.2f} of autoregressive: {verdict} the "
+        f"tolerance of {tolerance:.0%}; it chose {shares}\n",
+        flush=True,
+    )
 
 
 def report_tree(args: argparse.Namespace) -> dict:
@@ -276,7 +711,7 @@ def report_tree(args: argparse.Namespace) -> dict:
         auto = TreeDrafter(head, None, *shape)
         drafters = {"1": Drafter()} | {str(n): FixedTree(head, n, *shape) for n in auto.sizes}
         drafters["auto"] = auto
-        rows = compare(target, drafters, args)
+        rows = compare_drafters(target, drafters, args)
         for name, row in rows.items():
             ratios = [auto / this for auto, this in zip(rows["auto"]["speeds"], row["speeds"])]
             row["auto_against_this"] = low, middle, high = quartiles(ratios)
@@ -296,7 +731,7 @@ def report_hierarchical(args: argparse.Namespace) -> dict:
     for precision in ("w4a16", "w4a8"):
         lower = quantize.lower_precisions(precision)[0]
         print(f"{precision}; its own middle is {lower}")
-        results[precision] = compare(*hierarchies(precision, lower, args), args)
+        results[precision] = compare_drafters(*hierarchies(precision, lower, args), args)
     return results
 
 
@@ -323,7 +758,7 @@ def hierarchies(
 def report_qspec(args: argparse.Namespace) -> dict:
     """QSpec on the shipped target in w4a16, in batches of several sizes, and on the same target rotated, in
     one of the first size: a rotation changes acceptance, hardly the costs. See `measure_qspec`."""
-    sizes, results = batch_sizes(args), {}
+    sizes, results = numbers(args.batch_sizes), {}
     prompts = read_prompts(args.prompts)  # several for each row, because rows are idle at the end
     with quantized_target(["--rotate"]) as rotated:
         for name, path, some in (
@@ -331,7 +766,8 @@ def report_qspec(args: argparse.Namespace) -> dict:
             ("rotated", rotated, sizes[:1]),
         ):
             target = generate.load_model(path, "w4a16")
-            results[name] = {b: measure_qspec(name, target, prompts, b, args) for b in some}
+            compile = not args.uncompiled
+            results[name] = {b: measure_qspec(name, target, prompts, b, args, compile) for b in some}
     return results
 
 
@@ -341,7 +777,7 @@ def report_qspec_shape(args: argparse.Namespace) -> dict:
     Uncompiled: a graph of so many layers takes a minute to compile, and its steps take tens of milliseconds.
     """
     target, rows = random_model(SHAPES[args.shape], "w4a16"), {}
-    for b in batch_sizes(args):
+    for b in numbers(args.batch_sizes):
         prompts = torch.randint(3, 1000, (2 * b, 16), generator=torch.Generator().manual_seed(b)).tolist()
         rows[b] = measure_qspec(args.shape, target, prompts, b, args, compile=False)
     return {args.shape: rows}
@@ -358,12 +794,12 @@ def report_confidence(args: argparse.Namespace) -> dict:
             name = f"K={k}" + (f", confidence {confidence}" if confidence else "")
             drafters[name] = SequentialDrafter(twin, k, confidence, shares_cache=True)
         print(f"drafts in {precision}")
-        results[precision] = compare(target, drafters, args)
+        results[precision] = compare_drafters(target, drafters, args)
     return results
 
 
-def batch_sizes(args: argparse.Namespace) -> list[int]:
-    return [int(size) for size in args.batch_sizes.split(",")]
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in split(text)]
 
 
 def measure_qspec(
@@ -372,7 +808,7 @@ def measure_qspec(
     prompts: list[list[int]],
     batch_size: int,
     args: argparse.Namespace,
-    compile: bool = True,
+    compile: bool,
 ) -> dict[str, dict]:
     """By precision of the drafts: costs in units of T, a forward of one token of every row; what E tokens per
     step should then make of them; and the speedup that the prompts had, all decoders taking turns.
@@ -394,10 +830,9 @@ def measure_qspec(
     stats, speeds, texts = {p: Stats() for p in decoders}, {p: [] for p in decoders}, {}
     for turn in range(args.repeats):
         for p in rotate_names(list(decoders), turn):
-            before = stats[p].decode_seconds, stats[p].new_tokens
-            texts[p] = decode_all(decoders[p], prompts, args.max_new_tokens, stats[p])
-            tokens = stats[p].new_tokens - before[1] - len(prompts)
-            speeds[p].append(tokens / (stats[p].decode_seconds - before[0]))
+            run = timed(decoders[p], prompts, args.max_new_tokens, stats[p])
+            texts[p] = run.texts
+            speeds[p].append(run.speed)
     rows, steps = {}, {p: s.row_forwards / batch_size for p, s in stats.items()}
     one = stats["w4a16"].verification_seconds / steps["w4a16"]
     for p in decoders:
@@ -459,8 +894,7 @@ def report_noise(args: argparse.Namespace) -> dict:
             sampling = Sampling(temperature, top_p=args.top_p)
             decoder = Decoder(target, drafter(), sampling, 1024, args.prompts, compile=False)
             stats = Stats()
-            for _ in decoder.run(prompts, args.max_new_tokens, stats=stats):
-                pass
+            decode_all(decoder, prompts, args.max_new_tokens, stats)
             first = stats.acceptance_by_position[0]
             rows[f"{temperature} {kind}"] = {"first": first, "tokens_per_step": stats.tokens_per_step}
             print(
@@ -476,7 +910,7 @@ def report_exact(args: argparse.Namespace) -> dict:
     uncompiled, to save hours of compilation, and --uncompiled leaves out the others.
     """
     rows, prompts = {}, read_prompts(args.prompts)
-    for precision in args.precisions.split(","):
+    for precision in split(args.precisions):
         target, compiled, uncompiled = exact_contestants(precision)
         for temperature in (0.0, 1.0):
             for compile, entries in ((True, {} if args.uncompiled else compiled), (False, uncompiled)):
@@ -569,6 +1003,67 @@ def quantized_target(flags: list[str]) -> Iterator[str]:
         yield output
 
 
+def report_quality(args: argparse.Namespace) -> dict:
+    """What each precision costs: perplexity, and the share of held-out positions where its greedy choice is
+    that of bf16; with --prompt_file of problems and answers (GSM8K), how many it solves, too.
+
+    Every precision quantizes the same checkpoint by itself, rounding to nearest.
+    """
+    paths, results = chosen_paths(args), {}
+    directory = generate.find_checkpoint(str(paths.target))
+    texts, reference = quantize.held_out_tokens(directory), None
+    for precision in dict.fromkeys(["bf16", *split(args.precisions)]):
+        parts = load_parts(precision, Paths(directory))
+        model = parts.target.model
+        choices = greedy_choices(model, texts, args.tokens)
+        reference = choices if reference is None else reference
+        row = {"perplexity": math.exp(quantize.mean_loss(model, texts, args.tokens))}
+        row |= {"agreement": (choices == reference).float().mean().item(), "positions": len(choices)}
+        row |= count_solved(parts, args) if args.prompt_file else {}
+        results[precision] = row
+        solved = f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
+        print(
+            f"{precision:6} perplexity {row['perplexity']:.3f}   greedy choice that of bf16 in "
+            f"{row['agreement']:.2%} of {row['positions']} positions{solved}",
+            flush=True,
+        )
+    return results
+
+
+@torch.no_grad()
+def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> Tensor:
+    """The most probable token after every one of about `tokens`, int64: the same share of every text, in rows
+    of up to 512, as for `quantize.mean_loss`."""
+    share, choices = max(tokens // len(texts), 1), []
+    for text in texts:
+        for begin in range(0, min(share, len(text)), 512):
+            row = torch.tensor([text[begin : min(begin + 512, share)]])
+            choices.append(model.lm_head(model.recompute(row))[0].argmax(dim=-1))
+    return torch.cat(choices)
+
+
+def count_solved(parts: Parts, args: argparse.Namespace) -> dict[str, int]:
+    """How many problems of --prompt_file are decoded, greedily, to the number behind the #### of their
+    answer: the last one in the text counts."""
+    prompts = fitting_prompts(parts, args)
+    if not all("####" in prompt.answer for prompt in prompts):
+        raise BadInput(f"--prompt_file: {args.prompt_file} has no answers with #### and a number")
+    args = argparse.Namespace(**vars(args) | {"temperature": 0.0})
+    [decoder] = build_decoders(parts.target.model, {"": Drafter()}, prompts, args, 4).values()
+    ids = [prompt.tokens for prompt in prompts]
+    texts = decode_all(decoder, ids, args.max_new_tokens, stop_ids=parts.target.stop_ids)
+    answers = [last_number(parts.target.tokenizer.decode(text)) for text in texts]
+    right = [last_number(prompt.answer.split("####")[-1]) for prompt in prompts]
+    return {"problems": len(prompts), "solved": sum(a == b for a, b in zip(answers, right))}
+
+
+def last_number(text: str) -> str:
+    """The last number in a text without what only formats it: "... is 1,234.50." -> "1234.5"; or nothing."""
+    found = re.findall(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?", text)
+    number = found[-1].replace(",", "") if found else ""
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
 def report_rotation(args: argparse.Namespace) -> dict:
     """What rotating the target does to its drafters, which were made for the unrotated one.
 
@@ -638,6 +1133,7 @@ SHAPES = {
     "llama-3-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
     "llama-3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=5e5),
 }
+SMALLER = {"llama-3-70b": SHAPES["llama-3-8b"], "llama-3-8b": SHAPES["llama-3.2-1b"]}  # of one vocabulary
 LARGER_THAN_CACHE = 200e6  # bytes of weights that take turns, so that none waits in a cache
 
 
@@ -729,7 +1225,7 @@ def report_kernels(args: argparse.Namespace) -> dict:
     """Every linear of real models, n = 1 to 64: time, share of the read bandwidth, T(n) / T(1)."""
     kernels.load()
     sizes, results = [1, 2, 4, 8, 16, 32, 64], {}
-    for shape in args.shapes.split(","):
+    for shape in split(args.shapes):
         c = SHAPES[shape]
         heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         linears = {"qkv": (heads, c.hidden_size), "o": (c.hidden_size, c.num_heads * c.head_dim)}
@@ -769,7 +1265,7 @@ def call_overhead() -> float:
 def report_hadamard(args: argparse.Namespace) -> dict:
     """What the online rotations add to o_proj and down_proj of real models, w4a16, groups of 128."""
     rows = {}
-    for shape in args.shapes.split(","):
+    for shape in split(args.shapes):
         config = SHAPES[shape]
         heads = config.num_heads * config.head_dim
         for name, inputs, stride in (
@@ -802,25 +1298,45 @@ def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, fl
 
 def random_model(config: ModelConfig, precision: str) -> Transformer:
     """A model of random weights in the given precision; nothing larger than it is ever in memory."""
-    torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
         if precision in quantize.PRECISIONS:
             quantize.reshape(model, quantize.default_quantization(model, precision))
     model = model.to_empty(device="cpu").requires_grad_(False)
-    model.frequencies = rope_frequencies(config)
-    for name, tensor in model.checkpoint_tensors().items():
-        if tensor.dtype in (torch.uint8, torch.int8):
-            tensor.view(torch.uint8).random_(0, 256)
-        elif name.endswith("scales"):
-            tensor.fill_(1 / (5 if tensor.shape[1] > 1 else 74) / config.hidden_size**0.5)
-        else:
-            tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=config.hidden_size**-0.5)
+    fill_randomly(model)
     if model.config.tied_embeddings and model.lm_head.scales is None:
         model.lm_head.weight = model.embed_tokens.weight
     if precision in quantize.PRECISIONS:
         quantize.set_precision(model, precision)
     return model.pack()
+
+
+def fill_randomly(module: CheckpointModule) -> None:
+    """Weights that keep states at about their size, in place, and never others."""
+    torch.manual_seed(0)
+    module.frequencies = rope_frequencies(module.config)
+    for name, tensor in module.checkpoint_tensors().items():
+        if tensor.dtype in (torch.uint8, torch.int8):
+            tensor.view(torch.uint8).random_(0, 256)
+        elif name.endswith("scales"):
+            tensor.fill_(1 / (5 if tensor.shape[1] > 1 else 74) / module.config.hidden_size**0.5)
+        else:
+            tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=module.config.hidden_size**-0.5)
+
+
+def random_head(target: Transformer) -> EagleHead:
+    """An EAGLE-2 head of random weights in bf16, as large as a published one for such a target."""
+    with torch.device("meta"):
+        head = EagleHead(replace(target.config, num_layers=1)).to(torch.bfloat16)
+    head = head.to_empty(device="cpu").requires_grad_(False)
+    fill_randomly(head)
+    return head.pack().attach(target)
+
+
+def random_parts(target: ModelConfig, small: ModelConfig | None, precision: str) -> Parts:
+    """A target, perhaps a small model, and heads, of random weights."""
+    loaded = generate.Target(random_model(target, precision), None, [], precision)
+    return Parts(loaded, small and random_model(small, precision), random_head, random_head)
 
 
 def report_decode(args: argparse.Namespace) -> dict:
@@ -833,7 +1349,7 @@ def report_decode(args: argparse.Namespace) -> dict:
     reading, speeds = [], []
     for turn in range(6):
         stats = Stats()
-        decode(decoder, list(range(3, 35)), args.max_new_tokens, stats)
+        decode_all(decoder, [list(range(3, 35))], args.max_new_tokens, stats)
         begin = time.perf_counter()
         read_all(p for p in weights if p.nbytes > 2**16)
         reading += [time.perf_counter() - begin] if turn else []
@@ -846,6 +1362,199 @@ def report_decode(args: argparse.Namespace) -> dict:
     for name, share in result["operators"].items():
         print(f"    {share:6.1%}  {name}")
     return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Synthetic acceptance: real costs of models that we have no weights of
+# --------------------------------------------------------------------------------------------------
+
+SYNTHETIC = "synthetic acceptance, random weights"
+
+
+class Acceptance(NamedTuple):
+    """How probable it is that a draft token is accepted if all above it were, by depth; the last one holds
+    for all deeper ones."""
+
+    probabilities: tuple[float, ...]
+    source: str
+
+    def tokens_per_step(self, depth: int) -> float:
+        """tau of drafts so deep."""
+        total, reached = 1.0, 1.0
+        for i in range(depth):
+            reached *= self.probabilities[min(i, len(self.probabilities) - 1)]
+            total += reached
+        return total
+
+
+def from_shares(shares: Iterable[float], source: str) -> Acceptance:
+    """`shares` of the steps that accepted at least 1, 2, ... tokens."""
+    shares = [1.0, *shares]
+    return Acceptance(tuple(b / a for a, b in zip(shares, shares[1:])), source)
+
+
+def from_mean(tau: float, depth: int, source: str) -> Acceptance:
+    """The constant probability with which drafts so deep yield tau tokens per step, found by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = Acceptance((middle,), "").tokens_per_step(depth) < tau
+        low, high = (middle, high) if below else (low, middle)
+    return Acceptance((low,) * depth, source)
+
+
+EAGLE_TABLE = "EAGLE-3 paper (arXiv 2503.01840), Table 1, MT-bench, T=0, only the mean is published"
+PRESETS = {
+    "eagle3-8b": from_shares(
+        (0.74, 0.54, 0.41, 0.31, 0.23, 0.17, 0.13),
+        "vLLM issue #26191: Llama-3.1-8B-Instruct, yuhuili/EAGLE3-LLaMA3.1-Instruct-8B, chain, K=7, "
+        "MT-bench, T=0",
+    ),
+    "eagle3-redhat-8b": from_shares(
+        (0.7296, 0.5208, 0.3545),
+        "vLLM tests/v1/spec_decode/test_acceptance_length.py at 029ba375, chain, MT-bench, T=0",
+    ),
+    "eagle2-8b": from_mean(4.05, 6, f"{EAGLE_TABLE}: Llama-3.1-8B, EAGLE-2, tau 4.05, as if of depth 6"),
+    "eagle2-70b": from_mean(3.67, 6, f"{EAGLE_TABLE}: Llama-3.3-70B, EAGLE-2, tau 3.67, as if of depth 6"),
+    "eagle3-70b": from_mean(5.63, 8, f"{EAGLE_TABLE}: Llama-3.3-70B, EAGLE-3, tau 5.63, as if of depth 8"),
+    "sequential": Acceptance(
+        (0.72,),
+        "one user's aggregate for Llama-3.3-70B with a 3B drafter, Hugging Face Nexusflow/Athene-V2-Chat "
+        "discussion 6: weak evidence, no numbers by position are published",
+    ),
+    "qspec": Acceptance((0.96,), "w4a4 drafts of an 8 B model, measured independently"),
+}
+
+
+def read_acceptance(text: str, flag: str) -> Acceptance:
+    """The name of a preset, or a list of probabilities like 0.8,0.7. Raises BadInput."""
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        probabilities = tuple(float(part) for part in split(text))
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError
+    except ValueError:
+        names = ", ".join(PRESETS)
+        raise BadInput(f"{flag}: {text!r} is neither a list like 0.8,0.7 nor one of {names}") from None
+    return Acceptance(probabilities, f"{flag} {text}")
+
+
+class Synthetic:
+    """What turns a level into one whose acceptance is drawn. The model's own choice is computed, at its
+    cost, and then replaced: after each node that has children by the token of the first, which is the best,
+    with the probability of its depth, else by one that no node carries.
+
+    The draw is a function of seed, `salt` and position. Only first children are ever accepted, so a tree
+    gains nothing by its breadth: the probabilities must be those of some child being right.
+    """
+
+    def __init__(self, acceptance: Acceptance, salt: int, *args, **options):
+        self.probabilities, self.salt = torch.tensor(acceptance.probabilities), salt
+        super().__init__(*args, **options)
+
+    def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
+        """int64 [B, n]; `positions` [B, n] are those of the tokens chosen, each one behind its node."""
+        choice, n = super().choose(logits, positions, draft, state), draft.tokens.shape[1]
+        node = torch.arange(n)
+        is_child = draft.parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
+        first = torch.where(is_child, node, n).amin(dim=2)  # [B, n]; n where there is none
+        guess = draft.tokens.gather(1, first.clamp(max=n - 1))
+        unused = unused_token(draft.tokens)[:, None]
+        taken = (choice[..., None] == draft.tokens[:, None]).any(dim=2)
+        other = torch.where(taken, unused, choice)
+        depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
+        drawn = kernels.uniform(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
+        replaced = torch.where(drawn < self.probabilities[depth], guess, other)
+        return torch.where(first < n, replaced, choice)
+
+
+def unused_token(tokens: Tensor) -> Tensor:
+    """The lowest token that is not among int64 [B, n] -> int64 [B]."""
+    n = tokens.shape[1]
+    candidates = torch.arange(n + 1)
+    used = (candidates[:, None] == tokens[:, None]).any(dim=2)  # [B, n + 1]
+    return torch.where(used, n + 1, candidates).amin(dim=1)
+
+
+class SyntheticDecoder(Synthetic, Decoder):
+    pass
+
+
+class SyntheticLevel(Synthetic, Level):
+    pass
+
+
+class SyntheticHierarchy(HierarchicalDrafter):
+    """Its middle model accepts what its own drafter proposes as drawn, too."""
+
+    def __init__(self, acceptance: Acceptance, *args, **options):
+        super().__init__(*args, **options)
+        self.acceptance = acceptance
+
+    def make_level(self, above: Level, renewed: int) -> Level:
+        shared = (self.model, self.drafter, above.setup, above, self.shares_cache, renewed)
+        return SyntheticLevel(self.acceptance, 2**41, *shared)
+
+
+class SureTree(TreeDrafter):
+    """Random heads are sure of nothing, and the best nodes of their trees are all near the root. With logits
+    this sharp the first children form a path of full depth, as in trees of trained heads."""
+
+    def start(self, level: Level) -> None:
+        super().start(level)
+        self.trust = 100.0
+
+    def learn(self, draft: Draft, verified: list, seconds: float) -> None:
+        Drafter.learn(self, draft, verified, seconds)
+
+
+def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple[Drafter, list[Acceptance]]]:
+    """Drafters by name, and how what they propose is accepted: by the target, then by what is inside."""
+    heads = read_acceptance(args.acceptance, "--acceptance")
+    chains = read_acceptance(args.middle_acceptance, "--middle_acceptance")
+    target, small, shape = parts.target.model, parts.small, (args.tree_depth, args.tree_topk)
+    head, inner = parts.head(target), SureTree(parts.small_head(small), args.tree_size or 16, *shape)
+    methods = {
+        "autoregressive": (Drafter(), [chains]),
+        "sequential K=3": (SequentialDrafter(small, 3), [chains]),
+        "tree of 60": (SureTree(head, 60, *shape), [heads]),
+        "tree of 16": (SureTree(head, 16, *shape), [heads]),
+        "hierarchical": (SyntheticHierarchy(heads, small, inner, args.min_draft_length), [chains, heads]),
+    }
+    for lower in quantize.lower_precisions(parts.target.precision)[-1:]:
+        twin = quantize.share_weights(target, lower)
+        methods[f"qspec {lower} K=3"] = (SequentialDrafter(twin, 3, shares_cache=True), [PRESETS["qspec"]])
+    return methods
+
+
+def report_synthetic(args: argparse.Namespace) -> dict:
+    """What speculation would bring on this machine to models that we have no weights of: real forwards of
+    target, middle model and head of --shape, whose acceptance is drawn. See `Synthetic` and `compare`.
+
+    The middle model is the next smaller shape, or the first 4 layers of the smallest. Uncompiled.
+    """
+    target, results = SHAPES[args.shape], {}
+    small, generator = (
+        SMALLER.get(args.shape, replace(target, num_layers=4)),
+        torch.Generator().manual_seed(0),
+    )
+    ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
+    for precision in split(args.precisions):
+        parts, decoders = random_parts(target, small, precision), {}
+        methods = synthetic_methods(parts, args)
+        for name, (drafter, acceptance) in methods.items():
+            settings = {"max_length": 512, "compile": False}
+            decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)
+            decoders[name].warm_up()
+        print(f"{args.shape} {precision}: {SYNTHETIC}")
+        rows = compare(decoders, [Prompt(tokens) for tokens in ids], args, effort=(5, 2), note=SYNTHETIC)
+        for name, (_, acceptance) in methods.items():
+            rows[name]["acceptance"] = [level._asdict() for level in acceptance]
+        results[precision] = rows
+    for source in dict.fromkeys(level.source for _, levels in methods.values() for level in levels):
+        print(f"{SYNTHETIC}: {source}")
+    return results
 
 
 def profile(decoder: Decoder) -> dict[str, float]:
@@ -867,13 +1576,70 @@ def profile(decoder: Decoder) -> dict[str, float]:
     return {key: t / total for key, t in sorted(times.items(), key=lambda entry: -entry[1])[:10]}
 
 
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
 REPORTS = {
-    **{"cost": report_cost, "methods": report_methods, "noise": report_noise, "exact": report_exact},
+    **{"cost": report_cost, "methods": report_methods, "auto": report_auto, "synthetic": report_synthetic},
+    **{"quality": report_quality, "noise": report_noise, "exact": report_exact},
     **{"tree": report_tree, "hierarchical": report_hierarchical, "qspec": report_qspec},
     **{"qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
+EVERY_PRECISION = ",".join(["bf16", *quantize.PRECISIONS])
+DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that do not say
+    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200},
+    "auto": {"batch_sizes": "1,8", "prompts": 8},  # a whole batch of them
+    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
+    "quality": {"precisions": EVERY_PRECISION},
+    "exact": {"precisions": EVERY_PRECISION},
+    "qspec_shape": {"shape": "llama-3.2-1b"},
+    "decode": {"shape": "llama-3.2-1b"},
+}
+STUDY = {  # file -> the report and the settings that it comes from: all tables and figures of the README
+    "cpu_kernels.json": "kernels --repeats 5",
+    "cpu_decode_w4a16.json": "decode --precision w4a16 --max_new_tokens 100",
+    "cpu_decode_w4a8.json": "decode --precision w4a8 --max_new_tokens 100",
+    "cpu_cost.json": "cost",
+    "cpu_cost_1b.json": "cost --shape llama-3.2-1b",
+    "cpu_methods.json": "methods",
+    "cpu_auto.json": "auto",
+    "cpu_synthetic.json": "synthetic",
+    "cpu_quality.json": "quality",
+    "cpu_tree.json": "tree --prompts 14",
+    "cpu_hierarchical.json": "hierarchical --prompts 14",
+    "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",
+    "cpu_qspec_1b.json": "qspec_shape --shape llama-3.2-1b --repeats 3 --max_new_tokens 32",
+    "cpu_confidence.json": "confidence --prompts 12 --max_new_tokens 150",
+    "cpu_noise.json": "noise --max_new_tokens 100",
+    "cpu_perplexity.json": "perplexity",
+    "cpu_rotation.json": "rotation",
+    "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
+    "cpu_exact.json": "exact",
+    "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
+    "cpu_exact_uncompiled.json": "exact --uncompiled",
+    "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
+}
+
+
+def run_study(results: Path, only_list: bool) -> int:
+    """Every report of `STUDY` in a process of its own, one after another, and then the figures -> exit
+    status: 1 if something failed, which keeps none of the others from running."""
+    here, failed = Path(__file__).resolve().parent, []
+    commands = {
+        name: ["bench.py", *flags.split(), "--output", str(results / name)] for name, flags in STUDY.items()
+    }
+    folders = ["--results", str(results), "--output", str(results.parent / "figures")]
+    commands["the figures"] = ["scripts/draw.py", *folders]
+    for name, (script, *flags) in commands.items():
+        print(" ".join(["python", script, *flags]), flush=True)
+        if not only_list and subprocess.run([sys.executable, here / script, *flags]).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def about(args: argparse.Namespace) -> dict:
@@ -884,52 +1650,129 @@ def about(args: argparse.Namespace) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(),
+        "commit": commit(),
         "kernels": kernels.PATH if kernels.load() else "reference",
         "threads": torch.get_num_threads(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def device_name(device: str = "cpu") -> str:
+    """As its maker calls it."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"cpu {found[1] if found else platform.processor() or platform.machine()}"
+
+
+def commit() -> str | None:
+    """Of this checkout, with a + if files differ from it; None outside of git."""
+
+    def git(*command: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
+
+    try:
+        head, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+    except OSError:  # no git
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = generate.OneLineParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", choices=REPORTS)
-    parser.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16")
-    every = ",".join(["bf16", *quantize.PRECISIONS])
-    parser.add_argument("--precisions", default=every, help="exact: which, with commas")
-    parser.add_argument("--uncompiled", action="store_true", help="exact: only what runs uncompiled")
-    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts to use")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="tree: levels")
-    parser.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="tree: nodes of a beam")
-    parser.add_argument("--tree_size", type=int, help="hierarchical: nodes (default: auto)")
-    parser.add_argument("--batch_sizes", default="1,4,8,16", help="qspec, qspec_shape: rows, with commas")
-    parser.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
-    parser.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
-    parser.add_argument("--tokens", type=int, default=40000, help="perplexity: of so many tokens")
-    parser.add_argument(
-        "--shape", choices=SHAPES, default="llama-3.2-1b", help="decode, qspec_shape: which model"
+    p.add_argument("report", choices=[*REPORTS, "all"])
+    p.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16", help="noise, decode")
+    p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
+    p.add_argument("--uncompiled", action="store_true", help="exact: only what runs uncompiled; others: all")
+    p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 8, synthetic 4)")
+    p.add_argument("--max_new_tokens", type=int, help="(default: 200; synthetic 64)")
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--top_p", type=float, default=1.0)
+    add_model_flags(p)
+    p.add_argument("--tree_depth", type=int, default=gpt_spec.TREE_DEPTH, help="levels of all trees")
+    p.add_argument("--tree_topk", type=int, default=gpt_spec.TREE_TOPK, help="nodes of a beam")
+    p.add_argument(
+        "--tree_size", type=int, help="nodes of trees in a hierarchy (default: auto; synthetic 16)"
     )
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="kernels: which models, with commas")
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="kernels, qspec: measurements, of which the median counts"
-    )
-    parser.add_argument("--output", help="write the results as JSON to this file")
-    args = parser.parse_args()
+    p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto: rows, with commas (auto: 1,8)")
+    p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
+    p.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
+    p.add_argument("--tokens", type=int, default=40000, help="perplexity, quality: of so many tokens")
+    p.add_argument("--sizes", default="1,2,3,4,6,8,12,16,24,32,48,64", help="cost: n of T(n), with commas")
+    p.add_argument("--acceptance", default="eagle2-8b", help="synthetic: of heads; a preset or 0.8,0.7,...")
+    p.add_argument("--middle_acceptance", default="sequential", help="synthetic: of chains, likewise")
+    p.add_argument("--repeats", type=int, default=7, help="measurements, of which the median counts")
+    p.add_argument("--output", help="write the results as JSON to this file")
+    p.add_argument("--results", type=Path, default="benchmarks/results", help="all: folder of the files")
+    p.add_argument("--list", action="store_true", help="all: print the commands, run nothing")
+    return p
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    directory = "a Hugging Face directory or hub repository id"
+    p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality: the target: {directory}")
+    p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
+    p.add_argument(generate.HEAD_FLAG, help="an EAGLE head of one of these two")
+    p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
+    p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic: random weights")
+    p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in the defaults of the report. Raises BadInput for values that cannot be."""
+    for flag, value in (DEFAULTS[""] | DEFAULTS.get(args.report, {})).items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
     for flag, possible in (("precisions", generate.ALL_PRECISIONS), ("shapes", SHAPES)):
-        unknown = set(getattr(args, flag).split(",")) - set(possible)
+        unknown = set(split(getattr(args, flag))) - set(possible)
         if unknown:
-            parser.error(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
-    if not all(size.isdecimal() and int(size) for size in args.batch_sizes.split(",")):
-        parser.error(f"--batch_sizes: {args.batch_sizes} is no list of numbers like 1,8")
+            raise BadInput(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
+    for flag in ("batch_sizes", "sizes"):
+        text = getattr(args, flag)
+        if not all(size.isdecimal() and 0 < int(size) <= 256 for size in split(text)):
+            raise BadInput(f"--{flag}: {text} is no list of numbers up to 256 like 1,8")
+    if "1" not in split(args.sizes):
+        raise BadInput(f"--sizes: {args.sizes} has no 1, with which the others are compared")
+    for flag, least in (("prompts", 1), ("max_new_tokens", 2), ("repeats", 1), ("tokens", 1)):
+        if getattr(args, flag) < least:
+            raise BadInput(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
+    if args.checkpoint_path is None and (args.draft_checkpoint_path or args.eagle_checkpoint_path):
+        raise BadInput(f"--draft_checkpoint_path and {generate.HEAD_FLAG} need --checkpoint_path")
+    read_acceptance(args.acceptance, "--acceptance")
+    read_acceptance(args.middle_acceptance, "--middle_acceptance")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_arguments(args)
+    if args.report == "all":
+        return run_study(args.results, args.list)
+    args.results = str(args.results)
+    generate.load_kernels()
     results = about(args) | {"results": REPORTS[args.report](args)}
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(build_parser().parse_args(argv))
+    except BadInput as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The study: what it reads, what it draws, and the files that the figures are made of. Nothing is timed."""
+
+import gzip
+import json
+import sys
+
+import pytest
+from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
+
+import bench
+from generate import SHIPPED_TARGET, load_tokenizer
+from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import draw  # noqa: E402
+
+TINY = ModelConfig(256, 128, 256, 2, 2, 1, 64, 1024)
+
+
+@pytest.mark.parametrize(
+    "name, tau, depth",
+    [("eagle3-8b", 3.53, 7), ("eagle3-redhat-8b", 2.6049, 3), ("eagle2-8b", 4.05, 6), ("eagle2-70b", 3.67, 6)]
+    + [("eagle3-70b", 5.63, 8), ("sequential", 1 + 0.72 + 0.72**2, 2), ("qspec", 1.96, 1)],
+)
+def test_presets_give_the_tokens_per_step_they_claim(name, tau, depth):
+    preset = bench.PRESETS[name]
+    assert preset.tokens_per_step(depth) == pytest.approx(tau, abs=1e-6)
+    assert all(0 < p < 1 for p in preset.probabilities) and preset.source
+
+
+def test_acceptance_by_name_and_by_list():
+    assert bench.read_acceptance("qspec", "--acceptance") is bench.PRESETS["qspec"]
+    assert bench.read_acceptance("0.8,0.7", "--acceptance").probabilities == (0.8, 0.7)
+    for wrong in ("0.8,x", "1.5", "", "eagle9"):
+        with pytest.raises(BadInput, match="--acceptance"):
+            bench.read_acceptance(wrong, "--acceptance")
+
+
+def conditional(stats: Stats, depth: int) -> list[float]:
+    """Of the steps that accepted i tokens or more, the share that accepted one more; i = 0, 1, ..."""
+    shares = [1.0, *stats.acceptance_by_position[:depth]]
+    return [b / a for a, b in zip(shares, shares[1:])]
+
+
+def decode_synthetic(drafter, probabilities: tuple[float, ...], target) -> Stats:
+    acceptance, stats = bench.Acceptance(probabilities, "test"), Stats()
+    options = {"max_length": 512, "batch_size": 8, "compile": False}
+    decoder = bench.SyntheticDecoder(acceptance, 2**40, target, drafter, **options)
+    bench.decode_all(decoder, random_prompts(list(range(5, 21))), 150, stats)
+    return stats
+
+
+def test_chains_are_accepted_at_the_rates_given():
+    target = random_model()
+    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), (0.9, 0.7, 0.4), target)
+    assert conditional(stats, 3) == pytest.approx([0.9, 0.7, 0.4], abs=0.06)
+
+
+@pytest.mark.parametrize("nodes", [8, 16])
+def test_trees_are_accepted_at_the_rates_given(nodes):
+    target = random_model()
+    tree = bench.SureTree(guessing_head(target), nodes, 4, 4)
+    stats = decode_synthetic(tree, (0.9, 0.7, 0.8), target)  # the last one holds for the fourth, too
+    assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.8, 0.8], abs=0.07)
+
+
+def test_hierarchies_are_accepted_at_the_rates_given_on_both_levels():
+    target, middle = random_model(), random_model(seed=1, num_layers=1)
+    inside = bench.Acceptance((0.8, 0.6), "test")
+    tree = bench.SureTree(guessing_head(middle), 8, 3, 3)
+    stats = decode_synthetic(bench.SyntheticHierarchy(inside, middle, tree, 4), (0.9, 0.7), target)
+    assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.7, 0.7], abs=0.07)
+    assert conditional(stats.inside, 3) == pytest.approx([0.8, 0.6, 0.6], abs=0.07)
+
+
+@pytest.mark.parametrize("p, expected", [(1.0, 3.0), (0.0, 0.0)])
+def test_certain_acceptance_is_certain(p, expected):
+    target = random_model()
+    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), (p,), target)
+    accepted = [i for i, steps in enumerate(stats.accepted_histogram) if steps]
+    assert accepted[-1] == expected and stats.tokens_per_step == pytest.approx(1 + expected, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("... is 1,234.", "1234"), ("3 + 4 = 7", "7"), ("7.50 dollars", "7.5"), ("10.00", "10"), ("none", "")]
+    + [("-5", "-5"), ("9-5", "5"), ("$1,000,000!", "1000000"), ("1,2", "2"), ("#### 72\n", "72")],
+)
+def test_last_number(text, number):
+    assert bench.last_number(text) == number
+
+
+def test_prompt_files_of_three_layouts(tmp_path):
+    tokenizer = load_tokenizer(SHIPPED_TARGET)
+    lines = [{"turns": ["a = 1", "later"], "category": "math"}, {"question": "b", "answer": "so\n#### 2"}]
+    text = "\n\n".join(map(json.dumps, [*lines, {"prompt": "c", "task_id": "HumanEval/0"}])) + "\n"
+    (tmp_path / "plain.jsonl").write_text(text)
+    (tmp_path / "small.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("plain.jsonl", "small.jsonl.gz"):
+        first, second, third = bench.read_prompt_file(tmp_path / name, tokenizer, 10)
+        assert first == (tokenizer.encode("a = 1"), "math", "")
+        assert second == (tokenizer.encode("b"), "", "so\n#### 2")
+        assert third == (tokenizer.encode("c"), "", "")
+        assert bench.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("bad.jsonl", b'{"prompt": "x"}\n{"nothing": 1}\n', "line 2"),
+        ("bad.jsonl", b"no json\n", "line 1: not JSON"),
+        ("bad.jsonl", b"\xff\xfe\n", "cannot be read"),
+        ("bad.jsonl", b"\n", "has no lines"),
+        ("bad.jsonl.gz", b"not gzipped", "cannot be read"),
+        ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99)[:30], "cannot be read"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"(?s)--prompt_file: .*{name}.*{reason}"):
+        bench.read_prompt_file(tmp_path / name, load_tokenizer(SHIPPED_TARGET), 10)
+    with pytest.raises(BadInput, match="cannot be read"):
+        bench.read_prompt_file(tmp_path / "missing", None, 10)
+
+
+def test_the_study_makes_all_that_figures_are_drawn_from():
+    for name, flags in bench.STUDY.items():
+        args = bench.build_parser().parse_args([*flags.split(), "--output", name])
+        bench.check_arguments(args)
+        assert args.prompts and args.precisions
+    for name, command in draw.SOURCES.items():
+        assert command == f"python bench.py {bench.STUDY[name]}"
+
+
+def test_listing_the_study_runs_nothing(capsys, tmp_path):
+    assert bench.main(["all", "--list", "--results", str(tmp_path / "none")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(bench.STUDY) + 1 and not (tmp_path / "none").exists()
+    assert lines[-1].startswith("python scripts/draw.py")
+
+
+def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "STUDY", {"a.json": "cost", "b.json": "auto"})
+    ran = []
+
+    def run(command):
+        ran.append([str(part) for part in command[1:]])
+        return bench.subprocess.CompletedProcess(command, 2 if "cost" in ran[-1] else 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert bench.main(["all", "--results", str(tmp_path)]) == 1
+    assert [command[1] for command in ran] == ["cost", "auto", "--results"]
+    assert capsys.readouterr().err == "failed: a.json\n"
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["costs"], "costs"),
+        (["cost", "--precisions", "w5"], "--precisions: w5"),
+        (["cost", "--sizes", "2,4"], "--sizes: 2,4 has no 1"),
+        (["auto", "--batch_sizes", "0"], "--batch_sizes: 0"),
+        (["methods", "--prompts", "0"], "--prompts is 0"),
+        (["methods", "--eagle_checkpoint_path", "x"], "need --checkpoint_path"),
+        (["methods", "--checkpoint_path", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["synthetic", "--acceptance", "2"], "--acceptance: '2'"),
+    ],
+)
+def test_bad_flags_end_in_one_line(capsys, flags, reason):
+    assert bench.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(bench.SMALLER, "tiny", TINY)
+
+
+def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys):
+    path = tmp_path / "cpu_cost.json"
+    flags = ["--shape", "tiny", "--sizes", "1,3,4", "--precisions", "bf16,w4a8", "--repeats", "1"]
+    assert bench.main(["cost", *flags, "--output", str(path)]) == 0
+    file = json.loads(path.read_text())
+    for costs in file["results"].values():
+        assert list(costs["verification"]) == ["1", "3", "4"]
+        assert all(seconds > 0 for part in costs.values() for seconds in part.values())
+    names = ["a token of the small model", "a level of the EAGLE head"]
+    assert list(file["results"]["bf16"]["drafting"]) == names
+    assert list(file["results"]["w4a8"]["drafting"]) == ["a token in w4a4", *names]
+    assert list(draw.read_results(path).table) == ["bf16", "w4a8"]
+    assert file["device"].startswith("cpu ") and "commit" in file
+
+
+def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):
+    path = tmp_path / "cpu_synthetic.json"
+    flags = ["--shape", "tiny", "--precisions", "w4a8", "--prompts", "1", "--max_new_tokens", "12"]
+    assert bench.main(["synthetic", *flags, "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]["w4a8"]
+    assert {"hierarchical", "tree of 60", "tree of 16", "qspec w4a4 K=3"} < set(rows)
+    assert all(row["note"] == bench.SYNTHETIC and row["acceptance"] for row in rows.values())
+    assert list(draw.read_results(path).table) == ["w4a8"]
+    table = capsys.readouterr().out.splitlines()
+    assert sum(bench.SYNTHETIC in line for line in table) > len(rows)

@@ -665,7 +665,7 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
         }
         for name in decoders
     }
-    low, middle, high = methods[best_fixed(methods)]["speedup"]
+    low, middle, high = methods[best_fixed(methods)]["against_auto"]
     chosen = stats["auto"].drafter_histogram
     return {"spread": (high - low) / middle, "methods": methods, "chosen": chosen}
 

@@ -983,7 +983,7 @@ CHAIN_SIZES = (2, 4, 8)  # nodes of a sequence, where its length is chosen step 
 class LookupDrafter(Drafter):
     """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487)."""
 
-    SAMPLES, STRIDE = 8, 3  # how many places of a text `rate` looks at, and how far apart
+    LOOKBACK = 24  # tokens that `rate` looks at
 
     def __init__(self, speculate_k: int | None = 4, ngram: int = 3):
         """`speculate_k` None: as many as paid of late, whenever `rate` was asked."""
@@ -997,7 +997,6 @@ class LookupDrafter(Drafter):
             partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1)
         )
         self.hindsight = level.setup.compiled(self.look_back)
-        self.seconds = torch.zeros(1 + len(self.sizes), device=level.setup.device)
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         tokens, found = self.search(state.tokens, state.length)
@@ -1006,35 +1005,39 @@ class LookupDrafter(Drafter):
         n = n or self.size
         return Draft.chain(tokens.narrow_copy(1, 0, n), found * (n - 1))
 
-    def look_back(self, state: State, seconds: Tensor) -> Tensor:
-        """Seconds that a token would have taken lately, float32 [sizes], had it drafted all of every text.
-
-        `seconds`, float32 [1 + sizes], of steps. It looks at SAMPLES places of each active text.
-        """
+    def look_back(self, state: State) -> Tensor:
+        """What would have been accepted of a draft at each of the last LOOKBACK places that can be judged:
+        int64 [B, LOOKBACK], the accepted length, or -1 where there was no draft."""
         k, (batch, slots) = self.max_nodes - 1, state.tokens.shape
-        text = state.tokens[:, None].expand(-1, self.SAMPLES, -1).reshape(-1, slots)  # [rows, slots]
-        back = k + self.STRIDE * torch.arange(self.SAMPLES, device=text.device)
+        text = state.tokens[:, None].expand(-1, self.LOOKBACK, -1).reshape(-1, slots)  # [rows, slots]
+        back = k + torch.arange(self.LOOKBACK, device=text.device).flip(0)
         past = (state.length[:, None] - back).clamp(min=0).flatten()  # [rows]
         drafted, found = find_repetition(text, past, self.ngram, k)
         said = text.gather(1, past[:, None] + torch.arange(k + 1, device=text.device))  # [rows, k + 1]
         accepted = (drafted == said).cumprod(dim=1).sum(dim=1) - 1  # [rows]
-        most = torch.tensor(self.sizes, device=text.device) - 1
-        tokens = 1 + torch.where(found[:, None], torch.minimum(accepted[:, None], most), 0)  # [rows, sizes]
-        times = torch.where(found[:, None], seconds[1:], seconds[:1]) / tokens
-        times = times.view(batch, -1, len(self.sizes)).mean(dim=1)  # [B, sizes]
-        return (times * state.active[:, None]).sum(dim=0) / state.active.sum().clamp(min=1)
+        return torch.where(found, accepted, -1).view(batch, -1)
 
     def rate(self, state: State) -> float:
         """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
         them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
-        self.seconds.copy_(torch.tensor([self.pace.seconds[n] for n in self.draft_sizes()]))
-        seconds, self.size = min(zip(self.hindsight(state, self.seconds).tolist(), self.sizes))
-        return 1 / seconds if seconds else self.pace.rate  # none without a text
+        rows = list(compress(self.hindsight(state).tolist(), state.active.tolist()))
+        rates = {}
+        for n in self.sizes:
+            tokens = seconds = 0
+            for accepted in rows:
+                place = 0
+                while place < self.LOOKBACK:  # step by step, as it would have gone
+                    seconds += self.pace.seconds[1 if accepted[place] < 0 else n]
+                    place += 1 + min(max(accepted[place], 0), n - 1)
+                tokens += place
+            rates[n] = tokens / seconds if seconds else self.pace.rate
+        self.size = max(rates, key=rates.__getitem__)
+        return rates[self.size]
 
     def warm_up(self, state: State) -> None:
         self.propose(state)
         if self.needs_costs:
-            self.hindsight(state, self.seconds)
+            self.hindsight(state)
 
     def draft_sizes(self) -> list[int]:
         return [1, *self.sizes]

@@ -637,21 +637,23 @@ def report_auto(args: argparse.Namespace) -> dict:
 
 
 def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """--repeats turns over the prompts; within a turn the decoders take turns prompt by prompt, or batch by
-    batch. A turn's speed is that of all its texts together, without prefill; speedups are the turns' ratios
+    """--repeats turns over the prompts; within a turn the decoders take turns prompt by prompt or, in a
+    batch, after so many that rows are refilled twice. A turn's speed is that of all its texts together, without prefill; speedups are the turns' ratios
     to `autoregressive` (quartiles)."""
     prompts = fitting_prompts(parts, args)
+    prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
     drafters = fixed_methods(parts, args) | {"auto": auto_drafter(parts, args)}
     decoders = build_decoders(parts.target.model, drafters, prompts, args, batch_size)
     stats, different = {name: Stats() for name in decoders}, dict.fromkeys(decoders, 0)
-    speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), batch_size)
+    some = 1 if batch_size == 1 else 3 * batch_size
+    speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), some)
     stop_ids = parts.target.stop_ids if args.prompt_file else ()
     for turn in range(args.repeats):
         runs = {name: [] for name in decoders}
         for i, begin in enumerate(begins):
-            some = [prompt.tokens for prompt in prompts[begin : begin + batch_size]]
+            tokens = [prompt.tokens for prompt in prompts[begin : begin + some]]
             for name in rotate_names(list(decoders), turn + i):
-                runs[name].append(timed(decoders[name], some, args.max_new_tokens, stats[name], stop_ids))
+                runs[name].append(timed(decoders[name], tokens, args.max_new_tokens, stats[name], stop_ids))
         for name, mine in runs.items():
             speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
             different[name] += count_different(mine, runs["autoregressive"])
@@ -1591,7 +1593,7 @@ REPORTS = {
 EVERY_PRECISION = ",".join(["bf16", *quantize.PRECISIONS])
 DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that do not say
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200},
-    "auto": {"batch_sizes": "1,8", "prompts": 8},  # a whole batch of them
+    "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
     "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
     "quality": {"precisions": EVERY_PRECISION},
     "exact": {"precisions": EVERY_PRECISION},

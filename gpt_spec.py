@@ -1552,7 +1552,7 @@ class Level:
         places = {f"{name} {n}".strip(): (d, n) for name, d in drafters.items() for n in d.draft_sizes()}
         missing, begin = [key for key in places if key not in costs], time.perf_counter()
         self.state.active.fill_(True)  # a drafter may have nothing to do for rows that are not
-        for turn in range(4):
+        for turn in range(6):
             if turn > 0 and time.perf_counter() - begin > 0.4 * len(missing):
                 break
             for key in missing:
@@ -1785,6 +1785,7 @@ class AutoDrafter(Drafter):
     """
 
     TURN, TRIAL, CURIOSITY = 12, 6, 0.003  # tokens of a text; steps; share of the time
+    CORRECTION = 0.1  # share of what costs seem to be wrong by: a few steps say little on a busy machine
 
     def __init__(self, drafters: dict[str, Drafter]):
         """BadInput where two of them want different features of the target: there is one place for them."""
@@ -1894,7 +1895,7 @@ class AutoDrafter(Drafter):
         slowness = self.turn_seconds / self.turn_estimate
         self.turns[self.current] += 1
         if self.previous not in ("", self.current):
-            factor = (slowness / self.slowness) ** max(1 / (1 + self.turns[self.current]), 0.1)
+            factor = (slowness / self.slowness) ** self.CORRECTION
             self.drafters[self.current].pace.correct(factor)
             slowness /= factor
         self.previous, self.slowness = self.current, slowness

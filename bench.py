@@ -638,8 +638,8 @@ def report_auto(args: argparse.Namespace) -> dict:
 
 def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """--repeats turns over the prompts; within a turn the decoders take turns prompt by prompt or, in a
-    batch, after so many that rows are refilled twice. A turn's speed is that of all its texts together, without prefill; speedups are the turns' ratios
-    to `autoregressive` (quartiles)."""
+    batch, after so many that rows are refilled twice. A turn's speed is that of all its texts together,
+    without prefill; speedups are the turns' ratios to `autoregressive` (quartiles)."""
     prompts = fitting_prompts(parts, args)
     prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
     drafters = fixed_methods(parts, args) | {"auto": auto_drafter(parts, args)}

@@ -1155,6 +1155,7 @@ class Target:
     tokenizer: Tokenizer | None
     stop_ids: list[int]
     precision: str
+    drafts: dict[str, Transformer] = field(default_factory=dict)  # draft models that were loaded, by path
 
 
 def load_target(args: argparse.Namespace) -> Target:
@@ -1188,6 +1189,9 @@ def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafte
             raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
     if method == "auto":
         names = available_methods(args, target)
+        for flag, methods in FLAGS_OF.items():
+            if getattr(args, flag) not in (None, 0.0) and not set(names) & set(methods):
+                raise BadInput(f"--{flag}: method auto has nothing to use it for; it chooses among {names}")
         return method, gpt_spec.AutoDrafter({name: one_drafter(name, args, target, None) for name in names})
     return method, one_drafter(method, args, target, SPECULATE_K)
 
@@ -1235,9 +1239,11 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
     names = ["lookup"]
     if small != "self" and (small or shipped):
         names.append("sequential")
+    of_target = shipped
     if head is not None:
-        size = read_json(find_checkpoint(head, "--eagle_checkpoint_path") / "config.json").get("hidden_size")
-    of_target = shipped if head is None else size == target.model.config.hidden_size or small is None
+        raw = read_json(find_checkpoint(head, "--eagle_checkpoint_path") / "config.json")
+        size = raw.get("target_hidden_size", raw.get("hidden_size"))
+        of_target = size == target.model.config.hidden_size or not (small or shipped)
     if of_target:
         names.append("tree")
     if (head is not None and not of_target) or (small == "self" and of_target):
@@ -1279,11 +1285,14 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
                 "qspec drafts with them at lower activations"
             )
         return target.model
+    if path in target.drafts:
+        return target.drafts[path]
     directory = find_checkpoint(path, "--draft_checkpoint_path")
     model = load_model(directory, precision, args.device, "--draft_checkpoint_path")
     difference = compare_vocabularies(target, model.config.vocab_size, load_tokenizer(directory))
     if difference:
         raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary: {difference}")
+    target.drafts[path] = model
     return model
 
 
@@ -1606,35 +1615,53 @@ def can_compile(args: argparse.Namespace) -> bool:
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 
 
+def settings_of(drafter: Drafter) -> list[Any]:
+    """All that the costs of a drafter hang on: its numbers, its models, and what drafts inside."""
+    fields = [(name, value) for name, value in vars(drafter).items() if isinstance(value, (int, float, list))]
+    models = [(m.config, weight_bytes([m])) for m in vars(drafter).values() if isinstance(m, torch.nn.Module)]
+    twins = [quantize.precision_of(m) for m in vars(drafter).values() if isinstance(m, Transformer)]
+    inside = [settings_of(inner) for inner in vars(drafter).values() if isinstance(inner, Drafter)]
+    return [type(drafter).__name__, fields, models, twins, inside]
+
+
 def costs_file(decoder: Decoder, precision: str) -> Path:
     """Where the costs of such a decoder on this device are kept: what they hang on is in the name."""
-    setup, drafter = decoder.setup, decoder.drafter
+    setup, contestants = decoder.setup, decoder.drafter.contestants()
     cuda = setup.device.type == "cuda"
     machine = torch.cuda.get_device_name(setup.device) if cuda else f"{platform.machine()} {platform.node()}"
-    drafters = [
-        (name, type(d).__name__, d.draft_sizes(), [(m.config, weight_bytes([m])) for m in d.models])
-        for name, d in drafter.contestants().items()
-    ]
-    what = (machine, torch.__version__, kernels.PATH, torch.get_num_threads(), precision)
-    what += (decoder.model.config, drafters, setup.batch_size, setup.slots, setup.compile)
+    sources = [Path(module.__file__).stat().st_mtime_ns for module in (gpt_spec, kernels, quantize)]
+    what = [machine, torch.__version__, kernels.PATH, torch.get_num_threads(), sources, precision]
+    what += [decoder.model.config, weight_bytes([decoder.model]), replace(setup.sampling, seed=0)]
+    what += [setup.batch_size, setup.slots, setup.compile]
+    what += [(name, settings_of(drafter)) for name, drafter in contestants.items()]
     return kernels.cache_directory() / f"costs-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
+
+
+def read_costs(file: Path) -> dict[str, float]:
+    """Seconds by name and size; empty if the file is not there, too old, or damaged."""
+    try:
+        fresh = 0 <= time.time() - file.stat().st_mtime < COSTS_LAST
+        costs = json.loads(file.read_text()) if fresh else {}
+        usable = all(isinstance(seconds, float) and 0 < seconds < 1e6 for seconds in costs.values())
+        return costs if usable else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def warm_up(decoder: Decoder, precision: str) -> float:
     """`Decoder.warm_up` with what steps cost when they were measured last, if that was today."""
     if not decoder.drafter.needs_costs:
         return decoder.warm_up()
-    file, costs = costs_file(decoder, precision), {}
-    try:
-        if time.time() - file.stat().st_mtime < COSTS_LAST:
-            costs = {str(name): float(seconds) for name, seconds in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
-        pass  # not there, or not ours: measured again
+    file = costs_file(decoder, precision)
+    costs = read_costs(file)
     known = len(costs)
     seconds = decoder.warm_up(costs)
     if len(costs) > known:
-        scratch = file.with_suffix(f".{os.getpid()}")
         with suppress(OSError):  # a full disk costs a measurement next time
+            for old in file.parent.glob("costs-*"):
+                if time.time() - old.stat().st_mtime > COSTS_LAST:
+                    old.unlink()
+            scratch = file.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps(costs))
             scratch.replace(file)
     return seconds

@@ -824,8 +824,8 @@ class State:
 
 @dataclass
 class Pace:
-    """What a drafter learns while it is used: what a step with n nodes costs, measured once, when decoding
-    starts; how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
+    """What a drafter learns while it is used: what a step with n nodes costs, measured before it decodes;
+    how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
 
     seconds: dict[int, float] = field(default_factory=dict)  # of a step with n nodes, drafting included
     # Of recent steps, older ones counting less and less: their tokens, of one text, and what such steps cost.
@@ -852,6 +852,9 @@ class Pace:
         for depth in range(min(accepted + 1, drafted, MAX_TREE_DEPTH)):
             self.tried[depth] = 0.98 * self.tried[depth] + 1
             self.kept[depth] = 0.98 * self.kept[depth] + (depth < accepted)
+        for depth in range(drafted, CHAIN_SIZES[-1] - 1):  # forgotten, or short drafts would stay short
+            self.tried[depth] = 0.98 * self.tried[depth] + 0.02 * 3.0
+            self.kept[depth] = 0.98 * self.kept[depth] + 0.02 * 2.0
 
     def expected(self, depth: int) -> float:
         """The accepted length to expect of a draft whose longest path has `depth` tokens."""
@@ -1683,7 +1686,7 @@ class HierarchicalDrafter(Drafter):
         self.models = drafter.models if shares_cache else (model, *drafter.models)
         self.min_draft_length = min_draft_length
         # One token short of enough, a step may still add a whole path and the model's own token.
-        depth = drafter.max_depth(drafter.max_nodes)
+        depth = max(drafter.max_depth(n) for n in drafter.draft_sizes())
         self.max_nodes = 1 + min_draft_length + depth
         self.sizes = sorted({self.max_nodes, self.max_nodes - depth // 2})  # most steps add less
 
@@ -1793,13 +1796,6 @@ class AutoDrafter(Drafter):
         self.max_nodes = max(drafter.max_nodes for drafter in self.drafters.values())
         models = {id(model): model for drafter in drafters.values() for model in drafter.models}
         self.models, self.needs_costs = tuple(models.values()), True
-        self.current, self.on_trial, self.steps, self.tokens = "autoregressive", False, 0, 0.0
-        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
-        self.turns = dict.fromkeys(self.drafters, 0)
-        self.elapsed = self.catching_up = 0.0  # seconds: of all steps, and of feeding in the last one
-        # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
-        self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
-        self.why = ""
 
     @property
     def slack(self) -> int:
@@ -1822,16 +1818,26 @@ class AutoDrafter(Drafter):
         return max(d.max_depth(n) for d in self.drafters.values() if n in d.draft_sizes())
 
     def start(self, level: Level) -> None:
+        super().start(level)
         for drafter in self.drafters.values():
             drafter.start(level)
             drafter.set_costs(dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
+        self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
         # How much of each row a drafter knows; of rows that it drafts for itself, all.
         self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
-        self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
+        self.nested = level.behind > 0  # then rows come and go between two drafts
+        self.current = self.leader = "autoregressive"  # who drafts; who would, if this were no trial
+        self.on_trial, self.steps, self.tokens, self.why = False, 0, 0.0, ""  # of this turn
+        self.turns = dict.fromkeys(self.drafters, 0)
+        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
+        self.elapsed = self.catching_up = 0.0  # seconds: of all steps, and of feeding in the last one
+        # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
+        self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
 
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():
             drafter.warm_up(state)
+            drafter.rate(state)
 
     def count_into(self, stats: Stats) -> None:
         for drafter in self.drafters.values():
@@ -1853,41 +1859,44 @@ class AutoDrafter(Drafter):
     def catch_up(self, state: State, name: str) -> None:
         """Put a drafter in charge, and feed it what every text has gained since it was."""
         lengths, active = state.length.tolist(), state.active.tolist()
-        mine = self.known[name]
-        for row in compress(range(len(active)), active):
+        mine, wanted = self.known[name], [a or (self.nested and n > 1) for a, n in zip(active, lengths)]
+        for row in compress(range(len(wanted)), wanted):
             if mine[row] < lengths[row]:
                 self.drafters[name].prefill(state, row, state.tokens[row, : lengths[row]], mine[row])
         self.known[self.current] = [min(pair) for pair in zip(self.known[self.current], lengths)]
-        self.known[name] = [ALL if a else known for a, known in zip(active, mine)]
+        self.known[name] = [ALL if fed else known for fed, known in zip(wanted, mine)]
         self.current = name
 
     def choose(self, state: State) -> tuple[str, bool]:
         """Who is in charge next, and whether that is a trial."""
-        rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
-        rates[self.current] *= 1.05  # a change costs something, and rates are not known better than that
+        self.rates = rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
         order = sorted(rates, key=rates.__getitem__, reverse=True)
-        self.rates, self.best_rate = rates, rates[order[0]]
+        # A change costs something, and rates are not known better than that.
+        close = rates[self.leader] > 0.97 * rates[order[0]]
+        self.leader = self.leader if close and order[0] != "autoregressive" else order[0]
         for name in order:
-            if not self.turns[name] and self.could_win(name, order[0]):
-                return name, True
-        for name in order[1:]:
+            if not self.turns[name] and self.could_win(name):
+                return name, name != self.leader
+        for name in order:
             seconds = self.TRIAL * min(self.drafters[name].pace.seconds.values())
-            if (self.wasted[name] if self.turns[name] else seconds) < self.CURIOSITY * self.elapsed:
+            wasted = self.wasted[name] if self.turns[name] else seconds
+            if name != self.leader and wasted < self.CURIOSITY * self.elapsed:
                 return name, True
-        return order[0], False
+        return self.leader, False
 
-    def could_win(self, name: str, best: str) -> bool:
+    def could_win(self, name: str) -> bool:
         """Would it be faster than the best one is, if all of its drafts were accepted?"""
-        drafter, rate = self.drafters[name], self.drafters[best].pace.rate
+        drafter, rate = self.drafters[name], self.rates[self.leader]
         return any((1 + drafter.max_depth(n)) > rate * drafter.pace.seconds[n] for n in drafter.draft_sizes())
 
-    def explain(self, rates: dict[str, float]) -> str:
+    def explain(self) -> str:
         """The choice, in a line for people."""
         parts = []
-        for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
-            tried = "" if self.turns[name] else " (estimated)"
+        for name, rate in sorted(self.rates.items(), key=lambda item: -item[1]):
+            tried = "" if self.turns[name] else " (never tried)"
             parts.append(f"{name} {rate:.0f}{tried}")
-        return f"{self.current} drafts; tokens/s of a text, by costs and acceptance: {', '.join(parts)}"
+        reason = "on trial" if self.on_trial else "the fastest"
+        return f"{self.current} drafts, {reason}; tokens/s by costs and acceptance: {', '.join(parts)}"
 
     def compare(self) -> None:
         """At the end of a turn: was it as slow, against what its steps were thought to cost, as the one
@@ -1895,11 +1904,12 @@ class AutoDrafter(Drafter):
         slowness = self.turn_seconds / self.turn_estimate
         self.turns[self.current] += 1
         if self.previous not in ("", self.current):
-            factor = (slowness / self.slowness) ** self.CORRECTION
+            factor = min(max(slowness / self.slowness, 0.5), 2.0) ** self.CORRECTION
             self.drafters[self.current].pace.correct(factor)
             slowness /= factor
         self.previous, self.slowness = self.current, slowness
-        self.turn_seconds = self.turn_estimate = 0.0
+        self.turn_seconds = self.turn_estimate = self.tokens = 0.0
+        self.steps = 0
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.catching_up = 0.0
@@ -1907,12 +1917,11 @@ class AutoDrafter(Drafter):
             if self.steps > 0:
                 self.compare()
             chosen, self.on_trial = self.choose(state)
-            self.steps, self.tokens = 0, 0.0
             if chosen != self.current:
                 begin = time.perf_counter()
                 self.catch_up(state, chosen)
                 self.catching_up = time.perf_counter() - begin
-            self.why = self.explain(self.rates)
+            self.why = self.explain()
         draft = self.drafters[self.current].propose(state, n)
         draft.max_depth, draft.drafter, draft.why = self.depths[draft.tokens.shape[1]], self.current, self.why
         return draft
@@ -1927,7 +1936,7 @@ class AutoDrafter(Drafter):
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         if self.on_trial:
-            wasted = estimate + self.catching_up - tokens / self.best_rate
+            wasted = estimate + self.catching_up - tokens / self.rates[self.leader]
             self.wasted[name] = max(self.wasted[name] + wasted, 0.0)
 
 

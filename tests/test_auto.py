@@ -21,10 +21,12 @@ from conftest import (
 
 import generate as command
 from gpt_spec import (
+    ALL,
     AutoDrafter,
     BadInput,
     Decoder,
     Drafter,
+    HierarchicalDrafter,
     LookupDrafter,
     Pace,
     Sampling,
@@ -42,7 +44,7 @@ def decoder_of(target, drafters: dict[str, Drafter], costs: dict[str, float], ba
     """A decoder that chooses among drafters, whose steps are thought to cost so much each; and do not change
     their minds about it, as time in a test means nothing."""
     auto = AutoDrafter(drafters)
-    auto.compare = lambda: auto.turns.update({auto.current: auto.turns[auto.current] + 1})
+    auto.CORRECTION = 0.0
     auto.needs_costs = False
     decoder = Decoder(target, auto, Sampling(), 256, batch_size, compile=False)
     for name, drafter in auto.drafters.items():
@@ -135,7 +137,7 @@ def test_what_is_missed_is_fed_in_one_chunk(target, monkeypatch):
     costs = {"autoregressive": 1.0, "same": 1.0}
     decoder = decoder_of(target, {"same": SequentialDrafter(target, 3)}, costs)
     auto, order = decoder.drafter, iter([("same", 3), ("autoregressive", 30), ("same", 99)])
-    auto.best_rate, auto.rates = 1.0, {}
+    auto.rates = dict.fromkeys(auto.drafters, 1.0)
 
     def choose(state):
         name, auto.TRIAL = next(order)
@@ -239,6 +241,58 @@ def test_corrected_costs_keep_the_estimate_of_the_past():
     assert pace.seconds == {1: 2.0} and pace.rate == 1.5
 
 
+def test_costs_that_were_wrong_are_corrected(target):
+    """By what steps take in turns that follow each other; a hiccup counts for little."""
+    auto = Decoder(target, AutoDrafter({"same": SequentialDrafter(target, 3)}), compile=False).drafter
+    pace = auto.drafters["same"].pace
+    for _ in range(60):
+        for auto.current, seconds in (("autoregressive", 1.0), ("same", 3.0)):
+            auto.turn_estimate = (
+                auto.drafters[auto.current].pace.seconds.get(4, 0.0)
+                or (auto.drafters[auto.current].pace.seconds[1])
+            )
+            auto.turn_seconds, auto.steps = seconds, 6
+            auto.compare()
+            assert auto.steps == 0  # a turn has ended, whatever interrupts what comes next
+    ratio = pace.seconds[4] / auto.drafters["autoregressive"].pace.seconds[1]
+    assert ratio == pytest.approx(3.0, rel=0.05)
+    before = pace.seconds[4]
+    auto.turn_estimate, auto.turn_seconds = before, 1e6
+    auto.previous = "autoregressive"
+    auto.compare()
+    assert pace.seconds[4] < 1.1 * before
+
+
+def test_short_drafts_do_not_stay_short():
+    """What was bad at a depth that is not tried any more is forgotten."""
+    pace = Pace()
+    for _ in range(300):
+        pace.count_accepted(1, 7)
+    assert pace.expected(7) - pace.expected(1) < 0.05
+    for _ in range(300):
+        pace.count_accepted(1, 1)
+    assert pace.expected(3) == pytest.approx(1 + 2 / 3 + 4 / 9, abs=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_inside_a_hierarchy(target, batch_size):
+    """Its rows come and go between two drafts, and its deepest draft is not its widest."""
+    noisy = noisy_copy(target)
+    inner = AutoDrafter(
+        {
+            "lookup": LookupDrafter(None),
+            "same": SequentialDrafter(noisy, 3),
+            "tree": TreeDrafter(guessing_head(noisy), 16, 3, 3),
+        }
+    )
+    expected = texts(target, PROMPTS)
+    stats = Stats()
+    drafter = HierarchicalDrafter(noisy, inner, 4)
+    assert texts(target, PROMPTS, drafter, batch_size=batch_size, stats=stats) == expected
+    mine = [inner.known[inner.current][row] for row in range(batch_size)]
+    assert all(known == ALL for known in mine)
+
+
 def test_two_heads_that_read_different_features_are_refused(target):
     heads = [TreeDrafter(guessing_head(target)) for _ in range(2)]
     heads[1].taps = lambda layers: (0, 1, 2)
@@ -275,7 +329,7 @@ def test_auto_on_the_shipped_models(monkeypatch, capsys, tmp_path, precision, mo
     result = json.loads(out)
     assert status == 0 and result["method"] == "auto"
     assert sum(result["stats"]["steps_by_drafter"].values()) == result["stats"]["target_forwards"]
-    assert "tokens/s of a text" in err
+    assert "on trial; tokens/s by costs" in err
     for name in ("autoregressive", "lookup", "sequential", "tree", *more):
         assert f"{name} " in err
     [file] = (tmp_path / "gpt_spec").glob("costs-*.json")
@@ -284,7 +338,9 @@ def test_auto_on_the_shipped_models(monkeypatch, capsys, tmp_path, precision, mo
     assert json.loads(plain)["outputs"] == result["outputs"]
     run(monkeypatch, capsys, "--method", "auto", *flags)
     assert file.read_text() == before  # not measured again
-    file.write_text("no JSON")
+    for damaged in ("no JSON", "[]", '{"tree 8": null}', '{"tree 8": -1.0}', '{"tree 8": NaN}'):
+        file.write_text(damaged)
+        assert command.read_costs(file) == {}
     assert run(monkeypatch, capsys, "--method", "auto", *flags)[0] == 0
     assert set(json.loads(file.read_text())) == set(json.loads(before))
 
@@ -301,6 +357,7 @@ def test_whose_head_it_is(monkeypatch):
     small, small_head = ["--draft_checkpoint_path", str(SHIPPED_SMALL)], f"{SHIPPED_SMALL}-eagle"
     assert names(*small, "--eagle_checkpoint_path", str(SHIPPED_HEAD)) == ["lookup", "sequential", "tree"]
     assert names(*small, "--eagle_checkpoint_path", small_head) == ["lookup", "sequential", "hierarchical"]
+    assert names("--eagle_checkpoint_path", small_head) == ["lookup", "sequential", "hierarchical"]
     own = ["--precision", "w4a16", "--draft_checkpoint_path", "self"]
     assert names(*own) == ["lookup", "tree", "hierarchical", "qspec"]
 
@@ -311,6 +368,8 @@ def test_whose_head_it_is(monkeypatch):
         (["--draft_confidence", "0.5"], "--draft_confidence"),
         (["--draft_precision", "w4a8"], "--draft_precision"),
         (["--eagle_checkpoint_path", "nowhere"], "--eagle_checkpoint_path"),
+        (["--min_draft_length", "3"], "--min_draft_length"),
+        (["--checkpoint_path", str(SHIPPED_SMALL), "--tree_depth", "3"], "--tree_depth"),
     ],
 )
 def test_bad_flags(monkeypatch, capsys, flags, words):

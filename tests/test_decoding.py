@@ -94,12 +94,8 @@ class RestlessDrafter(AutoDrafter):
 
     def choose(self, state):
         names = list(self.drafters)
-        self.best_rate, self.rates = 1.0, {}
+        self.rates = dict.fromkeys(names, 1.0)
         return names[(names.index(self.current) + 1) % len(names)], False
-
-    def warm_up(self, state):
-        super().warm_up(state)
-        self.current = "lookup"
 
 
 def all_drafters(target, kind=AutoDrafter) -> AutoDrafter:

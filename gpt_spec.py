@@ -1830,7 +1830,8 @@ class AutoDrafter(Drafter):
         self.on_trial, self.steps, self.tokens, self.why = False, 0, 0.0, ""  # of this turn
         self.turns = dict.fromkeys(self.drafters, 0)
         self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
-        self.elapsed = self.catching_up = 0.0  # seconds: of all steps, and of feeding in the last one
+        # Seconds: of all steps, of feeding in the last one, and of the last choice.
+        self.elapsed = self.catching_up = self.choosing = 0.0
         # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
         self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
 
@@ -1911,12 +1912,20 @@ class AutoDrafter(Drafter):
         self.turn_seconds = self.turn_estimate = self.tokens = 0.0
         self.steps = 0
 
+    def turn_is_over(self) -> bool:
+        if self.on_trial or self.steps == 0:
+            return self.steps in (0, self.TRIAL)
+        # Looking back takes its time, too: of a small model, as much as a step.
+        return self.tokens >= self.TURN and self.turn_seconds > 20 * self.choosing
+
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.catching_up = 0.0
-        if self.steps == 0 or (self.steps >= self.TRIAL if self.on_trial else self.tokens >= self.TURN):
+        if self.turn_is_over():
             if self.steps > 0:
                 self.compare()
+            begin = time.perf_counter()
             chosen, self.on_trial = self.choose(state)
+            self.choosing = time.perf_counter() - begin
             if chosen != self.current:
                 begin = time.perf_counter()
                 self.catch_up(state, chosen)

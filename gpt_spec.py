@@ -999,7 +999,7 @@ class LookupDrafter(Drafter):
         self.search = level.setup.compiled(
             partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1)
         )
-        self.hindsight = level.setup.compiled(self.look_back)
+        self.indices: dict[int, TextIndex] = {}  # by row
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         tokens, found = self.search(state.tokens, state.length)
@@ -1008,39 +1008,22 @@ class LookupDrafter(Drafter):
         n = n or self.size
         return Draft.chain(tokens.narrow_copy(1, 0, n), found * (n - 1))
 
-    def look_back(self, state: State) -> Tensor:
-        """What would have been accepted of a draft at each of the last LOOKBACK places that can be judged:
-        int64 [B, LOOKBACK], the accepted length, or -1 where there was no draft."""
-        k, (batch, slots) = self.max_nodes - 1, state.tokens.shape
-        text = state.tokens[:, None].expand(-1, self.LOOKBACK, -1).reshape(-1, slots)  # [rows, slots]
-        back = k + torch.arange(self.LOOKBACK, device=text.device).flip(0)
-        past = (state.length[:, None] - back).clamp(min=0).flatten()  # [rows]
-        drafted, found = find_repetition(text, past, self.ngram, k)
-        said = text.gather(1, past[:, None] + torch.arange(k + 1, device=text.device))  # [rows, k + 1]
-        accepted = (drafted == said).cumprod(dim=1).sum(dim=1) - 1  # [rows]
-        return torch.where(found, accepted, -1).view(batch, -1)
-
     def rate(self, state: State) -> float:
         """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
         them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
-        rows = list(compress(self.hindsight(state).tolist(), state.active.tolist()))
-        rates = {}
-        for n in self.sizes:
-            tokens = seconds = 0
-            for accepted in rows:
-                place = 0
-                while place < self.LOOKBACK:  # step by step, as it would have gone
-                    seconds += self.pace.seconds[1 if accepted[place] < 0 else n]
-                    place += 1 + min(max(accepted[place], 0), n - 1)
-                tokens += place
-            rates[n] = tokens / seconds if seconds else self.pace.rate
+        steps = dict.fromkeys(self.sizes, (0, 0.0))
+        for row, (active, length) in enumerate(zip(state.active.tolist(), state.length.tolist())):
+            if active:
+                index = self.indices.setdefault(row, TextIndex(self.ngram))
+                index.follow(state.tokens[row, : length + 1].tolist())
+                for n, (tokens, seconds) in steps.items():
+                    more = index.replay(self.LOOKBACK, self.max_nodes - 1, n - 1, self.pace.seconds)
+                    steps[n] = tokens + more[0], seconds + more[1]
+        rates = {n: tokens / seconds for n, (tokens, seconds) in steps.items() if seconds}
+        if not rates:
+            return self.pace.rate
         self.size = max(rates, key=rates.__getitem__)
         return rates[self.size]
-
-    def warm_up(self, state: State) -> None:
-        self.propose(state)
-        if self.needs_costs:
-            self.hindsight(state)
 
     def draft_sizes(self) -> list[int]:
         return [1, *self.sizes]
@@ -1064,6 +1047,50 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
     index = place[:, None] + 1 + torch.arange(count, device=text.device) % period  # [B, count]
     root = text.gather(1, length[:, None])
     return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
+
+
+class TextIndex:
+    """Where the last tokens of a text occurred before, for every place of it: what `find_repetition` says,
+    on the host, where a token costs a few microseconds and nothing is looked at twice."""
+
+    def __init__(self, ngram: int):
+        self.ngram = ngram
+        self.clear()
+
+    def clear(self) -> None:
+        self.text: list[int] = []
+        self.latest: dict[tuple[int, ...], int] = {}  # where these tokens ended last
+        self.repeats: list[int] = []  # by place: where its longest suffix ended before, or -1
+
+    def follow(self, text: list[int]) -> None:
+        """Take in what the text has gained; or all of it, if it is another one."""
+        if text[: len(self.text)] != self.text:
+            self.clear()
+        for token in text[len(self.text) :]:
+            self.text.append(token)
+            suffixes = [tuple(self.text[-n:]) for n in range(min(self.ngram, len(self.text)), 0, -1)]
+            self.repeats.append(next((self.latest[s] for s in suffixes if s in self.latest), -1))
+            self.latest.update((suffix, len(self.text) - 1) for suffix in suffixes)
+
+    def accepted(self, place: int, count: int) -> int:
+        """Of `count` tokens proposed behind a place, those that did follow. Drafts go round in circles."""
+        repeat = self.repeats[place]
+        for i in range(count):
+            if self.text[repeat + 1 + i % (place - repeat)] != self.text[place + 1 + i]:
+                return i
+        return count
+
+    def replay(self, back: int, most: int, count: int, seconds: dict[int, float]) -> tuple[int, float]:
+        """Tokens and seconds of decoding the last `back` tokens again, but for the very last, of which it
+        is not known yet what follows `most`: with drafts of `count` tokens, or none where nothing repeats."""
+        last = len(self.text) - 1 - most
+        first = place = max(last - back + 1, 0)
+        total = 0.0
+        while place <= last:
+            found = self.repeats[place] >= 0
+            total += seconds[count + 1 if found else 1]
+            place += 1 + (self.accepted(place, count) if found else 0)
+        return place - first, total
 
 
 UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one token

@@ -33,7 +33,9 @@ from gpt_spec import (
     SequentialDrafter,
     State,
     Stats,
+    TextIndex,
     TreeDrafter,
+    find_repetition,
 )
 from quantize import share_weights
 
@@ -157,7 +159,7 @@ def test_lookup_looks_back():
     drafter = LookupDrafter(None)
     drafter.pace = Pace()
     drafter.set_costs({1: 1.0, 4: 1.5, 8: 2.0})
-    drafter.hindsight = drafter.look_back
+    drafter.indices = {}
     fresh = torch.randperm(200)[None]
     loop = torch.arange(10).repeat(20)[None]
     rates = []
@@ -168,6 +170,26 @@ def test_lookup_looks_back():
         state.active.fill_(True)
         rates.append((drafter.rate(state), drafter.size))
     assert rates == [(pytest.approx(1.0), 4), (pytest.approx(4.0), 8)]
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_an_index_finds_what_searching_finds(ngram):
+    """The slow twin of the index, at every place of a text that repeats itself here and there; then another
+    text, and one that goes back."""
+    generator = torch.Generator().manual_seed(ngram)
+    index, count = TextIndex(ngram), 7
+    for text in (torch.randint(6, (120,), generator=generator) for _ in range(2)):
+        for end in (1, 2, 40, 41, 120, 60, 90):
+            index.follow(text[:end].tolist())
+            places = torch.arange(end)
+            row = torch.nn.functional.pad(text[:end], (0, count + 1), value=-1)
+            drafted, found = find_repetition(row.expand(end, -1), places, ngram, count)
+            assert [place >= 0 for place in index.repeats] == found.tolist()
+            for place in range(end - count):
+                if found[place]:
+                    said = text[place + 1 : place + 1 + count]
+                    expected = int((drafted[place, 1:] == said).long().cumprod(dim=0).sum())
+                    assert index.accepted(place, count) == expected
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])

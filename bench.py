@@ -222,8 +222,8 @@ def chosen_paths(args: argparse.Namespace) -> Paths:
     return paths
 
 
-def load_parts(precision: str, paths: Paths) -> Parts:
-    flags = {"precision": precision, "draft_precision": None, "device": "cpu", "ignore_eos": False}
+def load_parts(precision: str, paths: Paths, device: str = "cpu") -> Parts:
+    flags = {"precision": precision, "draft_precision": None, "device": device, "ignore_eos": False}
     args = argparse.Namespace(checkpoint_path=paths.target, **flags)
     target = generate.load_target(args)
     small = generate.load_draft_model(str(paths.small), args, target) if paths.small else None
@@ -337,7 +337,9 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
     def decoder(drafter: Drafter | None = None, model: Transformer = target) -> Decoder:
         return freeze(Decoder(model, drafter, max_length=512, compile=compile))
 
-    drafts = [Draft.chain(torch.randint(3, target.config.vocab_size, (1, n))) for n in sizes]
+    device = target.norm.weight.device
+    tokens = [torch.randint(3, target.config.vocab_size, (1, n), device=device) for n in sizes]
+    drafts = [Draft.chain(some) for some in tokens]
     plain, drafters = decoder(), {}
     functions: dict[Any, Callable] = {n: partial(plain.commit, draft) for n, draft in zip(sizes, drafts)}
     for lower in quantize.lower_precisions(parts.target.precision):
@@ -369,9 +371,9 @@ def report_cost(args: argparse.Namespace) -> dict:
     sizes, results = numbers(args.sizes), {}
     for precision in split(args.precisions):
         if args.shape:
-            parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision)
+            parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
         else:
-            parts = load_parts(precision, chosen_paths(args))
+            parts = load_parts(precision, chosen_paths(args), args.device)
         # What lies in the cache has to be brought there first; the weights of a shape never do.
         effort = (3 * args.repeats, 2 if args.shape else 10, not (args.shape or args.uncompiled))
         results[precision] = measure_cost(parts, sizes, *effort)
@@ -588,7 +590,7 @@ def report_methods(args: argparse.Namespace) -> dict:
     target: see `compare`. Texts of --prompt_file end where the model ends them, others at the budget."""
     results, paths = {}, chosen_paths(args)
     for precision in split(args.precisions):
-        parts = load_parts(precision, paths)
+        parts = load_parts(precision, paths, args.device)
         prompts = fitting_prompts(parts, args)
         print(f"{precision}, {len(prompts)} prompts", flush=True)
         decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
@@ -631,7 +633,7 @@ def report_auto(args: argparse.Namespace) -> dict:
         for precision in split(args.precisions):
             for batch_size in numbers(args.batch_sizes):
                 key = f"{name} {precision} batch {batch_size}"
-                results[key] = measure_auto(load_parts(precision, paths), batch_size, args)
+                results[key] = measure_auto(load_parts(precision, paths, args.device), batch_size, args)
                 print_auto(key, results[key])
     return results
 
@@ -654,6 +656,8 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
             tokens = [prompt.tokens for prompt in prompts[begin : begin + some]]
             for name in rotate_names(list(decoders), turn + i):
                 runs[name].append(timed(decoders[name], tokens, args.max_new_tokens, stats[name], stop_ids))
+        if not all(run.tokens for mine in runs.values() for run in mine):
+            raise BadInput("--prompt_file: prompts that are answered with one token cannot be timed")
         for name, mine in runs.items():
             speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
             different[name] += count_different(mine, runs["autoregressive"])
@@ -1026,7 +1030,7 @@ def report_quality(args: argparse.Namespace) -> dict:
     directory = generate.find_checkpoint(str(paths.target))
     texts, reference = quantize.held_out_tokens(directory), None
     for precision in dict.fromkeys(["bf16", *split(args.precisions)]):
-        parts = load_parts(precision, Paths(directory))
+        parts = load_parts(precision, Paths(directory), args.device)
         model = parts.target.model
         choices = greedy_choices(model, texts, args.tokens)
         reference = choices if reference is None else reference
@@ -1309,13 +1313,13 @@ def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, fl
     return rows
 
 
-def random_model(config: ModelConfig, precision: str) -> Transformer:
+def random_model(config: ModelConfig, precision: str, device: str = "cpu") -> Transformer:
     """A model of random weights in the given precision; nothing larger than it is ever in memory."""
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
         if precision in quantize.PRECISIONS:
             quantize.reshape(model, quantize.default_quantization(model, precision))
-    model = model.to_empty(device="cpu").requires_grad_(False)
+    model = model.to_empty(device=device).requires_grad_(False)
     fill_randomly(model)
     if model.config.tied_embeddings and model.lm_head.scales is None:
         model.lm_head.weight = model.embed_tokens.weight
@@ -1327,7 +1331,8 @@ def random_model(config: ModelConfig, precision: str) -> Transformer:
 def fill_randomly(module: CheckpointModule) -> None:
     """Weights that keep states at about their size, in place, and never others."""
     torch.manual_seed(0)
-    module.frequencies = rope_frequencies(module.config)
+    device = next(module.parameters()).device
+    module.frequencies = rope_frequencies(module.config).to(device)
     for name, tensor in module.checkpoint_tensors().items():
         if tensor.dtype in (torch.uint8, torch.int8):
             tensor.view(torch.uint8).random_(0, 256)
@@ -1341,15 +1346,15 @@ def random_head(target: Transformer) -> EagleHead:
     """An EAGLE-2 head of random weights in bf16, as large as a published one for such a target."""
     with torch.device("meta"):
         head = EagleHead(replace(target.config, num_layers=1)).to(torch.bfloat16)
-    head = head.to_empty(device="cpu").requires_grad_(False)
+    head = head.to_empty(device=target.norm.weight.device).requires_grad_(False)
     fill_randomly(head)
     return head.pack().attach(target)
 
 
-def random_parts(target: ModelConfig, small: ModelConfig | None, precision: str) -> Parts:
+def random_parts(target: ModelConfig, small: ModelConfig | None, precision: str, device: str) -> Parts:
     """A target, perhaps a small model, and heads, of random weights."""
-    loaded = generate.Target(random_model(target, precision), None, [], precision)
-    return Parts(loaded, small and random_model(small, precision), random_head, random_head)
+    loaded = generate.Target(random_model(target, precision, device), None, [], precision)
+    return Parts(loaded, small and random_model(small, precision, device), random_head, random_head)
 
 
 def report_decode(args: argparse.Namespace) -> dict:
@@ -1469,7 +1474,7 @@ class Synthetic:
     def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
         """int64 [B, n]; `positions` [B, n] are those of the tokens chosen, each one behind its node."""
         choice, n = super().choose(logits, positions, draft, state), draft.tokens.shape[1]
-        node = torch.arange(n)
+        node = torch.arange(n, device=choice.device)
         is_child = draft.parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
         first = torch.where(is_child, node, n).amin(dim=2)  # [B, n]; n where there is none
         guess = draft.tokens.gather(1, first.clamp(max=n - 1))
@@ -1478,14 +1483,14 @@ class Synthetic:
         other = torch.where(taken, unused, choice)
         depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
         drawn = kernels.uniform(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
-        replaced = torch.where(drawn < self.probabilities[depth], guess, other)
+        replaced = torch.where(drawn < self.probabilities.to(drawn.device)[depth], guess, other)
         return torch.where(first < n, replaced, choice)
 
 
 def unused_token(tokens: Tensor) -> Tensor:
     """The lowest token that is not among int64 [B, n] -> int64 [B]."""
     n = tokens.shape[1]
-    candidates = torch.arange(n + 1)
+    candidates = torch.arange(n + 1, device=tokens.device)
     used = (candidates[:, None] == tokens[:, None]).any(dim=2)  # [B, n + 1]
     return torch.where(used, n + 1, candidates).amin(dim=1)
 
@@ -1554,7 +1559,7 @@ def report_synthetic(args: argparse.Namespace) -> dict:
     )
     ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
     for precision in split(args.precisions):
-        parts, decoders = random_parts(target, small, precision), {}
+        parts, decoders = random_parts(target, small, precision, args.device), {}
         methods = synthetic_methods(parts, args)
         for name, (drafter, acceptance) in methods.items():
             settings = {"max_length": 512, "compile": False}
@@ -1603,9 +1608,11 @@ REPORTS = {
 }
 EVERY_PRECISION = ",".join(["bf16", *quantize.PRECISIONS])
 DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that do not say
-    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200},
+    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
+    | {"acceptance": "eagle2-8b"},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
     "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
+    "synthetic llama-3-70b": {"acceptance": "eagle2-70b"},
     "quality": {"precisions": EVERY_PRECISION},
     "exact": {"precisions": EVERY_PRECISION},
     "qspec_shape": {"shape": "llama-3.2-1b"},
@@ -1663,7 +1670,7 @@ def about(args: argparse.Namespace) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": device_name(),
+        "device": device_name(args.device),
         "commit": commit(),
         "kernels": kernels.PATH if kernels.load() else "reference",
         "threads": torch.get_num_threads(),
@@ -1704,8 +1711,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16", help="noise, decode")
     p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
     p.add_argument("--uncompiled", action="store_true", help="exact: only what runs uncompiled; others: all")
-    p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 8, synthetic 4)")
-    p.add_argument("--max_new_tokens", type=int, help="(default: 200; synthetic 64)")
+    p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 24, synthetic 4)")
+    p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, synthetic 64)")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
@@ -1719,7 +1726,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--min_draft_length", type=int, default=gpt_spec.MIN_DRAFT_LENGTH)
     p.add_argument("--tokens", type=int, default=40000, help="perplexity, quality: of so many tokens")
     p.add_argument("--sizes", default="1,2,3,4,6,8,12,16,24,32,48,64", help="cost: n of T(n), with commas")
-    p.add_argument("--acceptance", default="eagle2-8b", help="synthetic: of heads; a preset or 0.8,0.7,...")
+    p.add_argument("--acceptance", help="synthetic: of heads, a preset or 0.8,0.7 (default: that of EAGLE-2)")
     p.add_argument("--middle_acceptance", default="sequential", help="synthetic: of chains, likewise")
     p.add_argument("--repeats", type=int, default=7, help="measurements, of which the median counts")
     p.add_argument("--output", help="write the results as JSON to this file")
@@ -1733,6 +1740,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality: the target: {directory}")
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(generate.HEAD_FLAG, help="an EAGLE head of one of these two")
+    p.add_argument("--device", default="cpu", help="cost, methods, auto, synthetic, quality: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic: random weights")
     p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
@@ -1740,7 +1748,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Fill in the defaults of the report. Raises BadInput for values that cannot be."""
-    for flag, value in (DEFAULTS[""] | DEFAULTS.get(args.report, {})).items():
+    of_shape = DEFAULTS.get(f"{args.report} {args.shape}", {})
+    for flag, value in (DEFAULTS[""] | DEFAULTS.get(args.report, {}) | of_shape).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     for flag, possible in (("precisions", generate.ALL_PRECISIONS), ("shapes", SHAPES)):
@@ -1756,6 +1765,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, least in (("prompts", 1), ("max_new_tokens", 2), ("repeats", 1), ("tokens", 1)):
         if getattr(args, flag) < least:
             raise BadInput(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
+    generate.check_device(args.device)
     if args.checkpoint_path is None and (args.draft_checkpoint_path or args.eagle_checkpoint_path):
         raise BadInput(f"--draft_checkpoint_path and {generate.HEAD_FLAG} need --checkpoint_path")
     read_acceptance(args.acceptance, "--acceptance")

@@ -1011,15 +1011,18 @@ class LookupDrafter(Drafter):
     def rate(self, state: State) -> float:
         """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
         them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
-        steps = dict.fromkeys(self.sizes, (0, 0.0))
+        indices = []
         for row, (active, length) in enumerate(zip(state.active.tolist(), state.length.tolist())):
             if active:
-                index = self.indices.setdefault(row, TextIndex(self.ngram))
-                index.follow(state.tokens[row, : length + 1].tolist())
-                for n, (tokens, seconds) in steps.items():
-                    more = index.replay(self.LOOKBACK, self.max_nodes - 1, n - 1, self.pace.seconds)
-                    steps[n] = tokens + more[0], seconds + more[1]
-        rates = {n: tokens / seconds for n, (tokens, seconds) in steps.items() if seconds}
+                indices.append(self.indices.setdefault(row, TextIndex(self.ngram)))
+                indices[-1].follow(state.tokens[row, : length + 1].tolist())
+        rates, seconds = {}, self.pace.seconds
+        for n in self.sizes:
+            replays = [index.replay(self.LOOKBACK, self.max_nodes - 1, n - 1) for index in indices]
+            tokens, steps, drafts = (sum(counts) for counts in zip((0, 0, 0), *replays))
+            if steps:
+                nobody = (1 - drafts / steps) ** len(indices)  # one draft, and all rows are as long
+                rates[n] = tokens / steps / (nobody * seconds[1] + (1 - nobody) * seconds[n])
         if not rates:
             return self.pace.rate
         self.size = max(rates, key=rates.__getitem__)
@@ -1080,17 +1083,18 @@ class TextIndex:
                 return i
         return count
 
-    def replay(self, back: int, most: int, count: int, seconds: dict[int, float]) -> tuple[int, float]:
-        """Tokens and seconds of decoding the last `back` tokens again, but for the very last, of which it
-        is not known yet what follows `most`: with drafts of `count` tokens, or none where nothing repeats."""
+    def replay(self, back: int, most: int, count: int) -> tuple[int, int, int]:
+        """Decode the last `back` tokens again, but for the very last, of which it is not known yet what
+        follows `most`; with drafts of `count` tokens, or none where nothing repeats -> tokens, steps, drafts.
+        """
         last = len(self.text) - 1 - most
         first = place = max(last - back + 1, 0)
-        total = 0.0
+        steps = drafts = 0
         while place <= last:
             found = self.repeats[place] >= 0
-            total += seconds[count + 1 if found else 1]
+            steps, drafts = steps + 1, drafts + found
             place += 1 + (self.accepted(place, count) if found else 0)
-        return place - first, total
+        return place - first, steps, drafts
 
 
 UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one token

@@ -137,7 +137,7 @@ def describe(file: dict) -> str:
     device, commit = file.get("device") or f"cpu {file['cpu']}", str(file.get("commit") or "")
     parts = [device, str(file["date"]), f"PyTorch {file['torch']}"]
     if commit:
-        parts.append(f"commit\u00a0{commit[:10]}{commit[40:]}")  # what follows the hash stays, as "-dirty"
+        parts.append(f"commit\u00a0{commit}")
     return ", ".join(parts)
 
 

@@ -221,6 +221,22 @@ def test_hindsight_equals_asking_then(target, n):
     assert drafter.size == max(rates, key=rates.get)
 
 
+def test_in_a_batch_one_draft_makes_all_rows_longer():
+    """Two texts, one of which repeats itself: every step costs what a draft costs, if it yields little."""
+    drafter = LookupDrafter(None)
+    drafter.pace, drafter.indices = Pace(), {}
+    drafter.set_costs({1: 1.0, 4: 1.5, 8: 2.0})
+    state = State.allocate(2, 200, 0, torch.zeros(()))
+    state.tokens.copy_(torch.stack((torch.randperm(200), torch.arange(10).repeat(20))))
+    state.length.fill_(150)
+    state.active.fill_(True)
+    steps, drafts = 24 + 3, 3  # 24 tokens of the one, alone; as many of the other, eight at a time
+    nobody = (1 - drafts / steps) ** 2
+    assert drafter.rate(state) == pytest.approx(48 / steps / (nobody * 1.0 + (1 - nobody) * 2.0))
+    state.active[0] = False
+    assert drafter.rate(state) == pytest.approx(4.0)
+
+
 def test_expected_acceptance_follows_what_happens():
     pace = Pace()
     assert pace.expected(2) == pytest.approx(2 / 3 + 4 / 9)

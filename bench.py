@@ -608,19 +608,14 @@ def is_quantized(path: str | Path) -> bool:
     return generate.open_checkpoint(generate.find_checkpoint(str(path))).quantization is not None
 
 
-def fixed_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
-    """What `auto` is measured against: every method without a decoder inside, its lengths given."""
-    target, shape = parts.target.model, (args.tree_depth, args.tree_topk)
-    drafters = {"autoregressive": Drafter(), "lookup K=3": LookupDrafter(3), "lookup K=7": LookupDrafter(7)}
-    if parts.small:
-        drafters["sequential K=3"] = SequentialDrafter(parts.small, 3)
+def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
+    """`auto`, and what it is measured against: every method but hierarchies, which take minutes to compile
+    and lose here (see `methods`), and trees of 8, the size that is best most of the time."""
+    drafters = every_method(parts, args)
     if parts.head:
-        head = parts.head(target)
-        drafters |= {"tree": TreeDrafter(head, None, *shape), "tree of 8": FixedTree(head, 8, *shape)}
-    for lower in quantize.lower_precisions(parts.target.precision):
-        twin = quantize.share_weights(target, lower)
-        drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
-    return drafters
+        shape = (args.tree_depth, args.tree_topk)
+        drafters["tree of 8"] = FixedTree(parts.head(parts.target.model), 8, *shape)
+    return {name: d for name, d in drafters.items() if not isinstance(d, HierarchicalDrafter)}
 
 
 def report_auto(args: argparse.Namespace) -> dict:
@@ -644,8 +639,7 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
     without prefill; speedups are the turns' ratios to `autoregressive` (quartiles)."""
     prompts = fitting_prompts(parts, args)
     prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
-    drafters = fixed_methods(parts, args) | {"auto": auto_drafter(parts, args)}
-    decoders = build_decoders(parts.target.model, drafters, prompts, args, batch_size)
+    decoders = build_decoders(parts.target.model, flat_methods(parts, args), prompts, args, batch_size)
     stats, different = {name: Stats() for name in decoders}, dict.fromkeys(decoders, 0)
     some = 1 if batch_size == 1 else 3 * batch_size
     speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), some)

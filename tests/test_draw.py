@@ -37,7 +37,7 @@ def write_results(folder) -> None:
         "cpu_auto.json": auto,
         "cpu_synthetic.json": synthetic,
     }.items():
-        about = {"date": "2026-01-01", "device": "a test", "commit": "0", "settings": {}}
+        about = {"date": "2026-01-01", "torch": "2", "device": "a test", "commit": "0"}
         (folder / name).write_text(json.dumps(about | {"results": results}))
 
 

@@ -1869,7 +1869,6 @@ class AutoDrafter(Drafter):
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():
             drafter.warm_up(state)
-            drafter.rate(state)
 
     def count_into(self, stats: Stats) -> None:
         for drafter in self.drafters.values():

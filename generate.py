@@ -1438,8 +1438,8 @@ def decode_all(
         for emission in emissions:
             todo[emission.prompt_index].add(emission)
             if args.explain and emission.draft is not None:
-                if emission.draft.why != why:
-                    why = emission.draft.why
+                if (reason := decoder.drafter.explain()) != why:
+                    why = reason
                     print(f"\n{why}", file=sys.stderr)
                 print(draw_step(emission, todo[emission.prompt_index].stream.tokenizer), file=sys.stderr)
         if screen:
@@ -1617,7 +1617,8 @@ COSTS_LAST = 24 * 3600  # seconds; a machine changes
 
 def settings_of(drafter: Drafter) -> list[Any]:
     """All that the costs of a drafter hang on: its numbers, its models, and what drafts inside."""
-    fields = [(name, value) for name, value in vars(drafter).items() if isinstance(value, (int, float, list))]
+    values = {name: v if isinstance(v, (list, tuple)) else [v] for name, v in vars(drafter).items()}
+    fields = [(name, v) for name, v in values.items() if all(isinstance(each, (int, float)) for each in v)]
     models = [(m.config, weight_bytes([m])) for m in vars(drafter).values() if isinstance(m, torch.nn.Module)]
     twins = [quantize.precision_of(m) for m in vars(drafter).values() if isinstance(m, Transformer)]
     inside = [settings_of(inner) for inner in vars(drafter).values() if isinstance(inner, Drafter)]

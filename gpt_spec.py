@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -705,8 +706,7 @@ class Draft:
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
     expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
-    drafter: str = ""  # its name, and why it drafts, where there is a choice
-    why: str = ""
+    drafter: str = ""  # its name, where there is a choice
 
     @staticmethod
     def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
@@ -822,47 +822,78 @@ class State:
         return self.tokens.gather(1, place), start
 
 
+class Acceptance:
+    """By depth, of late: how often a draft token so deep could be accepted, since all above were, and how
+    often it was. To begin with, as if two of three had been."""
+
+    PRIOR, DEPTHS, DECAY = (2.0, 3.0), 15, 0.98  # kept of tried
+
+    def __init__(self):
+        kept, tried = self.PRIOR
+        self.kept, self.tried = [kept] * self.DEPTHS, [tried] * self.DEPTHS
+        self.sums: list[float] = []  # accepted lengths to expect, by depth; empty if they have to be added up
+
+    def count(self, accepted: int, drafted: int) -> None:
+        """Of one draft, whose longest path had `drafted` tokens."""
+        seen = min(accepted + 1, drafted, self.DEPTHS)
+        for depth in range(seen):
+            self.tried[depth] = self.DECAY * self.tried[depth] + 1
+            self.kept[depth] = self.DECAY * self.kept[depth] + (depth < accepted)
+        kept, tried = ((1 - self.DECAY) * count for count in self.PRIOR)
+        for depth in range(drafted, self.DEPTHS):  # forgotten, or short drafts would stay short
+            self.tried[depth] = self.DECAY * self.tried[depth] + tried
+            self.kept[depth] = self.DECAY * self.kept[depth] + kept
+        self.sums = []
+
+    def expected(self, depth: int) -> float:
+        """The accepted length to expect of a draft whose longest path has `depth` tokens."""
+        if not self.sums:
+            reached = accumulate((k / t for k, t in zip(self.kept, self.tried)), operator.mul)
+            self.sums = [0.0, *accumulate(reached)]
+        return self.sums[min(depth, self.DEPTHS)]
+
+
+@dataclass
+class Clock:
+    """How slow the machine is now, against what the steps of a level were measured to take."""
+
+    slowness: float = 1.0
+
+
 @dataclass
 class Pace:
     """What a drafter learns while it is used: what a step with n nodes costs, measured before it decodes;
     how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
 
+    CORRECTION = 0.02  # share of what a cost seems to be wrong by: a step says little on a busy machine
+
     seconds: dict[int, float] = field(default_factory=dict)  # of a step with n nodes, drafting included
+    clock: Clock = field(default_factory=Clock)  # one for all drafters of a level
     # Of recent steps, older ones counting less and less: their tokens, of one text, and what such steps cost.
     # Not how long they took: seconds of now and seconds of then, when a machine was slower, compare badly.
     tokens: float = 0.0
     elapsed: float = 0.0
-    # And by depth: how often a draft token so deep could be accepted, since all above were, and how often it
-    # was. To begin with, as if two of three had been.
-    tried: list[float] = field(default_factory=lambda: [3.0] * MAX_TREE_DEPTH)
-    kept: list[float] = field(default_factory=lambda: [2.0] * MAX_TREE_DEPTH)
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
     @property
     def rate(self) -> float:
         """Tokens per second of a text; 0 if nothing is known."""
         return self.tokens / self.elapsed if self.elapsed else 0.0
 
-    def count(self, tokens: float, nodes: int) -> None:
-        """A step that verified so many nodes: its tokens, averaged over the texts."""
-        self.tokens = 0.98 * self.tokens + tokens
-        self.elapsed = 0.98 * self.elapsed + self.seconds.get(nodes, 0.0)
+    def count(self, tokens: float, nodes: int, seconds: float) -> None:
+        """A step that verified so many nodes: its tokens, averaged over the texts, and how long it took."""
+        cost = self.seconds.get(nodes, 0.0)
+        self.tokens, self.elapsed = 0.98 * self.tokens + tokens, 0.98 * self.elapsed + cost
+        if cost > 0:
+            self.correct(nodes, seconds)
 
-    def count_accepted(self, accepted: int, drafted: int) -> None:
-        """Of one draft, whose longest path had `drafted` tokens."""
-        for depth in range(min(accepted + 1, drafted, MAX_TREE_DEPTH)):
-            self.tried[depth] = 0.98 * self.tried[depth] + 1
-            self.kept[depth] = 0.98 * self.kept[depth] + (depth < accepted)
-        for depth in range(drafted, CHAIN_SIZES[-1] - 1):  # forgotten, or short drafts would stay short
-            self.tried[depth] = 0.98 * self.tried[depth] + 0.02 * 3.0
-            self.kept[depth] = 0.98 * self.kept[depth] + 0.02 * 2.0
-
-    def expected(self, depth: int) -> float:
-        """The accepted length to expect of a draft whose longest path has `depth` tokens."""
-        total, reached = 0.0, 1.0
-        for kept, tried in zip(self.kept[:depth], self.tried):
-            reached *= kept / tried
-            total += reached
-        return total
+    def correct(self, nodes: int, seconds: float) -> None:
+        """A step that takes longer than those around it did, each against its cost, costs more than thought;
+        if all of them do, the machine has become slower."""
+        surprise = seconds / (self.seconds[nodes] * self.clock.slowness)
+        surprise = min(max(surprise, 0.5), 2.0)  # a hiccup counts for little
+        self.clock.slowness *= surprise**0.2
+        self.seconds[nodes] *= surprise**self.CORRECTION
 
     def best(self, expected: dict[int, float]) -> int:
         """The number of nodes to verify, given the accepted tokens that are expected of each.
@@ -872,14 +903,11 @@ class Pace:
         """
         return max(expected, key=lambda n: expected[n] - self.rate * self.seconds.get(n, 0.0))
 
-    def correct(self, factor: float) -> None:
-        """Steps cost so much more than they were thought to."""
-        self.seconds = {n: factor * seconds for n, seconds in self.seconds.items()}
-        self.elapsed *= factor
-
-    def start(self, expected: dict[int, float]) -> None:
-        """Something to go by until there are steps: the fastest of the accepted lengths expected."""
-        steps = [(1 + accepted, self.seconds[n]) for n, accepted in expected.items()]
+    def start(self, seconds: dict[int, float], depths: dict[int, int]) -> None:
+        """What steps cost; and something to go by until there are any: the fastest of what is to be expected
+        of drafts so deep."""
+        self.seconds = seconds
+        steps = [(1 + self.acceptance.expected(depth), seconds[n]) for n, depth in depths.items()]
         self.tokens, self.elapsed = max(steps, key=lambda step: step[0] / step[1])
 
 
@@ -931,7 +959,7 @@ class Drafter:
 
     def start(self, level: Level) -> None:
         """Allocate and compile; called once, by the level that it drafts for."""
-        self.pace = Pace()
+        self.pace = Pace(clock=level.clock)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
@@ -950,14 +978,14 @@ class Drafter:
 
     def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
         """What became of a draft, in every row that holds an unfinished text, and how long the step took."""
-        self.pace.count(sum(row.accepted + 1 for row in verified) / len(verified), draft.tokens.shape[1])
+        tokens = sum(row.accepted + 1 for row in verified) / len(verified)
+        self.pace.count(tokens, draft.tokens.shape[1], seconds)
         for row in verified:
-            self.pace.count_accepted(row.accepted, min(row.drafted, draft.max_depth))
+            self.pace.acceptance.count(row.accepted, min(row.drafted, draft.max_depth))
 
     def set_costs(self, seconds: dict[int, float]) -> None:
         """What a step of every size takes."""
-        self.pace.seconds = seconds
-        self.pace.start({n: self.pace.expected(self.max_depth(n)) for n in seconds})
+        self.pace.start(seconds, {n: self.max_depth(n) for n in seconds})
 
     def rate(self, state: State) -> float:
         """Tokens per second of a text that may be hoped for, going by those of late."""
@@ -966,6 +994,10 @@ class Drafter:
     def contestants(self) -> dict[str, Drafter]:
         """The drafters that it chooses from, by name: of most there is one, itself."""
         return {"": self}
+
+    def explain(self) -> str:
+        """Why this one drafts, in a line for people, where there is a choice."""
+        return ""
 
     def warm_up(self, state: State) -> None:
         """Run once whatever `propose` may run, so that it is compiled. Nothing of the state changes."""
@@ -980,81 +1012,83 @@ class Drafter:
         return n - 1
 
 
-CHAIN_SIZES = (2, 4, 8)  # nodes of a sequence, where its length is chosen step by step
-
-
 class LookupDrafter(Drafter):
-    """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487)."""
+    """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487).
 
-    LOOKBACK = 24  # tokens that `rate` looks at
+    The more tokens agree with those before, the likelier is what followed them. So acceptance is counted for
+    every number of tokens that agree, and where the length of a draft is not given, each draft is as long as
+    pays for its number, or empty. What would have been accepted can be looked up whoever drafted, too.
+    """
 
-    def __init__(self, speculate_k: int | None = 4, ngram: int = 3):
-        """`speculate_k` None: as many as paid of late, whenever `rate` was asked."""
-        self.sizes = CHAIN_SIZES[1:] if speculate_k is None else (speculate_k + 1,)
-        self.size = self.max_nodes = self.sizes[-1]
-        self.ngram, self.needs_costs = ngram, speculate_k is None
+    SIZES = (4, 8, 16)  # nodes, where the length of each draft is chosen
+    LOOKBACK, MOOD, LASTING = 24, 0.4, 0.9  # tokens that `rate` looks at; their weight; that of those before
+
+    def __init__(self, speculate_k: int | None = 4, ngram: int = 6):
+        """`speculate_k` None: as many tokens as pay. `ngram`: that agree, at most."""
+        self.sizes = self.SIZES if speculate_k is None else (speculate_k + 1,)
+        self.max_nodes, self.ngram, self.needs_costs = self.sizes[-1], ngram, speculate_k is None
 
     def start(self, level: Level) -> None:
         super().start(level)
-        self.search = level.setup.compiled(
-            partial(find_repetition, ngram=self.ngram, count=self.max_nodes - 1)
-        )
-        self.indices: dict[int, TextIndex] = {}  # by row
+        self.indices = [TextIndex(self.ngram) for _ in range(level.setup.batch_size)]
+        self.acceptance = [Acceptance() for _ in range(self.ngram + 1)]  # by the number of tokens that agree
+        self.replayed = [0.0, 0.0]  # tokens, and what they would have cost
+
+    def follow(self, state: State) -> list[TextIndex | None]:
+        """Take in what texts have gained, and what became of a draft, or would have -> by row, None where no
+        text is decoded."""
+        active, lengths = state.active.tolist(), state.length.tolist()
+        for row in compress(range(len(active)), active):
+            index = self.indices[row]
+            before = len(index.text) - 1
+            if index.follow(state.tokens[row, : lengths[row] + 1].tolist()) and index.agree[before]:
+                known = min(len(index.text) - 1 - before, self.max_nodes - 1)
+                accepted = index.accepted(before, known)
+                self.acceptance[index.agree[before]].count(accepted, known)
+        return [index if decoded else None for index, decoded in zip(self.indices, active)]
+
+    def choose(self, agree: list[int]) -> int:
+        """The number of nodes, given how many tokens of each text agree with some before."""
+        found = [self.acceptance[count] for count in agree if count]
+        worth = {1: 0.0} | {n: sum(each.expected(n - 1) for each in found) for n in self.sizes}
+        return self.pace.best({n: total / max(len(agree), 1) for n, total in worth.items()})
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        tokens, found = self.search(state.tokens, state.length)
-        if n is None and not (found & state.active).any():  # nothing repeats: guesses would only cost time
-            n = 1
-        n = n or self.size
-        return Draft.chain(tokens.narrow_copy(1, 0, n), found * (n - 1))
+        indices, device = self.follow(state), state.length.device
+        n = n or self.choose([index.agree[-1] for index in indices if index])
+        guesses = [index.guess(n - 1) if index and index.agree[-1] else [] for index in indices]
+        roots = [index.text[-1] if index else 0 for index in indices]
+        tokens = [[root, *said] + (n - 1 - len(said)) * [0] for root, said in zip(roots, guesses)]
+        parent = [[*range(-1, len(said)), *(n - 1 - len(said)) * [-1]] for said in guesses]
+        return Draft(torch.tensor(tokens, device=device), torch.tensor(parent, device=device), n - 1)
 
     def rate(self, state: State) -> float:
-        """What it would have been had it drafted the last tokens: that can be looked up, whoever drafted
-        them, and it changes where a text begins to repeat itself. Drafts get the length that was best."""
-        indices = []
-        for row, (active, length) in enumerate(zip(state.active.tolist(), state.length.tolist())):
-            if active:
-                indices.append(self.indices.setdefault(row, TextIndex(self.ngram)))
-                indices[-1].follow(state.tokens[row, : length + 1].tolist())
-        rates, seconds = {}, self.pace.seconds
-        for n in self.sizes:
-            replays = [index.replay(self.LOOKBACK, self.max_nodes - 1, n - 1) for index in indices]
-            tokens, steps, drafts = (sum(counts) for counts in zip((0, 0, 0), *replays))
-            if steps:
-                nobody = (1 - drafts / steps) ** len(indices)  # one draft, and all rows are as long
-                rates[n] = tokens / steps / (nobody * seconds[1] + (1 - nobody) * seconds[n])
-        if not rates:
+        """By what it would have been had it drafted the last tokens: that can be looked up, whoever drafted
+        them, and it changes where a text begins to repeat itself. But such moods pass, so it counts together
+        with what has been so for longer."""
+        indices = [index for index in self.follow(state) if index]
+        places = [max(len(index.text) - 1 - self.LOOKBACK, 0) for index in indices]
+        tokens, seconds = 0, 0.0
+        while places:
+            n = self.choose([index.agree[place] for index, place in zip(indices, places)])
+            steps = [index.replay(place, n - 1) for index, place in zip(indices, places)]
+            if None in steps:  # it is not known yet where this one ends
+                break
+            places = [place + step for place, step in zip(places, steps)]
+            tokens, seconds = tokens + sum(steps) / len(steps), seconds + self.pace.seconds[n]
+        if not tokens:
             return self.pace.rate
-        self.size = max(rates, key=rates.__getitem__)
-        return rates[self.size]
+        self.replayed = [self.LASTING * old + new for old, new in zip(self.replayed, (tokens, seconds))]
+        mood, longer = seconds / tokens, self.replayed[1] / self.replayed[0]
+        return 1 / (self.MOOD * mood + (1 - self.MOOD) * longer)
 
     def draft_sizes(self) -> list[int]:
         return [1, *self.sizes]
 
 
-def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
-    """What followed the longest suffix of up to `ngram` tokens where it occurred last.
-
-    text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1],
-    found bool [B]. What follows a place close to the end is read around in circles: a text that repeats goes
-    on repeating.
-    """
-    place = torch.arange(text.shape[1], device=text.device)
-    matched, score = place < length[:, None], torch.zeros_like(text)  # [B, slots] each
-    for i in range(ngram):  # matched: the i + 1 tokens that end here are the last i + 1 tokens of the text
-        last = text.gather(1, (length[:, None] - i).clamp(min=0))  # [B, 1]
-        matched = matched & (text.roll(i, dims=1) == last) & (place >= i) & (length[:, None] >= i)
-        score = score + matched
-    best, place = torch.where(score > 0, score * text.shape[1] + place, -1).max(dim=1)  # [B] each
-    period = (length - place).clamp(min=1)[:, None]  # [B, 1]
-    index = place[:, None] + 1 + torch.arange(count, device=text.device) % period  # [B, count]
-    root = text.gather(1, length[:, None])
-    return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
-
-
 class TextIndex:
-    """Where the last tokens of a text occurred before, for every place of it: what `find_repetition` says,
-    on the host, where a token costs a few microseconds and nothing is looked at twice."""
+    """Where the last tokens of a text occurred before, for every place of it. On the host, where a token
+    costs a few microseconds and nothing is looked at twice."""
 
     def __init__(self, ngram: int):
         self.ngram = ngram
@@ -1064,39 +1098,65 @@ class TextIndex:
         self.text: list[int] = []
         self.latest: dict[tuple[int, ...], int] = {}  # where these tokens ended last
         self.repeats: list[int] = []  # by place: where its longest suffix ended before, or -1
+        self.agree: list[int] = []  # and the length of that suffix, at most `ngram`
+        self.before: list[list[int]] = []  # and where each suffix ended before, the longest first
 
-    def follow(self, text: list[int]) -> None:
-        """Take in what the text has gained; or all of it, if it is another one."""
-        if text[: len(self.text)] != self.text:
+    def follow(self, text: list[int]) -> bool:
+        """Take in what the text has gained; what is not in it any more is forgotten. Has it only gained?"""
+        old, same = len(self.text), self.text == text[: len(self.text)]
+        if not same:
+            pairs = zip(self.text, text)
+            self.forget(next((i for i, (a, b) in enumerate(pairs) if a != b), min(old, len(text))))
+        for place in range(len(self.text), len(text)):
+            self.text.append(text[place])
+            suffixes = self.suffixes()
+            before = [self.latest.get(suffix, -1) for suffix in suffixes]
+            self.latest.update(dict.fromkeys(suffixes, place))
+            longest = next((i for i, end in enumerate(before) if end >= 0), len(before))
+            self.agree.append(len(before) - longest)
+            self.repeats.append(before[longest] if longest < len(before) else -1)
+            self.before.append(before)
+        return same and 0 < old < len(text)
+
+    def suffixes(self) -> list[tuple[int, ...]]:
+        """The last tokens, the longest suffix first."""
+        last = tuple(self.text[-self.ngram :])
+        return [last[i:] for i in range(len(last))]
+
+    def forget(self, end: int) -> None:
+        """All places from `end` on; those below, too, if it is quicker to take them in again."""
+        if end < len(self.text) - end:
             self.clear()
-        for token in text[len(self.text) :]:
-            self.text.append(token)
-            suffixes = [tuple(self.text[-n:]) for n in range(min(self.ngram, len(self.text)), 0, -1)]
-            self.repeats.append(next((self.latest[s] for s in suffixes if s in self.latest), -1))
-            self.latest.update((suffix, len(self.text) - 1) for suffix in suffixes)
+        while len(self.text) > end:
+            for suffix, place in zip(self.suffixes(), self.before.pop()):
+                if place < 0:
+                    del self.latest[suffix]
+                else:
+                    self.latest[suffix] = place
+            for values in (self.text, self.repeats, self.agree):
+                values.pop()
+
+    def guess(self, count: int, place: int = -1) -> list[int]:
+        """What may follow a place that repeats another. What is close to the end is read around in circles: a
+        text that repeats goes on repeating."""
+        place = place % len(self.text)
+        begin = self.repeats[place] + 1
+        said = self.text[begin : min(begin + count, place + 1)]
+        return (said * (count // max(len(said), 1) + 1))[:count]
 
     def accepted(self, place: int, count: int) -> int:
-        """Of `count` tokens proposed behind a place, those that did follow. Drafts go round in circles."""
-        repeat = self.repeats[place]
-        for i in range(count):
-            if self.text[repeat + 1 + i % (place - repeat)] != self.text[place + 1 + i]:
-                return i
-        return count
+        """Of `count` tokens proposed behind a place, those that did follow."""
+        pairs = zip(self.guess(count, place), self.text[place + 1 : place + 1 + count])
+        return next((i for i, (ours, said) in enumerate(pairs) if ours != said), count)
 
-    def replay(self, back: int, most: int, count: int) -> tuple[int, int, int]:
-        """Decode the last `back` tokens again, but for the very last, of which it is not known yet what
-        follows `most`; with drafts of `count` tokens, or none where nothing repeats -> tokens, steps, drafts.
-        """
-        last = len(self.text) - 1 - most
-        first = place = max(last - back + 1, 0)
-        steps = drafts = 0
-        while place <= last:
-            found = self.repeats[place] >= 0
-            steps, drafts = steps + 1, drafts + found
-            place += 1 + (self.accepted(place, count) if found else 0)
-        return place - first, steps, drafts
+    def replay(self, place: int, count: int) -> int | None:
+        """Tokens that a step from a place would have brought, with a draft of `count` tokens if it repeats
+        another; None if the text does not go on for long enough to tell."""
+        accepted = self.accepted(place, count) if self.agree[place] else 0
+        return 1 + accepted if place + 1 + accepted < len(self.text) else None
 
 
+CHAIN_SIZES = (2, 4, 8)  # nodes of what a small model writes, where the length is chosen step by step
 UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one token
 
 
@@ -1182,7 +1242,7 @@ class SequentialDrafter(Drafter):
         drafted, sure, count = [root], state.active[:, None], torch.zeros_like(start)
         most = n or self.max_nodes
         if n is None and self.needs_costs:
-            most = self.pace.best({n: self.pace.expected(n - 1) for n in CHAIN_SIZES})
+            most = self.pace.best({n: self.pace.acceptance.expected(n - 1) for n in CHAIN_SIZES})
         for more in self.calls if most == self.max_nodes else [1] * (most - 1):
             tokens, confident = self.write_some(fed, start, last, state.seed, more)  # [B, more] each
             sure = sure[:, -1:] & confident
@@ -1528,6 +1588,7 @@ class Level:
         above verified them, so that the drafter must read them again.
         """
         self.model, self.drafter, self.setup, self.stats = model, drafter, setup, Stats()
+        self.clock = Clock()
         self.taps = drafter.taps(model.config.num_layers)
         self.verify_steps: dict[int, Callable] = {}  # by number of nodes
         # Tokens that a text may have gained since the drafter was last asked, beside its draft and the one
@@ -1818,8 +1879,8 @@ class AutoDrafter(Drafter):
     and is fed to it in one chunk, as a prompt is, when its turn comes; it goes on as if never interrupted.
     """
 
-    TURN, TRIAL, CURIOSITY = 12, 6, 0.003  # tokens of a text; steps; share of the time
-    CORRECTION = 0.1  # share of what costs seem to be wrong by: a few steps say little on a busy machine
+    TURN, TRIAL, CURIOSITY = 16, 6, 0.003  # tokens of a text; steps; share of the time
+    STAY = 2  # turns in which the feeding before must have paid for itself
 
     def __init__(self, drafters: dict[str, Drafter]):
         """BadInput where two of them want different features of the target: there is one place for them."""
@@ -1858,13 +1919,13 @@ class AutoDrafter(Drafter):
         self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
         self.nested = level.behind > 0  # then rows come and go between two drafts
         self.current = self.leader = "autoregressive"  # who drafts; who would, if this were no trial
-        self.on_trial, self.steps, self.tokens, self.why = False, 0, 0.0, ""  # of this turn
+        self.rates: dict[str, float] = {}  # by which that was chosen
+        self.on_trial, self.steps, self.tokens, self.cost = False, 0, 0.0, 0.0  # of this turn
         self.turns = dict.fromkeys(self.drafters, 0)
+        self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put it in charge
         self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
-        # Seconds: of all steps, of feeding in the last one, and of the last choice.
+        # Costs: of all steps, of feeding in the last one, and of the last choice.
         self.elapsed = self.catching_up = self.choosing = 0.0
-        # Of this turn, as they were and as estimated, and the ratio of the two in the turn before, and whose.
-        self.turn_seconds, self.turn_estimate, self.slowness, self.previous = 0.0, 0.0, 1.0, ""
 
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():
@@ -1900,11 +1961,9 @@ class AutoDrafter(Drafter):
 
     def choose(self, state: State) -> tuple[str, bool]:
         """Who is in charge next, and whether that is a trial."""
-        self.rates = rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
-        order = sorted(rates, key=rates.__getitem__, reverse=True)
-        # A change costs something, and rates are not known better than that.
-        close = rates[self.leader] > 0.97 * rates[order[0]]
-        self.leader = self.leader if close and order[0] != "autoregressive" else order[0]
+        self.rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
+        order = sorted(self.rates, key=self.worth, reverse=True)
+        self.leader = order[0]
         for name in order:
             if not self.turns[name] and self.could_win(name):
                 return name, name != self.leader
@@ -1914,6 +1973,13 @@ class AutoDrafter(Drafter):
             if name != self.leader and wasted < self.CURIOSITY * self.elapsed:
                 return name, True
         return self.leader, False
+
+    def worth(self, name: str) -> float:
+        """Tokens per second in the next turns, if it were in charge. A little more for who is: rates are not
+        known better than that."""
+        tokens, rate = self.STAY * self.TURN, (1.02 if name == self.leader else 1.0) * self.rates[name]
+        feeding = 0.0 if name == self.current else self.feeding[name]
+        return tokens * rate / (tokens + rate * feeding)
 
     def could_win(self, name: str) -> bool:
         """Would it be faster than the best one is, if all of its drafts were accepted?"""
@@ -1929,53 +1995,43 @@ class AutoDrafter(Drafter):
         reason = "on trial" if self.on_trial else "the fastest"
         return f"{self.current} drafts, {reason}; tokens/s by costs and acceptance: {', '.join(parts)}"
 
-    def compare(self) -> None:
-        """At the end of a turn: was it as slow, against what its steps were thought to cost, as the one
-        before? If that was another drafter's, the costs of this one are corrected a little."""
-        slowness = self.turn_seconds / self.turn_estimate
-        self.turns[self.current] += 1
-        if self.previous not in ("", self.current):
-            factor = min(max(slowness / self.slowness, 0.5), 2.0) ** self.CORRECTION
-            self.drafters[self.current].pace.correct(factor)
-            slowness /= factor
-        self.previous, self.slowness = self.current, slowness
-        self.turn_seconds = self.turn_estimate = self.tokens = 0.0
-        self.steps = 0
-
     def turn_is_over(self) -> bool:
         if self.on_trial or self.steps == 0:
             return self.steps in (0, self.TRIAL)
-        # Looking back takes its time, too: of a small model, as much as a step.
-        return self.tokens >= self.TURN and self.turn_seconds > 20 * self.choosing
+        # Choosing takes its time, too: of a small model, as much as a step.
+        return self.tokens >= self.TURN and self.cost > 40 * self.choosing
+
+    def change(self, state: State) -> None:
+        """End a turn, and begin the next."""
+        begin = time.perf_counter()
+        if self.steps > 0:
+            self.turns[self.current] += 1
+        self.steps, self.tokens, self.cost = 0, 0.0, 0.0
+        chosen, self.on_trial = self.choose(state)
+        chose = time.perf_counter()
+        self.choosing = (chose - begin) / self.pace.clock.slowness
+        if chosen != self.current:
+            self.catch_up(state, chosen)
+            self.catching_up = (time.perf_counter() - chose) / self.pace.clock.slowness
+            self.feeding[chosen] = (self.feeding[chosen] + self.catching_up) / 2
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.catching_up = 0.0
         if self.turn_is_over():
-            if self.steps > 0:
-                self.compare()
-            begin = time.perf_counter()
-            chosen, self.on_trial = self.choose(state)
-            self.choosing = time.perf_counter() - begin
-            if chosen != self.current:
-                begin = time.perf_counter()
-                self.catch_up(state, chosen)
-                self.catching_up = time.perf_counter() - begin
-            self.why = self.explain()
+            self.change(state)
         draft = self.drafters[self.current].propose(state, n)
-        draft.max_depth, draft.drafter, draft.why = self.depths[draft.tokens.shape[1]], self.current, self.why
+        draft.max_depth, draft.drafter = self.depths[draft.tokens.shape[1]], self.current
         return draft
 
     def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
         name, drafter = draft.drafter, self.drafters[draft.drafter]
-        drafter.learn(draft, verified, seconds - self.catching_up)
-        estimate = drafter.pace.seconds[draft.tokens.shape[1]]
-        self.turn_seconds += seconds - self.catching_up
-        self.turn_estimate += estimate
-        self.elapsed += estimate + self.catching_up
+        cost = drafter.pace.seconds[draft.tokens.shape[1]]
+        drafter.learn(draft, verified, seconds - self.catching_up * self.pace.clock.slowness)
+        self.elapsed += cost + self.catching_up
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        self.steps, self.tokens, self.cost = self.steps + 1, self.tokens + tokens, self.cost + cost
         if self.on_trial:
-            wasted = estimate + self.catching_up - tokens / self.rates[self.leader]
+            wasted = cost + self.catching_up - tokens / self.rates[self.leader]
             self.wasted[name] = max(self.wasted[name] + wasted, 0.0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,26 @@ NEEDS_EQUAL_ROWS = pytest.mark.skipif(
 SHARED = ROOT.parent / "shared"
 SHIPPED_TARGET, SHIPPED_SMALL = ROOT / "models" / "python-7m", ROOT / "models" / "python-1m"
 SHIPPED_HEAD, SMALL_HEAD = ROOT / "models" / "python-7m-eagle", ROOT / "models" / "python-1m-eagle"
+
+
+def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tuple[Tensor, Tensor]:
+    """The slow twin of `TextIndex`: what followed the longest suffix of up to `ngram` tokens.
+
+    text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1],
+    found bool [B]. What follows a place close to the end is read around in circles: a text that repeats goes
+    on repeating.
+    """
+    place = torch.arange(text.shape[1], device=text.device)
+    matched, score = place < length[:, None], torch.zeros_like(text)  # [B, slots] each
+    for i in range(ngram):  # matched: the i + 1 tokens that end here are the last i + 1 tokens of the text
+        last = text.gather(1, (length[:, None] - i).clamp(min=0))  # [B, 1]
+        matched = matched & (text.roll(i, dims=1) == last) & (place >= i) & (length[:, None] >= i)
+        score = score + matched
+    best, place = torch.where(score > 0, score * text.shape[1] + place, -1).max(dim=1)  # [B] each
+    period = (length - place).clamp(min=1)[:, None]  # [B, 1]
+    index = place[:, None] + 1 + torch.arange(count, device=text.device) % period  # [B, count]
+    root = text.gather(1, length[:, None])
+    return torch.cat((root, text.gather(1, index)), dim=1), best >= 0
 
 
 def random_model(seed: int = 0, sharpness: float = 6.0, **changes) -> Transformer:

@@ -13,6 +13,7 @@ from conftest import (
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     collect,
+    find_repetition,
     guessing_head,
     held_out_prompts,
     noisy_copy,
@@ -40,7 +41,6 @@ from gpt_spec import (
     accept,
     cache_length,
     causal_attention,
-    find_repetition,
     generate,
     tree_geometry,
 )

@@ -527,7 +527,7 @@ def test_the_pace_chooses_what_is_fastest():
         pace = Pace(seconds)
         for _ in range(500):
             n = pace.best(expected)
-            pace.count(expected[n], n)
+            pace.count(expected[n], n, seconds[n])
         rates = {n: expected[n] / seconds[n] for n in seconds}
         assert rates[pace.best(expected)] == max(rates.values())
 

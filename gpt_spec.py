@@ -853,11 +853,26 @@ class Acceptance:
         return self.sums[min(depth, self.DEPTHS)]
 
 
-@dataclass
 class Clock:
-    """How slow the machine is now, against what the steps of a level were measured to take."""
+    """How slow the machine is now, against what the steps of a level are thought to cost."""
 
-    slowness: float = 1.0
+    def __init__(self):
+        # Of the last steps: whose it was and how large, and the logarithm of seconds divided by cost.
+        self.recent: deque[tuple[tuple[int, int], float]] = deque(maxlen=32)
+
+    @property
+    def slowness(self) -> float:
+        return math.exp(sum(log for _, log in self.recent) / max(len(self.recent), 1))
+
+    def surprise(self, kind: tuple[int, int], ratio: float) -> float:
+        """By what factor a step took longer than others of late, each for its cost; 1 if there were too few.
+
+        `kind` is its drafter and size: only steps of other kinds tell whether the machine is to blame.
+        """
+        log = math.log(ratio)
+        others = [other for its, other in self.recent if its != kind]
+        self.recent.append((kind, log))
+        return math.exp(log - sum(others) / len(others)) if len(others) > 5 else 1.0
 
 
 @dataclass
@@ -865,7 +880,7 @@ class Pace:
     """What a drafter learns while it is used: what a step with n nodes costs, measured before it decodes;
     how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
 
-    CORRECTION = 0.02  # share of what a cost seems to be wrong by: a step says little on a busy machine
+    CORRECTION = 0.05  # share of what a cost seems to be wrong by: a step says little on a busy machine
 
     seconds: dict[int, float] = field(default_factory=dict)  # of a step with n nodes, drafting included
     clock: Clock = field(default_factory=Clock)  # one for all drafters of a level
@@ -888,12 +903,9 @@ class Pace:
             self.correct(nodes, seconds)
 
     def correct(self, nodes: int, seconds: float) -> None:
-        """A step that takes longer than those around it did, each against its cost, costs more than thought;
-        if all of them do, the machine has become slower."""
-        surprise = seconds / (self.seconds[nodes] * self.clock.slowness)
-        surprise = min(max(surprise, 0.5), 2.0)  # a hiccup counts for little
-        self.clock.slowness *= surprise**0.2
-        self.seconds[nodes] *= surprise**self.CORRECTION
+        """A step that takes longer than others around it, each for its cost, costs more than was thought."""
+        surprise = self.clock.surprise((id(self), nodes), seconds / self.seconds[nodes])
+        self.seconds[nodes] *= min(max(surprise, 0.5), 2.0) ** self.CORRECTION  # a hiccup counts for little
 
     def best(self, expected: dict[int, float]) -> int:
         """The number of nodes to verify, given the accepted tokens that are expected of each.
@@ -1016,12 +1028,16 @@ class LookupDrafter(Drafter):
     """Prompt lookup: what followed the last few tokens when they occurred before (arXiv 2304.04487).
 
     The more tokens agree with those before, the likelier is what followed them. So acceptance is counted for
-    every number of tokens that agree, and where the length of a draft is not given, each draft is as long as
-    pays for its number, or empty. What would have been accepted can be looked up whoever drafted, too.
+    every number of tokens that agree, and where the length of drafts is not given, each is as long as pays
+    for its number, or empty.
+
+    What became of a draft can be looked up, whoever drafted. So a second decoding follows the first: as soon
+    as a text is long enough to tell, it takes the step that this drafter would have taken, and learns from
+    what it would have brought.
     """
 
     SIZES = (4, 8, 16)  # nodes, where the length of each draft is chosen
-    LOOKBACK, MOOD, LASTING = 24, 0.4, 0.9  # tokens that `rate` looks at; their weight; that of those before
+    FADES = (0.96, 0.998)  # what a token counts after the next one: in the rate of late, and of long
 
     def __init__(self, speculate_k: int | None = 4, ngram: int = 6):
         """`speculate_k` None: as many tokens as pay. `ngram`: that agree, at most."""
@@ -1032,20 +1048,30 @@ class LookupDrafter(Drafter):
         super().start(level)
         self.indices = [TextIndex(self.ngram) for _ in range(level.setup.batch_size)]
         self.acceptance = [Acceptance() for _ in range(self.ngram + 1)]  # by the number of tokens that agree
-        self.replayed = [0.0, 0.0]  # tokens, and what they would have cost
+        self.replayed = dict.fromkeys(self.FADES, (0.0, 0.0))  # tokens, and what they would have cost
 
     def follow(self, state: State) -> list[TextIndex | None]:
-        """Take in what texts have gained, and what became of a draft, or would have -> by row, None where no
-        text is decoded."""
-        active, lengths = state.active.tolist(), state.length.tolist()
-        for row in compress(range(len(active)), active):
-            index = self.indices[row]
-            before = len(index.text) - 1
-            if index.follow(state.tokens[row, : lengths[row] + 1].tolist()) and index.agree[before]:
-                known = min(len(index.text) - 1 - before, self.max_nodes - 1)
-                accepted = index.accepted(before, known)
-                self.acceptance[index.agree[before]].count(accepted, known)
-        return [index if decoded else None for index, decoded in zip(self.indices, active)]
+        """Take in what texts have gained -> by row, None where no text is decoded."""
+        indices: list[TextIndex | None] = []
+        for row, (active, length) in enumerate(zip(state.active.tolist(), state.length.tolist())):
+            indices.append(self.indices[row] if active else None)
+            if active:
+                self.indices[row].follow(state.tokens[row, : length + 1].tolist())
+        self.replay([index for index in indices if index])
+        return indices
+
+    def replay(self, indices: list[TextIndex]) -> None:
+        """Take the steps that can be told by now."""
+        while known := [pair for index in indices if (pair := (index, index.ahead(self.max_nodes - 1)))[1]]:
+            n = self.choose([index.agree[index.place] for index, _ in known])
+            for index, most in known:
+                if agree := index.agree[index.place]:
+                    self.acceptance[agree].count(most - 1, self.max_nodes - 1)
+                index.place += min(most, n)
+            tokens, cost = sum(min(most, n) for _, most in known) / len(known), self.pace.seconds.get(n, 0.0)
+            for fade, (all_tokens, all_costs) in self.replayed.items():
+                left = fade**tokens
+                self.replayed[fade] = (left * all_tokens + tokens, left * all_costs + cost)
 
     def choose(self, agree: list[int]) -> int:
         """The number of nodes, given how many tokens of each text agree with some before."""
@@ -1063,24 +1089,11 @@ class LookupDrafter(Drafter):
         return Draft(torch.tensor(tokens, device=device), torch.tensor(parent, device=device), n - 1)
 
     def rate(self, state: State) -> float:
-        """By what it would have been had it drafted the last tokens: that can be looked up, whoever drafted
-        them, and it changes where a text begins to repeat itself. But such moods pass, so it counts together
-        with what has been so for longer."""
-        indices = [index for index in self.follow(state) if index]
-        places = [max(len(index.text) - 1 - self.LOOKBACK, 0) for index in indices]
-        tokens, seconds = 0, 0.0
-        while places:
-            n = self.choose([index.agree[place] for index, place in zip(indices, places)])
-            steps = [index.replay(place, n - 1) for index, place in zip(indices, places)]
-            if None in steps:  # it is not known yet where this one ends
-                break
-            places = [place + step for place, step in zip(places, steps)]
-            tokens, seconds = tokens + sum(steps) / len(steps), seconds + self.pace.seconds[n]
-        if not tokens:
-            return self.pace.rate
-        self.replayed = [self.LASTING * old + new for old, new in zip(self.replayed, (tokens, seconds))]
-        mood, longer = seconds / tokens, self.replayed[1] / self.replayed[0]
-        return 1 / (self.MOOD * mood + (1 - self.MOOD) * longer)
+        """What it would have been had it drafted: of late, since a text that has begun to repeat itself goes
+        on with it; or of long, if that is more, since a text that has not may begin soon."""
+        self.follow(state)
+        rates = [tokens / cost for tokens, cost in self.replayed.values() if cost]
+        return max(rates, default=self.pace.rate)
 
     def draft_sizes(self) -> list[int]:
         return [1, *self.sizes]
@@ -1100,13 +1113,13 @@ class TextIndex:
         self.repeats: list[int] = []  # by place: where its longest suffix ended before, or -1
         self.agree: list[int] = []  # and the length of that suffix, at most `ngram`
         self.before: list[list[int]] = []  # and where each suffix ended before, the longest first
+        self.place = -1  # of the decoding that follows the first one; negative: it begins at the end
 
-    def follow(self, text: list[int]) -> bool:
-        """Take in what the text has gained; what is not in it any more is forgotten. Has it only gained?"""
-        old, same = len(self.text), self.text == text[: len(self.text)]
-        if not same:
-            pairs = zip(self.text, text)
-            self.forget(next((i for i, (a, b) in enumerate(pairs) if a != b), min(old, len(text))))
+    def follow(self, text: list[int]) -> None:
+        """Take in what the text has gained; what is not in it any more is forgotten."""
+        if self.text != text[: len(self.text)]:
+            pairs = enumerate(zip(self.text, text))
+            self.forget(next((i for i, (a, b) in pairs if a != b), min(len(self.text), len(text))))
         for place in range(len(self.text), len(text)):
             self.text.append(text[place])
             suffixes = self.suffixes()
@@ -1116,7 +1129,7 @@ class TextIndex:
             self.agree.append(len(before) - longest)
             self.repeats.append(before[longest] if longest < len(before) else -1)
             self.before.append(before)
-        return same and 0 < old < len(text)
+        self.place = self.place if 0 <= self.place < len(text) else len(text) - 1
 
     def suffixes(self) -> list[tuple[int, ...]]:
         """The last tokens, the longest suffix first."""
@@ -1149,11 +1162,12 @@ class TextIndex:
         pairs = zip(self.guess(count, place), self.text[place + 1 : place + 1 + count])
         return next((i for i, (ours, said) in enumerate(pairs) if ours != said), count)
 
-    def replay(self, place: int, count: int) -> int | None:
-        """Tokens that a step from a place would have brought, with a draft of `count` tokens if it repeats
-        another; None if the text does not go on for long enough to tell."""
-        accepted = self.accepted(place, count) if self.agree[place] else 0
-        return 1 + accepted if place + 1 + accepted < len(self.text) else None
+    def ahead(self, count: int) -> int:
+        """Tokens that a step from `place` would have brought, with a draft of `count` if it repeats another
+        place; 0 if the text is too short to tell."""
+        known = len(self.text) - 1 - self.place
+        accepted = self.accepted(self.place, min(count, known)) if self.agree[self.place] else 0
+        return 1 + accepted if accepted < known else 0
 
 
 CHAIN_SIZES = (2, 4, 8)  # nodes of what a small model writes, where the length is chosen step by step
@@ -1662,7 +1676,7 @@ class Level:
     def time_steps(self, drafter: Drafter, n: int) -> list[float]:
         """Seconds of some steps of n nodes; a few before them bring what they need into the caches."""
         times = []
-        while len(times) < 2 or (len(times) < 6 and sum(times) < 0.2):
+        while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
             self.state.length.fill_(self.setup.slots // 2)
             begin = time.perf_counter()
             draft = drafter.propose(self.state, n)
@@ -1977,9 +1991,10 @@ class AutoDrafter(Drafter):
     def worth(self, name: str) -> float:
         """Tokens per second in the next turns, if it were in charge. A little more for who is: rates are not
         known better than that."""
-        tokens, rate = self.STAY * self.TURN, (1.02 if name == self.leader else 1.0) * self.rates[name]
-        feeding = 0.0 if name == self.current else self.feeding[name]
-        return tokens * rate / (tokens + rate * feeding)
+        tokens, rate = self.STAY * self.TURN, self.rates[name]
+        if name == self.current:
+            return 1.05 * rate
+        return tokens * rate / (tokens + rate * self.feeding[name])
 
     def could_win(self, name: str) -> bool:
         """Would it be faster than the best one is, if all of its drafts were accepted?"""

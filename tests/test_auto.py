@@ -162,7 +162,7 @@ def lookup_on(*texts: torch.Tensor, costs: dict[int, float], lucky: int = 0) -> 
     drafter.pace = Pace()
     drafter.indices = [TextIndex(drafter.ngram) for _ in texts]
     drafter.acceptance = [Acceptance() for _ in range(drafter.ngram + 1)]
-    drafter.replayed = [0.0, 0.0]
+    drafter.replayed = dict.fromkeys(drafter.FADES, (0.0, 0.0))
     drafter.set_costs(costs)
     for each in drafter.acceptance * lucky:
         each.count(15, 15)
@@ -177,32 +177,43 @@ FRESH, LOOP = torch.randperm(200), torch.arange(10).repeat(20)
 COSTS = {1: 1.0, 4: 1.5, 8: 2.0, 16: 4.0}
 
 
+def rate_after(drafter: LookupDrafter, state: State, tokens: int) -> float:
+    """The texts gain tokens one by one, whoever says them."""
+    drafter.rate(state)
+    for _ in range(tokens):
+        state.length += 1
+        drafter.follow(state)
+    return drafter.rate(state)
+
+
 def test_lookup_looks_back():
-    """Its rate is what it would have been in the last tokens: high where a text has begun to repeat."""
+    """Its rate is what it would have been, whoever drafted: high where a text repeats itself."""
     drafter, state = lookup_on(FRESH, costs=COSTS)
-    assert drafter.rate(state) == pytest.approx(1.0)
+    assert rate_after(drafter, state, 40) == pytest.approx(1.0)
     drafter, state = lookup_on(LOOP, costs=COSTS, lucky=100)
-    assert drafter.rate(state) == pytest.approx(4.0)  # 8 tokens for 2.0, or 16 for 4.0
+    assert rate_after(drafter, state, 40) == pytest.approx(4.0)  # 8 tokens for 2.0, or 16 for 4.0
 
 
 def test_in_a_batch_one_draft_makes_all_rows_longer():
     """Two texts, one of which repeats itself: a step costs what the draft of the one costs."""
     drafter, state = lookup_on(FRESH, LOOP, costs={1: 1.0, 4: 1.5, 8: 2.0, 16: 9.0}, lucky=100)
-    assert drafter.rate(state) == pytest.approx((1 + 8) / 2 / 2.0)
-    state.active[0] = False
-    drafter.replayed = [0.0, 0.0]
-    assert drafter.rate(state) == pytest.approx(4.0)
+    drafter.follow(state)
+    state.length += 1 + 15  # enough to tell one step of each
+    drafter.follow(state)
+    assert [index.place for index in drafter.indices] == [150 + 16, 150 + 8]  # the first one went on alone
+    [(tokens, costs), _] = drafter.replayed.values()
+    assert 0.3 < tokens / costs < (1 + 8) / 2 / 2.0 + 15
 
 
-def test_a_mood_counts_together_with_what_has_been_so_for_longer():
-    """A text that has just begun to repeat itself goes on half the time."""
-    drafter, state = lookup_on(FRESH, costs=COSTS)
-    for _ in range(30):
-        drafter.rate(state)
-    state.tokens[:] = LOOP
-    drafter.acceptance = lookup_on(LOOP, costs=COSTS, lucky=100)[0].acceptance
-    longer = (9 * 24 + 24) / (9 * 24 * 1.0 + 24 / 4.0)
-    assert drafter.rate(state) == pytest.approx(1 / (0.4 / 4.0 + 0.6 / longer), rel=0.02)
+def test_a_mood_passes_but_what_lasts_counts():
+    """Where a text has stopped repeating itself, it is known that it used to."""
+    text = torch.cat((torch.arange(10).repeat(30), 100 + torch.randperm(60)))
+    drafter, state = lookup_on(text[:200], costs=COSTS, lucky=100)
+    state.tokens = text[None]
+    in_a_loop = rate_after(drafter, state, 130)
+    later = rate_after(drafter, state, 60)
+    [late, long] = (tokens / costs for tokens, costs in drafter.replayed.values())
+    assert in_a_loop == pytest.approx(4.0, rel=0.05) and late < 2 < later == long < in_a_loop
 
 
 def test_lookup_learns_what_to_make_of_a_repetition():
@@ -217,13 +228,13 @@ def test_lookup_learns_what_to_make_of_a_repetition():
         state.length.fill_(length)
         drafter.follow(state)
     few, many = drafter.acceptance[1], drafter.acceptance[6]
-    assert few.kept[0] / few.tried[0] < 0.3 and many.kept[0] / many.tried[0] > 0.8
+    assert few.kept[0] / few.tried[0] < 0.3 and many.kept[0] / many.tried[0] > 0.6
     sizes = {}
     for offset in (12, 50):
         state.length.fill_(60 * 80 + offset)
         draft = drafter.propose(state)
         sizes[offset] = draft.tokens.shape[1]
-    assert sizes[12] > 1 and sizes[50] == 1
+    assert sizes[12] >= 8 and sizes[50] == 1
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3, 6])
@@ -252,37 +263,45 @@ def test_an_index_finds_what_searching_finds(ngram):
                     assert index.accepted(place, count) == expected
 
 
-def test_hindsight_equals_asking_then(target):
-    """The slow twin: go back, and propose step by step."""
-    drafter = LookupDrafter(None)
-    decoder = Decoder(target, drafter, Sampling(), 256, compile=False)
-    drafter.set_costs(COSTS)
-    drafter.pace.correct = lambda nodes, seconds: None
-    list(decoder.run([10 * [3, 4, 5, 6]], 150))
-    state = decoder.state
-    state.active.fill_(True)
-    end, text = int(state.length), state.tokens[0].tolist()
-    rate = drafter.rate(state)
-    first = place = end - drafter.LOOKBACK
-    seconds = 0.0
-    drafter.acceptance = [Frozen(each) for each in drafter.acceptance]  # as it is now
-    while True:
-        state.length.fill_(place)
-        draft = drafter.propose(state)
-        guess, said = draft.tokens[0, 1:].tolist(), text[place + 1 : end + 1]
-        kept = next((i for i, (ours, theirs) in enumerate(zip(guess, said)) if ours != theirs), None)
-        kept = min(len(guess), len(said)) if kept is None else kept
-        if place + 1 + kept > end:
-            break
-        place, seconds = place + 1 + kept, seconds + COSTS[len(guess) + 1]
-    assert seconds > 0 and rate == pytest.approx((place - first) / seconds)
+def test_hindsight_equals_drafting(target):
+    """What it would have brought while somebody else drafted is what it brings: the same steps, at the same
+    places, of the same sizes."""
+    prompt = 10 * [3, 4, 5, 6]
+    ours, theirs = LookupDrafter(None), LookupDrafter(None)
+    for drafter in (ours, theirs):
+        drafter.needs_costs = False
+
+    class Watching(Drafter):
+        """Drafts nothing, and has `theirs` look on."""
+
+        def start(self, level):
+            super().start(level)
+            theirs.start(level)
+
+        def propose(self, state, n=None):
+            theirs.follow(state)
+            return super().propose(state)
+
+    places, replayed = [], []
+    for drafter, seen in ((ours, places), (Watching(), replayed)):
+        decoder = Decoder(target, drafter, Sampling(), 256, compile=False)
+        looking = ours if drafter is ours else theirs
+        looking.pace.start(dict(COSTS), {1: 0})
+        looking.pace.correct = lambda nodes, seconds: None
+        looking.pace.count = lambda tokens, nodes, seconds: None  # the rate stays
+        looking.acceptance = [Frozen() for _ in looking.acceptance]
+        for _ in decoder.run([prompt], 150):
+            seen.append(int(decoder.state.length[0]) if drafter is ours else theirs.indices[0].place)
+    assert len(places) > 5 and set(places[:-5]) <= set(replayed) | {len(prompt)}
+    assert set(replayed[:-20]) - {-1} <= set(places)
 
 
 class Frozen(Acceptance):
-    """Does not learn any more."""
+    """Does not learn any more: three of four."""
 
-    def __init__(self, other: Acceptance):
-        self.kept, self.tried, self.sums = other.kept, other.tried, []
+    def __init__(self):
+        super().__init__()
+        self.kept = [0.75 * tried for tried in self.tried]
 
     def count(self, accepted: int, drafted: int) -> None:
         pass

@@ -1037,6 +1037,7 @@ class LookupDrafter(Drafter):
     """
 
     SIZES = (4, 8, 16)  # nodes, where the length of each draft is chosen
+    SHARED = 0.7  # what a token is worth in a batch: found by trying
     FADES = (0.96, 0.998)  # what a token counts after the next one: in the rate of late, and of long
 
     def __init__(self, speculate_k: int | None = 4, ngram: int = 6):
@@ -1076,8 +1077,10 @@ class LookupDrafter(Drafter):
     def choose(self, agree: list[int]) -> int:
         """The number of nodes, given how many tokens of each text agree with some before."""
         found = [self.acceptance[count] for count in agree if count]
-        worth = {1: 0.0} | {n: sum(each.expected(n - 1) for each in found) for n in self.sizes}
-        return self.pace.best({n: total / max(len(agree), 1) for n, total in worth.items()})
+        # A token that one of several texts does not gain now it may gain in a step that others need anyway.
+        weight = 1.0 if len(agree) == 1 else self.SHARED / max(len(agree), 1)
+        worth = {n: weight * sum(each.expected(n - 1) for each in found) for n in self.sizes}
+        return self.pace.best({1: 0.0} | worth)
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         indices, device = self.follow(state), state.length.device

@@ -417,8 +417,9 @@ def compare(
 
     Per decoder: tokens per step (tau), seconds of drafting in a step (of `auto`, with catching up), T(n)
     averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the prompts'
-    ratios), and what the cost model makes of the first three, tau * T(1) / (drafting + T(n)). T(n) is
-    measured apart from the texts, `effort` being the turns and the calls in each.
+    ratios), and what the cost model makes of the first three, tau * T(1) / (drafting + T(n)). T(n) / T(1) is
+    measured apart from the texts, `effort` being the turns and the calls in each; T(1) is what a step of the
+    first decoder took in them, since the machine may be slower by then, and drafting was.
 
     `over` names the decoder of the bf16 target, if the others are to be compared with it as well. Its own
     texts are not those of the others, and it gets no row. With a `note`, which ends every line and row,
@@ -437,10 +438,12 @@ def compare(
                 runs[name].append(run)
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
-    rows = {}
+    rows, first = {}, sum(run.seconds for run in runs[base]) / sum(run.steps for run in runs[base])
+    slowness = first / cost[base][1]
     for name in decoders:
         if name == base or name != over:
-            rows[name] = summarize(totals[name], runs[name], runs[base], cost[name], cost[base][1])
+            seconds = {n: slowness * apart for n, apart in cost[name].items()}
+            rows[name] = summarize(totals[name], runs[name], runs[base], seconds, first)
             rows[name] |= by_category(used, runs[name], runs[base])
             different = {"different_texts": count_different(runs[name], runs[base])}
             rows[name] |= {"note": note} if note else different
@@ -448,7 +451,7 @@ def compare(
             ratio = cost[over][1] / cost[base][1]
             rows[name]["speedup_over_bf16"] = quartiles(speed_ratios(runs[name], runs[over]))
             rows[name]["predicted_over_bf16"] = rows[name]["predicted"] * ratio
-    print_rows(rows, cost[base][1])
+    print_rows(rows, first)
     return rows
 
 

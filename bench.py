@@ -1,6 +1,6 @@
 """bench.py: what speculation costs and brings on this machine, measured.
 
-    python bench.py all         # every report below with the settings of the README, then the figures
+    python bench.py all         # every report below with the settings of the README, tables and figures
     python bench.py cost        # T(n): one target forward over n tokens, and what drafting costs
     python bench.py methods     # every method in three precisions: tokens/s, tokens per step, speedup
     python bench.py auto        # `auto` against every fixed method: models, precisions, batch sizes
@@ -1642,14 +1642,15 @@ STUDY = {  # file -> the report and the settings that it comes from: all tables 
 
 
 def run_study(results: Path, only_list: bool) -> int:
-    """Every report of `STUDY` in a process of its own, one after another, and then the figures -> exit
+    """Every report of `STUDY` in a process of its own, one after another, then tables and figures -> exit
     status: 1 if something failed, which keeps none of the others from running."""
     here, failed = Path(__file__).resolve().parent, []
     commands = {
         name: ["bench.py", *flags.split(), "--output", str(results / name)] for name, flags in STUDY.items()
     }
-    folders = ["--results", str(results), "--output", str(results.parent / "figures")]
-    commands["the figures"] = ["scripts/draw.py", *folders]
+    for script, output in (("tables", "tables.md"), ("draw", "figures")):
+        folders = ["--results", str(results), "--output", str(results.parent / output)]
+        commands[f"the {output}"] = [f"scripts/{script}.py", *folders]
     for name, (script, *flags) in commands.items():
         print(" ".join(["python", script, *flags]), flush=True)
         if not only_list and subprocess.run([sys.executable, here / script, *flags]).returncode:

@@ -14,6 +14,7 @@ from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import draw  # noqa: E402
+import tables  # noqa: E402
 
 TINY = ModelConfig(256, 128, 256, 2, 2, 1, 64, 1024)
 
@@ -129,14 +130,15 @@ def test_the_study_makes_all_that_figures_are_drawn_from():
         args = bench.build_parser().parse_args([*flags.split(), "--output", name])
         bench.check_arguments(args)
         assert args.prompts and args.precisions
-    for name, command in draw.SOURCES.items():
+    for name, command in tables.COMMANDS.items():
         assert command == f"python bench.py {bench.STUDY[name]}"
+    assert set(draw.SOURCES) < set(tables.COMMANDS) == set(tables.TABLES)
 
 
 def test_listing_the_study_runs_nothing(capsys, tmp_path):
     assert bench.main(["all", "--list", "--results", str(tmp_path / "none")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(bench.STUDY) + 1 and not (tmp_path / "none").exists()
+    assert len(lines) == len(bench.STUDY) + 2 and not (tmp_path / "none").exists()
     assert lines[-1].startswith("python scripts/draw.py")
 
 

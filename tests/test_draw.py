@@ -9,6 +9,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import draw  # noqa: E402
+import tables  # noqa: E402
 
 NEEDS_MATPLOTLIB = pytest.mark.skipif(draw.matplotlib is None, reason="matplotlib is not installed")
 
@@ -20,6 +21,12 @@ def row(speedup: float) -> dict:
         "speedup_over_bf16": both,
         "predicted": 1.05 * speedup,
         "against_auto": both,
+        "tokens_per_step": 2.0,
+        "drafting_seconds": 1e-3,
+        "verification_seconds": 2e-3,
+        "tokens_per_second": 500.0,
+        "time_to_first_token_seconds": 0.01,
+        "different_texts": 0,
     }
 
 
@@ -28,8 +35,10 @@ def write_results(folder) -> None:
     cost = {p: {"verification": {"1": 1.0, "8": 1.5, "64": k}, "drafting": {}} for p, k in PRECISIONS.items()}
     names = ["autoregressive", "lookup K=3", "tree of 60", "tree", "hierarchical", "auto"]
     methods = {p: {name: row(0.5 + i / 4) for i, name in enumerate(names)} for p in PRECISIONS}
-    auto = {f"python-7m {p} batch 1": {"spread": 0.1, "methods": methods[p]} for p in PRECISIONS}
-    synthetic = {p: {name: {"speedup": 1.5, "predicted": 1.4} for name in names} for p in PRECISIONS}
+    verdict = {"ratio": 0.91, "spread": 0.03, "within": False}
+    verdicts = {"against_best_fixed": verdict, "against_autoregressive": verdict, "chosen": {"tree": 3}}
+    auto = {f"python-7m {p} batch 1": {"methods": methods[p]} | verdicts for p in PRECISIONS}
+    synthetic = {p: {name: row(1.5) | {"note": "drawn"} for name in names} for p in PRECISIONS}
     for name, results in {
         "cpu_cost.json": cost,
         "cpu_cost_1b.json": cost,
@@ -77,3 +86,28 @@ def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "--results", tmp_path) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "pip install matplotlib" in line
+
+
+def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
+    write_results(tmp_path)
+    quality = {"bf16": {"perplexity": 20.786, "agreement": 1.0, "positions": 9}}
+    about = {"date": "2026-01-01", "torch": "2", "device": "a test", "commit": "0"}
+    (tmp_path / "cpu_quality.json").write_text(json.dumps(about | {"results": quality}))
+    output = tmp_path / "tables.md"
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--output", str(output)])
+    assert tables.main() == 0
+    text = output.read_text()
+    assert text.count("\n## ") == len(tables.TABLES) and text.count("a test") == len(tables.TABLES)
+    for cells in (
+        "| `w4a16` | 1000.00 | 1.00 | 1.50 | 9.00 |",
+        "| tree | 2.00 | 0.50 | 1.00 | 500 | 1.31 | 1.25 (1.15 to 1.35) | 1.25 | 10 ms |",
+        "| python-7m bf16 batch 1 | 1.75 (1.65 to 1.85) | hierarchical, 1.50 | 0.91 (range 0.03), **not",
+        "| `bf16` | 20.79 | 100.00% |",
+        "Every row: drawn.",
+        "Predicted and measured differ by 5.0%",
+    ):
+        assert cells in text
+    (tmp_path / "cpu_methods.json").write_text('{"results": {"bf16": 3}}')
+    assert tables.main() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cpu_methods.json" in line and "python bench.py methods" in line and output.read_text() == text

@@ -1,0 +1,165 @@
+"""tables.py: the tables of the study in Markdown, from the JSON files that bench.py writes.
+
+    python scripts/tables.py      # benchmarks/results/*.json -> benchmarks/tables.md, at once
+
+A table whose file is not there is left out. The one idea: nothing is typed; every number of a table is one of
+the file named above it, and the command above it measures that file again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from draw import BASE, SOURCES, describe
+
+COMMANDS = SOURCES | {"cpu_quality.json": "python bench.py quality"}
+Lines = Iterator[str]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def between(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def cost_table(results: dict) -> Lines:
+    """Whole steps for n nodes, and units of drafting, in T(1)."""
+    sizes = list(next(iter(results.values()))["verification"])
+    units = list(dict.fromkeys(unit for costs in results.values() for unit in costs["drafting"]))
+    rows = []
+    for precision, costs in results.items():
+        first, drafting = costs["verification"]["1"], costs["drafting"]
+        cells = [f"{costs['verification'][n] / first:.2f}" for n in sizes]
+        cells += [f"{drafting[unit] / first:.2f}" if unit in drafting else "" for unit in units]
+        rows.append([f"`{precision}`", f"{first * 1e3:.2f}", *cells])
+    yield "T(n) / T(1), and what drafts are made of, in T(1):"
+    yield markdown(["", "T(1), ms", *(f"n = {n}" for n in sizes), *units], rows)
+
+
+def methods_table(results: dict) -> Lines:
+    """One table for each precision: tau is tokens per step, T(n) the mean over the steps."""
+    yield (
+        "tau is tokens per step; drafting and T(n), means over the steps, are in T(1) of the same precision; "
+        "*predicted* is tau T(1) / (drafting + T(n)); speedups are medians of the prompts' ratios (and "
+        "quartiles); the first token includes the drafter's prefill:"
+    )
+    for precision, methods in results.items():
+        first = methods[BASE]["verification_seconds"]
+        columns = [
+            "tau",
+            "drafting",
+            "T(n)",
+            "tokens/s",
+            "predicted",
+            "speedup",
+            "over `bf16`",
+            "first token",
+        ]
+        rows = []
+        for name, row in methods.items():
+            over = row.get("speedup_over_bf16")
+            drafting, verification = row["drafting_seconds"] / first, row["verification_seconds"] / first
+            cells = [f"{row['tokens_per_step']:.2f}", f"{drafting:.2f}", f"{verification:.2f}"]
+            cells += [f"{row['tokens_per_second']:.0f}", f"{row['predicted']:.2f}", between(row["speedup"])]
+            cells += [f"{over[1]:.2f}" if over else "", f"{row['time_to_first_token_seconds'] * 1e3:.0f} ms"]
+            rows.append([name, *cells])
+        yield markdown([f"`{precision}`", *columns, "first token"], rows)
+    notes = {row["note"] for methods in results.values() for row in methods.values() if "note" in row}
+    yield from (f"Every row: {note}." for note in notes)
+    off = sorted(
+        abs(row["predicted"] / row["speedup"][1] - 1)
+        for methods in results.values()
+        for name, row in methods.items()
+        if name != BASE
+    )
+    yield f"Predicted and measured differ by {off[len(off) // 2]:.1%} (median of {len(off)} rows)."
+
+
+def auto_table(results: dict) -> Lines:
+    rows = []
+    for name, result in results.items():
+        methods = result["methods"]
+        fixed = {method: row["speedup"][1] for method, row in methods.items() if method != "auto"}
+        best = max(fixed, key=fixed.__getitem__)
+        against, plain = result["against_best_fixed"], result["against_autoregressive"]
+        shares = {who: steps / sum(result["chosen"].values()) for who, steps in result["chosen"].items()}
+        cells = [between(methods["auto"]["speedup"]), f"{best}, {fixed[best]:.2f}"]
+        for row in (against, plain):
+            verdict = "" if row["within"] else ", **not within**"
+            cells.append(f"{row['ratio']:.2f} (range {row['spread']:.2f}){verdict}")
+        different = sum(row["different_texts"] for row in methods.values())
+        names = ", ".join(f"{who} {share:.2f}" for who, share in shares.items() if share > 0.02)
+        rows.append([name, *cells, names, str(different)])
+    yield (
+        "Speedups over `autoregressive`: medians of the turns (and quartiles). The ratios are those of each "
+        "turn, with their interquartile range: within are 0.95 of the best fixed method, 0.97 of "
+        "`autoregressive`, or the range below 1. *Chosen* are shares of the steps of `auto`:"
+    )
+    header = ["", "`auto`", "best fixed", "`auto` / best fixed", "`auto` / `autoregressive`", "chosen"]
+    yield markdown([*header, "texts that differ"], rows)
+
+
+def quality_table(results: dict) -> Lines:
+    columns = ["", "perplexity", "greedy choice that of `bf16`"]
+    solved = any("solved" in row for row in results.values())
+    rows = []
+    for precision, row in results.items():
+        cells = [f"{row['perplexity']:.2f}", f"{row['agreement']:.2%}"]
+        cells += [f"{row['solved']} of {row['problems']}"] if "solved" in row else []
+        rows.append([f"`{precision}`", *cells])
+    yield "Each precision rounds the same checkpoint to nearest:"
+    yield markdown(columns + solved * ["solved"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict], Lines]]] = {
+    "cpu_auto.json": ("Who is chosen by `auto`, and is it right?", auto_table),
+    "cpu_methods.json": ("Every method in every precision, the shipped models", methods_table),
+    "cpu_cost.json": ("What a step costs, the shipped models", cost_table),
+    "cpu_cost_1b.json": ("What a step costs, the shape of Llama-3.2-1B, random weights", cost_table),
+    "cpu_synthetic.json": ("Synthetic acceptance, random weights", methods_table),
+    "cpu_quality.json": ("What a precision costs in quality, the shipped target", quality_table),
+}
+
+
+def write_tables(folder: Path) -> str:
+    parts = ["# Tables of the study\n\nWritten by `python scripts/tables.py`; do not edit."]
+    for name, (title, table) in TABLES.items():
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            file = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(f"## {title}\n\n`{COMMANDS[name]}` ({describe(file)}; `{name}`)")
+            parts.extend(table(file["results"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            again = f"{COMMANDS[name]} --output {path}"
+            raise ValueError(f"{path} is damaged or of an older layout ({error!r}); again: {again}") from None
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default="benchmarks/results", help="folder of JSON files")
+    parser.add_argument("--output", type=Path, default="benchmarks/tables.md", help="the file to write")
+    args = parser.parse_args()
+    try:
+        text = write_tables(args.results)
+        args.output.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"tables.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -858,7 +858,7 @@ class Clock:
 
     def __init__(self):
         # Of the last steps: whose it was and how large, and the logarithm of seconds divided by cost.
-        self.recent: deque[tuple[tuple[int, int], float]] = deque(maxlen=32)
+        self.recent: deque[tuple[tuple[int, int], float]] = deque(maxlen=16)
 
     @property
     def slowness(self) -> float:
@@ -869,18 +869,20 @@ class Clock:
 
         `kind` is its drafter and size: only steps of other kinds tell whether the machine is to blame.
         """
-        log = math.log(ratio)
+        usual = math.log(self.slowness) if self.recent else math.log(ratio)
+        # A hiccup counts for little, also when others are compared with it.
+        log = min(max(math.log(ratio), usual - math.log(2)), usual + math.log(2))
         others = [other for its, other in self.recent if its != kind]
         self.recent.append((kind, log))
-        return math.exp(log - sum(others) / len(others)) if len(others) > 5 else 1.0
+        return math.exp(log - sum(others) / len(others)) if len(others) > 3 else 1.0
 
 
 @dataclass
 class Pace:
-    """What a drafter learns while it is used: what a step with n nodes costs, measured before it decodes;
-    how much of its drafts is accepted of late, and how fast that is. Nothing of it changes a text."""
+    """What a drafter learns while it is used: what a step with n nodes costs, measured before it decodes and
+    corrected since, and how fast it has been of late. Nothing of it changes a text."""
 
-    CORRECTION = 0.05  # share of what a cost seems to be wrong by: a step says little on a busy machine
+    TRUST = (8, 20)  # as how many steps a cost counts at first, and after some: see `correct`
 
     seconds: dict[int, float] = field(default_factory=dict)  # of a step with n nodes, drafting included
     clock: Clock = field(default_factory=Clock)  # one for all drafters of a level
@@ -888,7 +890,7 @@ class Pace:
     # Not how long they took: seconds of now and seconds of then, when a machine was slower, compare badly.
     tokens: float = 0.0
     elapsed: float = 0.0
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    corrected: dict[int, int] = field(default_factory=dict)  # how often, up to a point
 
     @property
     def rate(self) -> float:
@@ -903,9 +905,13 @@ class Pace:
             self.correct(nodes, seconds)
 
     def correct(self, nodes: int, seconds: float) -> None:
-        """A step that takes longer than others around it, each for its cost, costs more than was thought."""
+        """A step that takes longer than others around it, each for its cost, costs more than was thought: by
+        a share of that, as a step says little on a busy machine, and what was measured counts as several."""
         surprise = self.clock.surprise((id(self), nodes), seconds / self.seconds[nodes])
-        self.seconds[nodes] *= min(max(surprise, 0.5), 2.0) ** self.CORRECTION  # a hiccup counts for little
+        first, later = self.TRUST
+        weight = min(first + self.corrected.get(nodes, 0), later)
+        self.corrected[nodes] = weight + 1 - first
+        self.seconds[nodes] *= surprise ** (1 / weight)
 
     def best(self, expected: dict[int, float]) -> int:
         """The number of nodes to verify, given the accepted tokens that are expected of each.
@@ -918,8 +924,8 @@ class Pace:
     def start(self, seconds: dict[int, float], depths: dict[int, int]) -> None:
         """What steps cost; and something to go by until there are any: the fastest of what is to be expected
         of drafts so deep."""
-        self.seconds = seconds
-        steps = [(1 + self.acceptance.expected(depth), seconds[n]) for n, depth in depths.items()]
+        self.seconds, usual = dict(seconds), Acceptance()
+        steps = [(1 + usual.expected(depth), seconds[n]) for n, depth in depths.items()]
         self.tokens, self.elapsed = max(steps, key=lambda step: step[0] / step[1])
 
 
@@ -992,8 +998,6 @@ class Drafter:
         """What became of a draft, in every row that holds an unfinished text, and how long the step took."""
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
         self.pace.count(tokens, draft.tokens.shape[1], seconds)
-        for row in verified:
-            self.pace.acceptance.count(row.accepted, min(row.drafted, draft.max_depth))
 
     def set_costs(self, seconds: dict[int, float]) -> None:
         """What a step of every size takes."""
@@ -1051,15 +1055,20 @@ class LookupDrafter(Drafter):
         self.acceptance = [Acceptance() for _ in range(self.ngram + 1)]  # by the number of tokens that agree
         self.replayed = dict.fromkeys(self.FADES, (0.0, 0.0))  # tokens, and what they would have cost
 
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        self.indices[row].place = -1  # nobody decoded that
+
     def follow(self, state: State) -> list[TextIndex | None]:
         """Take in what texts have gained -> by row, None where no text is decoded."""
-        indices: list[TextIndex | None] = []
-        for row, (active, length) in enumerate(zip(state.active.tolist(), state.length.tolist())):
-            indices.append(self.indices[row] if active else None)
-            if active:
-                self.indices[row].follow(state.tokens[row, : length + 1].tolist())
-        self.replay([index for index in indices if index])
-        return indices
+        lengths, actives = state.length.tolist(), state.active.tolist()
+        tokens = state.tokens[:, : max(lengths) + 1].tolist()
+        decoded = [index if active else None for index, active in zip(self.indices, actives)]
+        for index, text, length in zip(decoded, tokens, lengths):
+            if index:
+                index.follow(text[: length + 1])
+        if len(self.sizes) > 1:
+            self.replay([index for index in decoded if index])
+        return decoded
 
     def replay(self, indices: list[TextIndex]) -> None:
         """Take the steps that can be told by now."""
@@ -1093,7 +1102,10 @@ class LookupDrafter(Drafter):
 
     def rate(self, state: State) -> float:
         """What it would have been had it drafted: of late, since a text that has begun to repeat itself goes
-        on with it; or of long, if that is more, since a text that has not may begin soon."""
+        on with it; or of long, if that is more, since a text that has not may begin soon. What several texts
+        would have shared cannot be told."""
+        if len(self.indices) > 1:
+            return self.pace.rate
         self.follow(state)
         rates = [tokens / cost for tokens, cost in self.replayed.values() if cost]
         return max(rates, default=self.pace.rate)
@@ -1103,8 +1115,8 @@ class LookupDrafter(Drafter):
 
 
 class TextIndex:
-    """Where the last tokens of a text occurred before, for every place of it. On the host, where a token
-    costs a few microseconds and nothing is looked at twice."""
+    """Where the last tokens of a text occurred before, for every place of it. On the host, where a new token
+    costs a few microseconds."""
 
     def __init__(self, ngram: int):
         self.ngram = ngram
@@ -1141,6 +1153,7 @@ class TextIndex:
 
     def forget(self, end: int) -> None:
         """All places from `end` on; those below, too, if it is quicker to take them in again."""
+        self.place = self.place if self.place < end else -1
         if end < len(self.text) - end:
             self.clear()
         while len(self.text) > end:
@@ -1220,6 +1233,7 @@ class SequentialDrafter(Drafter):
         super().start(level)
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
         self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
+        self.acceptance = Acceptance()
         self.write_some = setup.compiled(self.write)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
@@ -1259,7 +1273,7 @@ class SequentialDrafter(Drafter):
         drafted, sure, count = [root], state.active[:, None], torch.zeros_like(start)
         most = n or self.max_nodes
         if n is None and self.needs_costs:
-            most = self.pace.best({n: self.pace.acceptance.expected(n - 1) for n in CHAIN_SIZES})
+            most = self.pace.best({n: self.acceptance.expected(n - 1) for n in CHAIN_SIZES})
         for more in self.calls if most == self.max_nodes else [1] * (most - 1):
             tokens, confident = self.write_some(fed, start, last, state.seed, more)  # [B, more] each
             sure = sure[:, -1:] & confident
@@ -1274,6 +1288,11 @@ class SequentialDrafter(Drafter):
         draft = torch.cat(drafted, dim=1)
         n = next(size for size in self.draft_sizes() if size >= draft.shape[1])
         return Draft.chain(F.pad(draft, (0, n - draft.shape[1])), count)  # [B, n]
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        super().learn(draft, verified, seconds)
+        for row in verified if self.needs_costs else ():
+            self.acceptance.count(row.accepted, row.drafted)
 
     def draft_sizes(self) -> list[int]:
         if self.needs_costs:
@@ -1885,7 +1904,7 @@ ALL = 2**62  # tokens
 class AutoDrafter(Drafter):
     """Whichever drafter is fastest, as costs and acceptance have been of late.
 
-    The one in charge drafts for TURN tokens; then the one with the most tokens per second is in charge. What
+    The one in charge drafts for TURN tokens; then the one that promises the most tokens per second is. What
     is known of the others grows old, so now and then each has a trial of some steps, as often as the time
     that its trials waste allows: CURIOSITY of the whole, so that nobody who is slow can cost more. The first
     ones come at once, the most promising first, going by the costs measured at the start and an acceptance of
@@ -1940,9 +1959,9 @@ class AutoDrafter(Drafter):
         self.on_trial, self.steps, self.tokens, self.cost = False, 0, 0.0, 0.0  # of this turn
         self.turns = dict.fromkeys(self.drafters, 0)
         self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put it in charge
-        self.wasted = dict.fromkeys(self.drafters, 0.0)  # seconds by which trials took longer than the best
-        # Costs: of all steps, of feeding in the last one, and of the last choice.
-        self.elapsed = self.catching_up = self.choosing = 0.0
+        self.wasted = dict.fromkeys(self.drafters, 0.0)  # by which trials cost more than the best would have
+        self.elapsed = self.choosing = 0.0  # costs of all steps, and of the last choice
+        self.overhead = self.catching_up = 0.0  # seconds before this step: of a choice; of feeding alone
 
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():
@@ -1982,9 +2001,9 @@ class AutoDrafter(Drafter):
         order = sorted(self.rates, key=self.worth, reverse=True)
         self.leader = order[0]
         for name in order:
-            if not self.turns[name] and self.could_win(name):
+            if not self.turns[name] and (self.could_win(name) or name == "autoregressive"):
                 return name, name != self.leader
-        for name in order:
+        for name in order if not self.on_trial else ():  # the leader has a turn between two trials
             seconds = self.TRIAL * min(self.drafters[name].pace.seconds.values())
             wasted = self.wasted[name] if self.turns[name] else seconds
             if name != self.leader and wasted < self.CURIOSITY * self.elapsed:
@@ -1994,10 +2013,9 @@ class AutoDrafter(Drafter):
     def worth(self, name: str) -> float:
         """Tokens per second in the next turns, if it were in charge. A little more for who is: rates are not
         known better than that."""
-        tokens, rate = self.STAY * self.TURN, self.rates[name]
-        if name == self.current:
-            return 1.05 * rate
-        return tokens * rate / (tokens + rate * self.feeding[name])
+        tokens, rate = self.STAY * self.TURN, (1.05 if name == self.leader else 1.0) * self.rates[name]
+        feeding = 0.0 if name == self.current else self.feeding[name]
+        return tokens * rate / (tokens + rate * feeding)
 
     def could_win(self, name: str) -> bool:
         """Would it be faster than the best one is, if all of its drafts were accepted?"""
@@ -2010,7 +2028,7 @@ class AutoDrafter(Drafter):
         for name, rate in sorted(self.rates.items(), key=lambda item: -item[1]):
             tried = "" if self.turns[name] else " (never tried)"
             parts.append(f"{name} {rate:.0f}{tried}")
-        reason = "on trial" if self.on_trial else "the fastest"
+        reason = "on trial" if self.on_trial else "which promises most"
         return f"{self.current} drafts, {reason}; tokens/s by costs and acceptance: {', '.join(parts)}"
 
     def turn_is_over(self) -> bool:
@@ -2030,11 +2048,12 @@ class AutoDrafter(Drafter):
         self.choosing = (chose - begin) / self.pace.clock.slowness
         if chosen != self.current:
             self.catch_up(state, chosen)
-            self.catching_up = (time.perf_counter() - chose) / self.pace.clock.slowness
-            self.feeding[chosen] = (self.feeding[chosen] + self.catching_up) / 2
+            self.catching_up = time.perf_counter() - chose
+            self.feeding[chosen] = (self.feeding[chosen] + self.catching_up / self.pace.clock.slowness) / 2
+        self.overhead = time.perf_counter() - begin
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        self.catching_up = 0.0
+        self.overhead = self.catching_up = 0.0
         if self.turn_is_over():
             self.change(state)
         draft = self.drafters[self.current].propose(state, n)
@@ -2044,12 +2063,13 @@ class AutoDrafter(Drafter):
     def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
         name, drafter = draft.drafter, self.drafters[draft.drafter]
         cost = drafter.pace.seconds[draft.tokens.shape[1]]
-        drafter.learn(draft, verified, seconds - self.catching_up * self.pace.clock.slowness)
-        self.elapsed += cost + self.catching_up
+        drafter.learn(draft, verified, seconds - self.overhead)
+        feeding = self.catching_up / self.pace.clock.slowness
+        self.elapsed += cost + feeding
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
         self.steps, self.tokens, self.cost = self.steps + 1, self.tokens + tokens, self.cost + cost
         if self.on_trial:
-            wasted = cost + self.catching_up - tokens / self.rates[self.leader]
+            wasted = cost + feeding - tokens / self.rates[self.leader]
             self.wasted[name] = max(self.wasted[name] + wasted, 0.0)
 
 

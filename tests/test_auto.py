@@ -195,14 +195,13 @@ def test_lookup_looks_back():
 
 
 def test_in_a_batch_one_draft_makes_all_rows_longer():
-    """Two texts, one of which repeats itself: a step costs what the draft of the one costs."""
-    drafter, state = lookup_on(FRESH, LOOP, costs={1: 1.0, 4: 1.5, 8: 2.0, 16: 9.0}, lucky=100)
-    drafter.follow(state)
-    state.length += 1 + 15  # enough to tell one step of each
-    drafter.follow(state)
-    assert [index.place for index in drafter.indices] == [150 + 16, 150 + 8]  # the first one went on alone
-    [(tokens, costs), _] = drafter.replayed.values()
-    assert 0.3 < tokens / costs < (1 + 8) / 2 / 2.0 + 15
+    """What pays for a text that repeats itself does not if seven others wait for it."""
+    for others, least, most in ((0, 8, 16), (7, 1, 1)):
+        drafter, state = lookup_on(LOOP, *others * [FRESH], costs=COSTS, lucky=100)
+        draft = drafter.propose(state)
+        assert least <= draft.tokens.shape[1] <= most
+    before = drafter.pace.rate
+    assert rate_after(drafter, state, 40) == before  # what they would have shared cannot be told
 
 
 def test_a_mood_passes_but_what_lasts_counts():
@@ -363,10 +362,24 @@ def test_costs_that_were_wrong_are_corrected():
 def test_a_slow_machine_is_nobodys_fault():
     """All that runs takes twice the time: who does not run must not look cheap for it."""
     clock = Clock()
-    pace = Pace({4: 1.0, 8: 1.0}, clock)
-    for _ in range(500):
-        pace.count(1.0, 4, 2.0)
-    assert clock.slowness > 1.8 and pace.seconds[4] < 1.1
+    one, two, idle = Pace({4: 1.0}, clock), Pace({4: 1.0}, clock), Pace({4: 1.0}, clock)
+    for turn in range(300):
+        slow = 2.0 if turn % 20 < 10 else 1.0
+        for _ in range(8):
+            (one, two)[turn % 2].count(1.0, 4, slow)
+    assert 0.7 < one.seconds[4] < 1.4 and 0.7 < two.seconds[4] < 1.4 and idle.seconds[4] == 1.0
+
+
+def test_hiccups_do_not_make_costs_drift():
+    """One step of fifty takes ten times as long: those that run keep what they cost against one that does
+    not."""
+    clock, generator = Clock(), torch.Generator().manual_seed(1)
+    paces = [Pace({4: 1.0}, clock) for _ in range(3)]
+    for _ in range(6000):
+        pace = paces[int(torch.randint(3, (), generator=generator))]
+        spike = torch.rand((), generator=generator) < 0.02
+        pace.count(1.0, 4, 10.0 if spike else 1.0)
+    assert all(0.7 < pace.seconds[4] < 1.4 for pace in paces)
 
 
 def test_short_drafts_do_not_stay_short():

@@ -152,7 +152,7 @@ def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, mon
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     assert bench.main(["all", "--results", str(tmp_path)]) == 1
-    assert [command[1] for command in ran] == ["cost", "auto", "--results"]
+    assert [command[1] for command in ran] == ["cost", "auto", "--results", "--results"]
     assert capsys.readouterr().err == "failed: a.json\n"
 
 

@@ -1663,7 +1663,7 @@ def run_study(results: Path, only_list: bool) -> int:
 def about(args: argparse.Namespace) -> dict:
     return {
         "report": args.report,
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "results")},
         "date": str(date.today()),
         "python": platform.python_version(),
         "torch": torch.__version__,

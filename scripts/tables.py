@@ -2,8 +2,8 @@
 
     python scripts/tables.py      # benchmarks/results/*.json -> benchmarks/tables.md, at once
 
-A table whose file is not there is left out. The one idea: nothing is typed; every number of a table is one of
-the file named above it, and the command above it measures that file again.
+A table whose file is not there is left out. The one idea: no number is typed; all are from the file that the
+command above a table measures again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import median
 from draw import BASE, SOURCES, describe
 
 COMMANDS = SOURCES | {"cpu_quality.json": "python bench.py quality"}
+DEFAULT = "benchmarks/results"
 Lines = Iterator[str]
 
 
@@ -83,14 +84,15 @@ def auto_table(results: dict) -> Lines:
         cells = [between(methods["auto"]["speedup"]), f"{best}, {fixed[best]:.2f}"]
         for row in (against, plain):
             verdict = "" if row["within"] else ", **not within**"
-            cells.append(f"{row['ratio']:.2f} (range {row['spread']:.2f}){verdict}")
+            cells.append(f"{row['ratio']:.2f} (IQR {row['spread']:.2f}){verdict}")
         different = sum(row["different_texts"] for row in methods.values())
         names = ", ".join(f"{who} {share:.2f}" for who, share in shares.items() if share > 0.02)
         rows.append([name, *cells, names, str(different)])
     yield (
         "Speedups over `autoregressive`: medians of the turns (and quartiles). The ratios are those of each "
-        "turn, with their interquartile range: within are 0.95 of the best fixed method, 0.97 of "
-        "`autoregressive`, or the range below 1. *Chosen* are shares of the steps of `auto`, above 2 %:"
+        "turn, with their interquartile range (IQR) divided by their median; *not within* is what is below "
+        "0.95 of the best fixed method, or 0.97 of `autoregressive`, and further below 1 than that range. "
+        "*Chosen* are shares of the steps of `auto`, above 2 %:"
     )
     header = ["", "`auto`", "best fixed", "`auto` / best fixed", "`auto` / `autoregressive`", "chosen"]
     yield markdown([*header, "texts that differ"], rows)
@@ -126,7 +128,7 @@ def write_tables(folder: Path) -> str:
             continue
         try:
             file = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(f"## {title}\n\n`{COMMANDS[name]}` ({describe(file)}; `{name}`)")
+            parts.append(f"## {title}\n\n`{COMMANDS[name]} --output {DEFAULT}/{name}` ({describe(file)})")
             parts.extend(table(file["results"]))
         except (LookupError, TypeError, ArithmeticError, ValueError, RuntimeError, AttributeError) as error:
             again = f"{COMMANDS[name]} --output {path}"
@@ -138,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default="benchmarks/results", help="folder of JSON files")
+    parser.add_argument("--results", type=Path, default=DEFAULT, help="folder of JSON files")
     parser.add_argument("--output", type=Path, default="benchmarks/tables.md", help="the file to write")
     args = parser.parse_args()
     try:

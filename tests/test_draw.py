@@ -101,7 +101,7 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
     for cells in (
         "| `w4a16` | 1000.00 | 1.00 | 1.50 | 9.00 |",
         "| tree | 2.00 | 0.50 | 1.00 | 500 | 1.31 | 1.25 (1.15 to 1.35) | 1.25 | 10 ms |",
-        "| python-7m bf16 batch 1 | 1.75 (1.65 to 1.85) | hierarchical, 1.50 | 0.91 (range 0.03), **not",
+        "| python-7m bf16 batch 1 | 1.75 (1.65 to 1.85) | hierarchical, 1.50 | 0.91 (IQR 0.03), **not",
         "| `bf16` | 20.79 | 100.00% |",
         "Every row: drawn.",
         "Predicted and measured differ by 5.0%",

@@ -81,6 +81,7 @@ from gpt_spec import (
 )
 
 HELD_OUT = generate.MODELS / "held_out.jsonl"
+BASE = "autoregressive"  # what all methods are compared with
 REFERENCE = "autoregressive in bf16"  # what the rows of other precisions are compared with, too
 
 
@@ -111,7 +112,7 @@ class FixedTree(TreeDrafter):
     def draft_sizes(self) -> list[int]:
         return [self.n]
 
-    def choose(self, total: Tensor) -> int:
+    def choose(self, mean: Tensor) -> int:
         return self.n
 
 
@@ -597,7 +598,7 @@ def report_methods(args: argparse.Namespace) -> dict:
         prompts = fitting_prompts(parts, args)
         print(f"{precision}, {len(prompts)} prompts", flush=True)
         decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
-        over = "autoregressive" if precision == "bf16" else None
+        over = BASE if precision == "bf16" else None
         if over is None and not is_quantized(paths.target):
             reference, over = generate.load_model(paths.target, "bf16"), REFERENCE
             decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
@@ -657,10 +658,10 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
             raise BadInput("--prompt_file: prompts that are answered with one token cannot be timed")
         for name, mine in runs.items():
             speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
-            different[name] += count_different(mine, runs["autoregressive"])
+            different[name] += count_different(mine, runs[BASE])
     methods = {
         name: {
-            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds["autoregressive"])]),
+            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds[BASE])]),
             "against_auto": quartiles([a / b for a, b in zip(speeds["auto"], speeds[name])]),
             "tokens_per_second": median(speeds[name]),
             "tokens_per_step": stats[name].tokens_per_step,
@@ -671,12 +672,8 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
     fixed, plain = (
         verdict(methods[name], share) for name, share in ((best_fixed(methods), 0.95), (BASE, 0.97))
     )
-    spread, chosen = fixed["spread"], stats["auto"].drafter_histogram
-    verdicts = {"spread": spread, "against_best_fixed": fixed, "against_autoregressive": plain}
-    return {**verdicts, "methods": methods, "chosen": chosen}
-
-
-BASE = "autoregressive"
+    verdicts = {"against_best_fixed": fixed, "against_autoregressive": plain}
+    return verdicts | {"methods": methods, "chosen": stats["auto"].drafter_histogram}
 
 
 def verdict(row: dict[str, Any], least: float) -> dict[str, float | bool]:

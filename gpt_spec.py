@@ -861,17 +861,21 @@ class Clock:
         self.recent: deque[tuple[tuple[int, int], float]] = deque(maxlen=16)
 
     @property
+    def usual(self) -> float:
+        return sum(log for _, log in self.recent) / max(len(self.recent), 1)
+
+    @property
     def slowness(self) -> float:
-        return math.exp(sum(log for _, log in self.recent) / max(len(self.recent), 1))
+        return math.exp(self.usual)
 
     def surprise(self, kind: tuple[int, int], ratio: float) -> float:
         """By what factor a step took longer than others of late, each for its cost; 1 if there were too few.
 
         `kind` is its drafter and size: only steps of other kinds tell whether the machine is to blame.
         """
-        usual = math.log(self.slowness) if self.recent else math.log(ratio)
-        # A hiccup counts for little, also when others are compared with it.
-        log = min(max(math.log(ratio), usual - math.log(2)), usual + math.log(2))
+        log = math.log(ratio)
+        if self.recent:  # a hiccup counts for little, also when others are compared with it
+            log = min(max(log, self.usual - math.log(2)), self.usual + math.log(2))
         others = [other for its, other in self.recent if its != kind]
         self.recent.append((kind, log))
         return math.exp(log - sum(others) / len(others)) if len(others) > 3 else 1.0
@@ -1096,6 +1100,7 @@ class LookupDrafter(Drafter):
         n = n or self.choose([index.agree[-1] for index in indices if index])
         guesses = [index.guess(n - 1) if index and index.agree[-1] else [] for index in indices]
         roots = [index.text[-1] if index else 0 for index in indices]
+        # What `Draft.chain` makes, but on the host, where all of it is known already.
         tokens = [[root, *said] + (n - 1 - len(said)) * [0] for root, said in zip(roots, guesses)]
         parent = [[*range(-1, len(said)), *(n - 1 - len(said)) * [-1]] for said in guesses]
         return Draft(torch.tensor(tokens, device=device), torch.tensor(parent, device=device), n - 1)
@@ -1960,8 +1965,8 @@ class AutoDrafter(Drafter):
         self.turns = dict.fromkeys(self.drafters, 0)
         self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put it in charge
         self.wasted = dict.fromkeys(self.drafters, 0.0)  # by which trials cost more than the best would have
-        self.elapsed = self.choosing = 0.0  # costs of all steps, and of the last choice
-        self.overhead = self.catching_up = 0.0  # seconds before this step: of a choice; of feeding alone
+        # Costs of all steps, of the last choice, and of feeding before this step; seconds of both before it.
+        self.elapsed = self.choosing = self.catching_up = self.overhead = 0.0
 
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():
@@ -2000,7 +2005,7 @@ class AutoDrafter(Drafter):
         self.rates = {name: drafter.rate(state) for name, drafter in self.drafters.items()}
         order = sorted(self.rates, key=self.worth, reverse=True)
         self.leader = order[0]
-        for name in order:
+        for name in order:  # autoregressive decoding, too: nobody may be slower, so its cost must be right
             if not self.turns[name] and (self.could_win(name) or name == "autoregressive"):
                 return name, name != self.leader
         for name in order if not self.on_trial else ():  # the leader has a turn between two trials
@@ -2048,8 +2053,8 @@ class AutoDrafter(Drafter):
         self.choosing = (chose - begin) / self.pace.clock.slowness
         if chosen != self.current:
             self.catch_up(state, chosen)
-            self.catching_up = time.perf_counter() - chose
-            self.feeding[chosen] = (self.feeding[chosen] + self.catching_up / self.pace.clock.slowness) / 2
+            self.catching_up = (time.perf_counter() - chose) / self.pace.clock.slowness
+            self.feeding[chosen] = (self.feeding[chosen] + self.catching_up) / 2
         self.overhead = time.perf_counter() - begin
 
     def propose(self, state: State, n: int | None = None) -> Draft:
@@ -2064,12 +2069,11 @@ class AutoDrafter(Drafter):
         name, drafter = draft.drafter, self.drafters[draft.drafter]
         cost = drafter.pace.seconds[draft.tokens.shape[1]]
         drafter.learn(draft, verified, seconds - self.overhead)
-        feeding = self.catching_up / self.pace.clock.slowness
-        self.elapsed += cost + feeding
+        self.elapsed += cost + self.catching_up
         tokens = sum(row.accepted + 1 for row in verified) / len(verified)
         self.steps, self.tokens, self.cost = self.steps + 1, self.tokens + tokens, self.cost + cost
         if self.on_trial:
-            wasted = cost + feeding - tokens / self.rates[self.leader]
+            wasted = cost + self.catching_up - tokens / self.rates[self.leader]
             self.wasted[name] = max(self.wasted[name] + wasted, 0.0)
 
 

@@ -88,9 +88,13 @@ def read_results(path: Path) -> Results:
         read = read_methods if path.name in QUANTITIES else read_cost
         return Results(path.name, read(file["results"], path.name), describe(file))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        again = f"{SOURCES[path.name]} --output {path}"
-        raise ValueError(f"{path} is damaged or of an older layout ({reason}); again: {again}") from None
+        raise damaged(path, SOURCES[path.name], error) from None
+
+
+def damaged(path: Path, command: str, error: Exception) -> ValueError:
+    """For a file that cannot be read: why, and how to make it again."""
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return ValueError(f"{path} is damaged or of an older layout ({reason}); again: {command} --output {path}")
 
 
 def read_cost(results: dict, name: str) -> Table:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from draw import BASE, SOURCES, describe
+from draw import BASE, SOURCES, damaged, describe
 
 COMMANDS = SOURCES | {"cpu_quality.json": "python bench.py quality"}
 DEFAULT = "benchmarks/results"
@@ -131,8 +131,7 @@ def write_tables(folder: Path) -> str:
             parts.append(f"## {title}\n\n`{COMMANDS[name]} --output {DEFAULT}/{name}` ({describe(file)})")
             parts.extend(table(file["results"]))
         except (LookupError, TypeError, ArithmeticError, ValueError, RuntimeError, AttributeError) as error:
-            again = f"{COMMANDS[name]} --output {path}"
-            raise ValueError(f"{path} is damaged or of an older layout ({error!r}); again: {again}") from None
+            raise damaged(path, COMMANDS[name], error) from None
     return "\n\n".join(parts) + "\n"
 
 

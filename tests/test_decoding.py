@@ -36,6 +36,7 @@ from gpt_spec import (
     Sampling,
     SequentialDrafter,
     Stats,
+    TextIndex,
     Transformer,
     TreeDrafter,
     accept,
@@ -631,6 +632,11 @@ def test_lookup_finds_the_latest_longest_repetition():
         padded = torch.tensor([text + [0] * (20 - len(text))])
         tokens, found = find_repetition(padded, torch.tensor([len(text) - 1]), ngram, count)
         assert tokens[0, 0] == text[-1]
+        index = TextIndex(ngram)
+        index.follow(text)
+        assert (index.agree[-1] > 0) == bool(found)
+        if found:
+            assert index.guess(count) == tokens[0, 1:].tolist()
         return tokens[0, 1:].tolist() if found else None
 
     assert search([1, 2, 3, 4, 5, 6, 7, 2, 3]) == [4, 5, 6, 7]

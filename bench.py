@@ -16,7 +16,7 @@
     python bench.py perplexity  # of every precision and quantizer, on held-out modules
     python bench.py rotation    # accepted lengths on a rotated target and on the same one unrotated
     python bench.py hadamard    # what online rotations add to the linears that they belong to
-    python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's
+    python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's and others'
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
 
     # your own models and prompts
@@ -26,11 +26,24 @@
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
 in one process, interleaved, and given as a ratio: absolute times change with the machine's mood, ratios less.
 Run it on an otherwise idle machine. The last line of the output is the results as JSON.
+
+`kernels` and `cost` also give shares of the copy bandwidth: the bytes of the weights as they lie in memory
+(nibbles or bytes or bf16, scales, zeros) over the seconds of a call or a step, divided by what copying one large
+tensor moves in a second, bytes read and written both counted (`copy_bandwidth`, once per run). Weights are only
+read, which on a CPU is faster than copying: shares above 1 are possible there.
+
+On a GPU (--device cuda; scripts/gpu_pass.py runs what belongs together) clocks are read when the device has
+finished. `kernels` times CUDA graphs of many calls with events; T(n) and what drafts are made of are whole calls,
+the host's share included, and where a step can be captured its graph is timed, too, which has none. Tokens per
+second and speedups are right, since every step ends with a read of the host. But how a step in the *texts* is split
+into drafting and verification is seen from the host alone, which goes on before the device has finished a draft:
+`drafting_seconds`, what is `predicted` from it, and the seconds of `levels` are the host's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 import math
@@ -297,20 +310,90 @@ def timed(
     return Run(texts, new - len(prompts), steps, *seconds)
 
 
-def interleave(functions: dict[Any, Callable[[], object]], repeats: int, burst: int = 1) -> dict[Any, float]:
+def interleave(
+    functions: dict[Any, Callable[[], object]], repeats: int, burst: int = 1, device: str = "cpu"
+) -> dict[Any, float]:
     """Median seconds of each function; they take turns, so that all see the same machine.
 
-    In a turn, `burst` calls follow each other, and the first half only warms the caches up.
+    In a turn, `burst` calls follow each other, and the first half only warms the caches up. A call on a GPU has
+    ended when the device has finished.
     """
     times = {name: [] for name in functions}
     for turn in range(repeats + 3):
         for name, function in functions.items():
             for call in range(burst):
+                finish(device)
                 begin = time.perf_counter()
                 function()
+                finish(device)
                 counts = turn >= 3 and call >= burst // 2
                 times[name] += [time.perf_counter() - begin] if counts else []
     return {name: median(values) for name, values in times.items()}
+
+
+def on_gpu(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def finish(device: str | torch.device) -> None:
+    """Wait for a GPU, so that a clock may be read."""
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
+
+
+def interleave_on_device(
+    functions: dict[Any, Callable[[], object]], repeats: int, device: str = "cpu", calls: int = 1
+) -> dict[Any, float]:
+    """`interleave` for what is shorter than the host's work for it: on a GPU, events around CUDA graphs of so
+    many calls each. All of a turn is queued at once, so that the device never waits for the host."""
+    if not on_gpu(device):
+        return interleave(functions, repeats)
+    replays = {name: capture(function, calls, str(name)) for name, function in functions.items()}
+    times = {name: [] for name in functions}
+    for turn in range(repeats + 2):
+        next(iter(replays.values()))()  # meanwhile the host gets ahead
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in functions}
+        for name, (start, end) in events.items():
+            start.record()
+            replays[name]()
+            end.record()
+        finish(device)
+        for name, (start, end) in events.items():
+            times[name] += [start.elapsed_time(end) / 1e3 / calls] if turn >= 2 else []
+    return {name: median(values) for name, values in times.items()}
+
+
+def capture(function: Callable[[], object], calls: int, name: str = "") -> Callable[[], object]:
+    """So many calls as a CUDA graph: what replays it. What cannot be captured is called, and it is said."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and allocates what a graph must not
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                function()
+    except RuntimeError as error:
+        print(f"{name}: no CUDA graph, timed with its launches: {first_line(error)}", flush=True)
+        return lambda: [function() for _ in range(calls)]
+    return graph.replay
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def copy_bandwidth(device: str = "cpu", size: int | None = None) -> float:
+    """Bytes per second that copying one large tensor moves, read and written both counted. `size`: its bytes;
+    by default several times what a last-level cache holds."""
+    size = size or (2**31 if on_gpu(device) else 2**28)
+    source = torch.randint(2**62, (size // 8,), device=device)
+    goal = torch.empty_like(source)
+    seconds = interleave_on_device({"copy": lambda: goal.copy_(source)}, 7, device, calls=4)["copy"]
+    return 2 * source.nbytes / seconds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,13 +437,31 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
     for name, drafter in drafters.items():
         functions[name] = partial(drafter.propose, decoder(drafter).state)
     with torch.no_grad():
-        seconds = interleave(functions, turns, burst)
+        seconds = interleave(functions, turns, burst, device)
     drafting = {name: value for name, value in seconds.items() if str(name).startswith("a token in")}
     if parts.small:
         drafting["a token of the small model"] = seconds["a token of the small model"] / 3
     if parts.head:
         drafting["a level of the EAGLE head"] = (seconds["deep"] - seconds["shallow"]) / 4
-    return {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
+    costs = {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
+    return costs | ({"on_device": measure_graphs(plain, drafts, turns)} if on_gpu(device) else {})
+
+
+@torch.no_grad()
+def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[str, float]:
+    """T(n) on a GPU without the host's share: seconds of a CUDA graph of the forward and what follows it."""
+    functions = {str(d.tokens.shape[1]): partial(decoder.verify, d, decoder.state) for d in drafts}
+    return interleave_on_device(functions, turns, decoder.setup.device)
+
+
+def weights_of_a_step(model: Transformer) -> list[Tensor]:
+    """All that one step reads of a model's weights; of the embedding it is only a few rows."""
+    return [p for module in (model.layers, model.lm_head) for p in module.parameters()]
+
+
+def shares_of_copy(seconds: dict[str, float], nbytes: int, bandwidth: float) -> dict[str, float]:
+    """The share of the copy bandwidth with which so many bytes are read in each of these times."""
+    return {name: nbytes / value / bandwidth for name, value in seconds.items()}
 
 
 def report_cost(args: argparse.Namespace) -> dict:
@@ -368,8 +469,10 @@ def report_cost(args: argparse.Namespace) -> dict:
 
     With --shape, of random weights: the target, the next smaller shape as small model, and a head.
     Uncompiled: graphs of so many layers take minutes to compile, and their steps tens of milliseconds.
+
+    `memory` and `share_of_copy` say how fast a step reads the target's weights: see above.
     """
-    sizes, results = numbers(args.sizes), {}
+    sizes, results, bandwidth = numbers(args.sizes), {}, copy_bandwidth(args.device)
     for precision in split(args.precisions):
         if args.shape:
             parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
@@ -377,17 +480,28 @@ def report_cost(args: argparse.Namespace) -> dict:
             parts = load_parts(precision, chosen_paths(args), args.device)
         # What lies in the cache has to be brought there first; the weights of a shape never do.
         effort = (3 * args.repeats, 2 if args.shape else 10, not (args.shape or args.uncompiled))
-        results[precision] = measure_cost(parts, sizes, *effort)
-        print_cost(precision, results[precision])
+        costs = measure_cost(parts, sizes, *effort)
+        nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
+        costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
+        for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
+            costs |= {shares: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
+        results[precision] = costs
+        print_cost(precision, costs)
     return results
 
 
 def print_cost(precision: str, cost: dict[str, dict]) -> None:
-    first = cost["verification"]["1"]
-    ratios = "".join(f"{seconds / first:7.2f}" for seconds in cost["verification"].values())
-    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms")
+    first, memory = cost["verification"]["1"], cost["memory"]
+    rows = {"T(n) / T(1)": {n: seconds / first for n, seconds in cost["verification"].items()}}
+    rows["of copying"] = cost["share_of_copy"]
+    if "on_device" in cost:
+        rows["device, T(1)"] = {n: seconds / first for n, seconds in cost["on_device"].items()}
+        rows["of copying"] = cost["share_of_copy_on_device"]
+    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms, {memory['weight_bytes'] / 1e6:.0f} MB of weights; ", end="")
+    print(f"copying {memory['copy_bandwidth'] / 1e9:.1f} GB/s")
     print(f"    {'n':12}" + "".join(f"{n:>7}" for n in cost["verification"]))
-    print(f"    {'T(n) / T(1)':12}{ratios}")
+    for name, values in rows.items():
+        print(f"    {name:12}" + "".join(f"{value:7.2f}" for value in values.values()))
     for name, seconds in cost["drafting"].items():
         print(f"    {name:28} {seconds * 1e3:9.3f} ms   {seconds / first:6.2f} T(1)", flush=True)
 
@@ -545,7 +659,9 @@ def measure_verification(
         for n in decoder.drafter.draft_sizes():
             functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
     with torch.no_grad():
-        seconds = interleave(functions, turns, burst)  # a decoder in use meets its own data in the caches
+        device = next(iter(decoders.values())).setup.device
+        # In bursts, because a decoder in use meets its own data in the caches.
+        seconds = interleave(functions, turns, burst, device)
     return {
         name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}
         for name, decoder in decoders.items()
@@ -600,7 +716,7 @@ def report_methods(args: argparse.Namespace) -> dict:
         decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
         over = BASE if precision == "bf16" else None
         if over is None and not is_quantized(paths.target):
-            reference, over = generate.load_model(paths.target, "bf16"), REFERENCE
+            reference, over = generate.load_model(paths.target, "bf16", args.device), REFERENCE
             decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
         stop_ids = parts.target.stop_ids if args.prompt_file else ()
         results[precision] = compare(decoders, prompts, args, stop_ids, over)
@@ -1048,7 +1164,7 @@ def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> T
     share, choices = max(tokens // len(texts), 1), []
     for text in texts:
         for begin in range(0, min(share, len(text)), 512):
-            row = torch.tensor([text[begin : min(begin + 512, share)]])
+            row = torch.tensor([text[begin : min(begin + 512, share)]], device=model.norm.weight.device)
             choices.append(model.lm_head(model.recompute(row))[0].argmax(dim=-1))
     return torch.cat(choices)
 

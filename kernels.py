@@ -12,12 +12,12 @@
 
 Each has one signature and up to three bodies: `reference`, plain PyTorch, which torch.compile may fuse and
 which is the twin that the tests compare with; `cpu`, in kernels.cpp, compiled when it is first needed; and
-one for CUDA, which does not exist yet, so that a GPU runs the reference. The CPU body is the best that the
-machine has, or that of GPT_SPEC_KERNELS=reference|portable|avx2|avx512.
+`cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body
+instead of the best that the machine has; reference means the GPU, too.
 
-The one idea of the CPU bodies: row i of a result is the same bits however many rows ride along, because every
-sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens at once
-computes what sixty-four steps would have computed. The reference promises nothing of the kind.
+The one idea of all bodies but the reference: row i of a result is the same bits however many rows ride along,
+because every sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens
+at once computes what sixty-four steps would have computed. The reference promises nothing of the kind.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
 
 
 # --------------------------------------------------------------------------------------------------
-# Compiling and loading the CPU bodies
+# Compiling and loading the bodies for this machine
 # --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def load() -> bool:
-    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place?
+    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place? Where there is a GPU,
+    put its bodies in place as well.
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
     because there is no compiler, which is said once. ValueError for a path that this machine does not have.
@@ -79,6 +80,7 @@ def load() -> bool:
         raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}; it must be reference, {', '.join(FLAGS)} or unset")
     if PATH == "reference":
         return False
+    load_cuda()
     if list(FLAGS).index(PATH) < list(FLAGS).index(best_path()):
         raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}, but this CPU has only {best_path()}")
     try:
@@ -91,6 +93,20 @@ def load() -> bool:
             file=sys.stderr,
         )
         return False
+    return True
+
+
+@functools.cache
+def load_cuda() -> bool:
+    """Register the bodies for the GPU -> are they in place?"""
+    if PATH == "reference" or not torch.cuda.is_available():
+        return False
+    try:
+        import kernels_cuda  # not above: it needs Triton, which comes with PyTorch for GPUs only
+    except ImportError as error:
+        print(f"kernels_cuda.py cannot be loaded, running on the slow reference: {error}", file=sys.stderr)
+        return False
+    kernels_cuda.register(library)
     return True
 
 
@@ -131,27 +147,36 @@ def cache_directory() -> Path:
 
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:
-    """Is this a case for the operators of the CPU? float32 and training are not. Known at compile time."""
-    both = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    """Is this a case for the operators? float32 and training are not. Known at compile time."""
+    both = x.dtype == weight.dtype == torch.bfloat16 and x.device.type in ("cpu", "cuda")
     return both and PATH != "reference" and not weight.requires_grad
+
+
+def is_for_gpu(x: Tensor, weight: Tensor) -> bool:
+    """Does the GPU have a body for a linear of these weights in rows? Known at compile time."""
+    kinds = x.device.type == "cuda" and x.dtype == torch.bfloat16 and weight.dtype in (x.dtype, torch.int8)
+    return kinds and PATH != "reference" and not weight.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights. On disk and for the reference they lie in rows: bf16 or int8 [out, in], or uint8 [out, in / 2] with
 # the even input in the low nibble. The CPU bodies want blocks of 64 rows: 4 bytes of each row side by side,
 # step by step, so that 64 bytes are one vector and a block is one stream. A block takes the room that its
-# rows took, so packing is done in place.
+# rows took, so packing is done in place. The GPU wants rows of 32-bit words, and all else as it lies.
 # --------------------------------------------------------------------------------------------------
 
 INPUTS = {torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}  # of a row, in the 4 bytes of a step
 
 
 def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
-    """Do the CPU bodies take this weight, in rows? Its inputs must fill the steps, its groups the vectors."""
-    if weight.device.type != "cpu" or weight.dtype not in INPUTS or not load():
-        return False
+    """Do the bodies of its device take this weight, in rows? Its inputs must fill the steps, its groups the
+    vectors, or the pairs of `pack_words`."""
     inputs = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     groups = 1 if scales is None else scales.shape[1]
+    if weight.device.type == "cuda":  # there, other weights than those of 4 bits stay as they lie
+        return weight.dtype == torch.uint8 and inputs // groups % PAIR == 0 and load_cuda()
+    if weight.device.type != "cpu" or weight.dtype not in INPUTS or not load():
+        return False
     return inputs % INPUTS[weight.dtype] == 0 and (scales is None or inputs // groups % LANES == 0)
 
 
@@ -175,11 +200,41 @@ def fill_up(rows: Tensor) -> Tensor:
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight in rows -> in blocks [out / 64, steps, 64, 2 bf16 or 4 bytes], out rounded up with zeros.
+WORDS, PAIR = 16, 32  # words of a chunk of inputs, and inputs in a pair of nibbles of all of them
 
-    In place: the result lives in the memory of `weight`, unless rows had to be added.
+
+def pack_words(weight: Tensor) -> Tensor:
+    """4-bit weights in rows, uint8 [out, in / 2], for the GPU: int32 [out, in / 8], inputs rounded up to 128.
+
+    Of a chunk of 128 inputs, word w has inputs 32 p + 2 w and 32 p + 2 w + 1 in its nibbles p and p + 4: of
+    every word, two bits operations make a pair of numbers that is a register already.
     """
+    words = []
+    for rows in weight.split(4096):  # what is needed in between is eight times as large
+        q = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(1)  # [., in / 2, 2] -> [., in]
+        q = F.pad(q, (0, -q.shape[1] % (4 * PAIR)), value=8).int().view(len(q), -1, 4, WORDS, 2)
+        place = torch.arange(4, dtype=torch.int32, device=q.device)[:, None, None] * 4  # of pair p
+        shifts = place + 16 * torch.arange(2, dtype=torch.int32, device=q.device)  # [4, 1, 2]
+        words.append((q << shifts).sum(dim=(2, 4), dtype=torch.int32).flatten(1))  # [., chunks, 16]
+    return torch.cat(words)
+
+
+def unpack_words(words: Tensor, inputs: int) -> Tensor:
+    """What `pack_words` made, as numbers 0 to 15: uint8 [out, in]."""
+    place = torch.arange(4, dtype=torch.int32, device=words.device)[:, None, None] * 4
+    shifts = place + 16 * torch.arange(2, dtype=torch.int32, device=words.device)  # [4, 1, 2]
+    q = (words.view(len(words), -1, 1, WORDS, 1) >> shifts) & 15  # [out, chunks, 4, 16, 2]
+    return q.flatten(1)[:, :inputs].to(torch.uint8)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight in rows -> in blocks [out / 64, steps, 64, 2 bf16 or 4 bytes], out rounded up with zeros; a
+    4-bit one on the GPU, as `pack_words` says.
+
+    In place: the result lives in the memory of `weight`, unless rows had to be added, or it is on the GPU.
+    """
+    if weight.device.type == "cuda":
+        return pack_words(weight)
     weight = fill_up(weight).contiguous()
     bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
     blocks = weight.view(
@@ -193,7 +248,9 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def pack_scales(scales: Tensor) -> Tensor:
-    """float16 [out, groups] -> [out / 64, groups, 64]."""
+    """float16 [out, groups] -> [out / 64, groups, 64]; for the GPU, [groups, out]."""
+    if scales.device.type == "cuda":
+        return scales.T.contiguous()
     scales = fill_up(scales)
     return scales.view(-1, BLOCK, scales.shape[1]).transpose(1, 2).contiguous()
 
@@ -353,9 +410,12 @@ def filter_reference(logits: Tensor, temperature: float, top_k: int, top_p: floa
     rank = torch.arange(logits.shape[-1], device=logits.device)
     kept = rank < (top_k or logits.shape[-1])
     if top_p < 1:
-        share = torch.where(kept, ordered / temperature, -torch.inf).softmax(dim=-1)
+        # Probabilities as whole numbers, relative to the largest: their sums are exact in any order, and a
+        # GPU, which uses this body, adds up one row and sixty-four in different ones.
+        share = ((ordered - ordered[..., :1]) / temperature).double().exp() * 2.0**40
+        share = torch.where(kept, share, 0.0).long()
         before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
-        kept = kept & ((before < top_p) | (rank == 0))
+        kept = kept & ((before < top_p * share.sum(dim=-1, keepdim=True)) | (rank == 0))
     left = torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
     return torch.where(logits.isnan().any(dim=-1, keepdim=True), logits, left)
 
@@ -470,7 +530,8 @@ def linear(
 
     weight: float32 or bf16 [out, in]; int8 [out, in] with float16 scales [out, 1]; 4-bit uint8 [out, in / 2]
     with scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or
-    what `pack` and `pack_scales` made of them, which then needs bf16 activations and `out_features`.
+    what `pack` and `pack_scales` made of them, which then needs bf16 activations and, on the CPU,
+    `out_features`.
     prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate,
     up); then, with `rotation`, the arguments of `rotate`; with `permutation` int32 [in], whose numbers must
     be places, input permutation[i] at place i; with 8 or 4 `activation_bits`, rounding to integers
@@ -479,10 +540,11 @@ def linear(
     kernel computed it.
     """
     if out_features is None:
-        if weight.dim() == 4:
+        if weight.dim() == 4:  # rows may have been added
             raise ValueError("linear: a packed weight does not tell its out_features")
         out_features = len(weight)
-    body = torch.ops.gpt_spec.linear if weight.dim() == 4 else linear_reference
+    packed = weight.dim() == 4 or weight.dtype == torch.int32
+    body = torch.ops.gpt_spec.linear if packed or is_for_gpu(x, weight) else linear_reference
     extras = (bias, residual, norm, eps, gated, *(rotation or (None, 1, 1)), permutation)
     extras += (out_features, activation_bits, wide)
     return body(x, weight, scales, zeros, *extras)

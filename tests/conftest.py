@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():  # Triton looks once, when it is imported: kernels_cuda.py runs on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kernels  # noqa: E402
 import quantize  # noqa: E402

@@ -1,0 +1,242 @@
+"""The Triton bodies against their references: on a GPU, or without one in Triton's interpreter.
+
+Compiling is tested without a GPU, too. What needs one is marked `gpu`: that rows are the same bits whatever
+rides along, and whole texts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import kernels
+import kernels_cuda
+import quantize
+from conftest import ROOT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def widened(data: np.ndarray, dtype) -> np.ndarray:
+    """The interpreter keeps bf16 numbers as their bits."""
+    return (data.astype(np.uint32) << 16).view(np.float32) if dtype.scalar == tl.bfloat16 else data
+
+
+def narrowed(data: np.ndarray, dtype) -> TensorHandle:
+    """To the nearest bf16 number, of two equally near ones to the even one, where bf16 is wanted."""
+    if dtype.scalar == tl.bfloat16:
+        bits = data.astype(np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return TensorHandle(np.where(np.isnan(data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+    return TensorHandle(data, dtype.scalar)
+
+
+@pytest.fixture(autouse=True)
+def bf16_in_the_interpreter(monkeypatch):
+    """Triton 3.6's interpreter calculates with the bits of bf16 numbers, and cuts off instead of rounding. Here
+    it does what a GPU does: sums of products in float32, other results rounded."""
+    torch.manual_seed(0)
+    plain = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "binary_op", "create_dot")}
+
+    def cast(self, source, dtype):
+        if tl.bfloat16 not in (source.dtype.scalar, dtype.scalar):
+            return plain["cast_impl"](self, source, dtype)
+        wide = widened(source.data, source.dtype)
+        return narrowed(wide, dtype) if dtype.scalar == tl.bfloat16 else narrowed(wide.astype(np.float32), dtype)
+
+    def binary(self, a, b, op):
+        if a.dtype.scalar != tl.bfloat16:
+            return plain["binary_op"](self, a, b, op)
+        return narrowed(op(widened(a.data, a.dtype), widened(b.data, b.dtype)), a.dtype)
+
+    def dot(self, a, b, *others):
+        a, b = (TensorHandle(widened(t.data, t.dtype), tl.float32 if t.dtype.scalar == tl.bfloat16 else t.dtype)
+                for t in (a, b))  # fmt: skip
+        return plain["create_dot"](self, a, b, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(InterpreterBuilder, "binary_op", binary)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "get_bf16",
+        lambda self, value: narrowed(np.array([value], np.float32), tl.bfloat16),
+        raising=False,
+    )
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def weights_4bit(out: int, inputs: int, group: int, symmetric: bool) -> tuple[tuple, tuple]:
+    """In rows, for the reference; and as the GPU wants them."""
+    weight = torch.randn(out, inputs) / inputs**0.5
+    rows = [t if t is None else t.to(DEVICE) for t in quantize.quantize_4_bit(weight, group, symmetric)]
+    weight, *others = rows
+    return rows, (kernels.pack_words(weight), *(t if t is None else t.T.contiguous() for t in others))
+
+
+def close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> bool:
+    """In the norm, as rounding differs: bf16 has 8 bits."""
+    return bool((ours.double() - reference.double()).norm() <= tolerance * reference.double().norm())
+
+
+EXTRAS = (None, 0.0, False, None, 1, 1, None)  # norm, eps, gated, rotation, power, stride, permutation
+
+
+@pytest.mark.parametrize("inputs", [32, 96, 128, 416])
+def test_words_are_unpacked_again(inputs):
+    rows = torch.randint(0, 256, (70, inputs // 2), dtype=torch.uint8)
+    numbers = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(1)
+    assert torch.equal(kernels.unpack_words(kernels.pack_words(rows), inputs), numbers)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("inputs", "group"), [(512, 128), (256, 64), (160, 32), (192, 96), (512, 512)])
+def test_linear_4bit(bits, symmetric, inputs, group):
+    out, x, split = 70, randn(3, inputs), 2 if inputs == 512 else 1
+    rows, words = weights_4bit(out, inputs, group, symmetric)
+    plan = kernels_cuda.Tiles(64, split, warps=4, stages=3)
+    reference = kernels.linear_reference(x, *rows, None, None, *EXTRAS, out, bits, True)
+    ours = kernels_cuda.linear(x, *words, None, None, *EXTRAS, out, bits, True, tiles=plan)
+    assert ours.dtype == torch.float32 and close(ours, reference, 5e-3 if bits == 16 else 2e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("inputs", [256, 200])
+def test_linear_8bit(bits, inputs):
+    weight, scales = (t.to(DEVICE) for t in quantize.quantize_8_bit(torch.randn(70, inputs) / inputs**0.5))
+    x, given = randn(3, inputs), (weight, scales, None, None, None, *EXTRAS, 70, bits, True)
+    assert close(kernels_cuda.linear(x, *given), kernels.linear_reference(x, *given), 5e-3)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("inputs", [256, 200])
+def test_linear_bf16(wide, inputs):
+    x, given = randn(2, 20, inputs), (None, None, randn(70), randn(2, 20, 70), *EXTRAS, 70, 16, wide)
+    weight = randn(70, inputs) / inputs**0.5
+    ours, reference = (f(x, weight, *given) for f in (kernels_cuda.linear, kernels.linear_reference))
+    assert ours.dtype == reference.dtype and ours.shape == (2, 20, 70) and close(ours, reference, 5e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("case", ["norm", "gated", "rotation", "permutation"])
+def test_what_stands_before_and_after_a_linear(bits, case):
+    inputs, out = 384, 70
+    x = randn(1, 3, 2 * inputs if case == "gated" else inputs)
+    norm = randn(inputs) if case == "norm" else None
+    hadamard = quantize.paley(12).float().to(DEVICE) if case == "rotation" else None
+    order = torch.randperm(inputs).int().to(DEVICE) if case == "permutation" else None
+    extras = (norm, 1e-5, case == "gated", hadamard, 32 if case == "rotation" else 1, 1, order)
+    rows, words = weights_4bit(out, inputs, 128, True)
+    more = (randn(out), randn(1, 3, out))
+    reference = kernels.linear_reference(x, *rows, *more, *extras, out, bits, False)
+    ours = kernels_cuda.linear(x, *words, *more, *extras, out, bits, False)
+    # A number that is rounded to another integer, since what it was rounded from differs in its last bit,
+    # makes up for most of it.
+    assert ours.shape == (1, 3, out) and close(ours, reference, 1e-2 if bits > 4 else 4e-2)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_are_rounded_like_those_of_the_reference(bits):
+    x = randn(5, 384)
+    x[1] = 0
+    ours, scales = kernels_cuda.prepare(x, None, bits=bits, groups=3)
+    q, expected = kernels.quantize_activations(x, bits, 3)
+    assert torch.equal(ours.float(), q.flatten(-2))
+    expected = expected[:, :1, 0] if bits == 8 else expected[..., 0]
+    torch.testing.assert_close(scales.view(expected.shape), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [48, 4096])
+def test_rms_norm(size):
+    x, weight = randn(2, 3, size), randn(size)
+    ours, reference = kernels_cuda.rms_norm(x, weight, 1e-5), kernels.rms_norm_reference(x, weight, 1e-5)
+    torch.testing.assert_close(ours, reference, rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize(("k", "power", "stride", "blocks"), [(1, 512, 1, 1), (1, 8, 16, 2), (12, 16, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rotate(k, power, stride, blocks, dtype):
+    matrix = (quantize.paley(k).float() if k > 1 else torch.ones(1, 1)).to(DEVICE)
+    x = randn(3, blocks * k * power * stride, dtype=dtype)
+    ours, reference = (f(x, matrix, power, stride) for f in (kernels_cuda.rotate, kernels.rotate_reference))
+    assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_uniform_is_the_same_bits():
+    seed = torch.tensor([1234, -(2**61) + 7], device=DEVICE)
+    positions = torch.tensor([[0, 1, 77], [2**33, 5, 131071]], device=DEVICE)
+    for size in (61, 1500):
+        same = kernels.uniform_reference(seed, positions, size)
+        assert torch.equal(kernels_cuda.uniform(seed, positions, size), same)
+
+
+@pytest.mark.parametrize(("size", "k"), [(61, 1), (61, 60), (9000, 10)])
+def test_top_k(size, k):
+    x = torch.randn(2, 3, size).mul(4).round().div(4)  # with many equal ones
+    x[0, 1, 7], x[0, 2, 5:9], x[1, 0] = torch.nan, torch.tensor([0.0, -0.0, torch.inf, -torch.inf]), -0.0
+    x[1, 0, 3::2] = 0.0
+    x = x.to(DEVICE)
+    for ours, reference in zip(kernels_cuda.top_k(x, k), kernels.top_k_reference(x, k)):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_move(even):
+    base = randn(6, 2, 40, 2, 12)
+    caches = list(base) if even else [base[0], base[2], base[3]]
+    expected = [cache.clone() for cache in caches]
+    path, length = torch.tensor([[0, 2, 5, 6, 6], [0, 1, 2, 2, 2]], device=DEVICE), torch.tensor([7, 30])
+    length = length.to(DEVICE)
+    kernels.move_reference(expected, path, length)
+    kernels_cuda.move(caches, path, length)
+    for ours, reference in zip(caches, expected):
+        assert torch.equal(ours, reference)
+
+
+def random_tree(n: int) -> torch.Tensor:
+    """Ancestors of a tree whose parents are drawn: bool [n, n]."""
+    seen = torch.eye(n, dtype=torch.bool)
+    for node in range(1, n):
+        seen[node] |= seen[int(torch.randint(0, node, ()))]
+    return seen
+
+
+def chain(n: int) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+CASES = {  # heads, key heads, size of a head, ancestors [B, n, m], lengths
+    "one token": (4, 2, 16, chain(1).expand(2, -1, -1), [5, 300]),
+    "chain": (8, 2, 32, chain(7).expand(2, -1, -1), [61, 250]),
+    "trees": (4, 2, 16, torch.stack([random_tree(9), random_tree(9)]), [60, 255]),
+    "wide tree": (6, 2, 12, torch.stack([random_tree(70)]), [30]),
+    "last of a tree": (4, 1, 16, torch.stack([random_tree(12), chain(12)])[:, 8:], [3, 126]),
+    "window": (4, 4, 16, torch.tensor([[[True, True, False, False]], [[True] * 4]]), [0, 64]),
+    "many heads": (20, 1, 16, torch.stack([random_tree(3)]), [10]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention(case, dtype):
+    heads, groups, size, ancestors, lengths = CASES[case]
+    batch, n, m = ancestors.shape
+    q = randn(batch, n, heads, size, dtype=dtype)
+    keys, values = randn(2, batch, 512, groups, size, dtype=dtype)
+    for b, length in enumerate(lengths):  # what nobody may look at
+        keys[b, length + m :] = values[b, length + m :] = torch.nan
+    given = (q, keys, values, ancestors.to(DEVICE), torch.tensor(lengths, device=DEVICE))
+    ours, reference = kernels_cuda.attention(*given), kernels.attention_reference(*given)
+    assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 6e-3)

@@ -28,16 +28,16 @@ in one process, interleaved, and given as a ratio: absolute times change with th
 Run it on an otherwise idle machine. The last line of the output is the results as JSON.
 
 `kernels` and `cost` also give shares of the copy bandwidth: the bytes of the weights as they lie in memory
-(nibbles or bytes or bf16, scales, zeros) over the seconds of a call or a step, divided by what copying one large
-tensor moves in a second, bytes read and written both counted (`copy_bandwidth`, once per run). Weights are only
-read, which on a CPU is faster than copying: shares above 1 are possible there.
+(nibbles, bytes or bf16, with scales and zeros) over the seconds of a call or a step, divided by what copying
+one large tensor moves in a second, bytes read and written both counted (`copy_bandwidth`, measured once per
+run). Weights are only read, which on a CPU is faster than copying: shares above 1 are possible there.
 
 On a GPU (--device cuda; scripts/gpu_pass.py runs what belongs together) clocks are read when the device has
-finished. `kernels` times CUDA graphs of many calls with events; T(n) and what drafts are made of are whole calls,
-the host's share included, and where a step can be captured its graph is timed, too, which has none. Tokens per
-second and speedups are right, since every step ends with a read of the host. But how a step in the *texts* is split
-into drafting and verification is seen from the host alone, which goes on before the device has finished a draft:
-`drafting_seconds`, what is `predicted` from it, and the seconds of `levels` are the host's.
+finished. `kernels` times CUDA graphs of many calls with events. T(n) and what drafts are made of are whole
+calls, the host's share included; T(n) is also measured without it, as a graph. Tokens per second and speedups
+are right, since every step ends with a read of the host. But how a step in the *texts* is split into drafting
+and verification is seen from the host alone, which goes on while the device still drafts: `drafting_seconds`,
+what is `predicted` from it, and the seconds of `levels` are the host's.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -315,8 +317,8 @@ def interleave(
 ) -> dict[Any, float]:
     """Median seconds of each function; they take turns, so that all see the same machine.
 
-    In a turn, `burst` calls follow each other, and the first half only warms the caches up. A call on a GPU has
-    ended when the device has finished.
+    In a turn, `burst` calls follow each other, and the first half only warms the caches up. A call on a GPU
+    has ended when the device has finished.
     """
     times = {name: [] for name in functions}
     for turn in range(repeats + 3):
@@ -497,8 +499,8 @@ def print_cost(precision: str, cost: dict[str, dict]) -> None:
     if "on_device" in cost:
         rows["device, T(1)"] = {n: seconds / first for n, seconds in cost["on_device"].items()}
         rows["of copying"] = cost["share_of_copy_on_device"]
-    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms, {memory['weight_bytes'] / 1e6:.0f} MB of weights; ", end="")
-    print(f"copying {memory['copy_bandwidth'] / 1e9:.1f} GB/s")
+    weights, copying = f"{memory['weight_bytes'] / 1e6:.0f} MB", f"{memory['copy_bandwidth'] / 1e9:.1f} GB/s"
+    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms, weights {weights}, copying {copying}")
     print(f"    {'n':12}" + "".join(f"{n:>7}" for n in cost["verification"]))
     for name, values in rows.items():
         print(f"    {name:12}" + "".join(f"{value:7.2f}" for value in values.values()))
@@ -1034,13 +1036,14 @@ def report_exact(args: argparse.Namespace) -> dict:
     """Texts that are not the autoregressive one, by method, precision and temperature: none should be.
 
     Compiled ones are compared with compiled ones. Batches of methods other than qspec, and hierarchies, run
-    uncompiled, to save hours of compilation, and --uncompiled leaves out the others.
+    uncompiled, to save hours of compilation; --uncompiled leaves out the others, and --compiled these.
     """
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in split(args.precisions):
-        target, compiled, uncompiled = exact_contestants(precision)
+        target, compiled, uncompiled = exact_contestants(precision, args.device)
         for temperature in (0.0, 1.0):
-            for compile, entries in ((True, {} if args.uncompiled else compiled), (False, uncompiled)):
+            kinds = {True: {} if args.uncompiled else compiled, False: {} if args.compiled else uncompiled}
+            for compile, entries in kinds.items():
                 expected = None
                 for name, (drafter, batch_size) in entries.items():
                     sampling = Sampling(temperature)
@@ -1057,21 +1060,22 @@ def report_exact(args: argparse.Namespace) -> dict:
     return rows
 
 
-def exact_contestants(precision: str) -> tuple[Transformer, dict, dict]:
+def exact_contestants(precision: str, device: str = "cpu") -> tuple[Transformer, dict, dict]:
     """The shipped target; drafters and batch sizes by name, to run compiled and uncompiled. The first of each
     are what the others are compared with."""
-    target, small = shipped(precision)
-    inner = TreeDrafter(generate.load_head(generate.SMALL_HEAD, small))
+    parts = load_parts(precision, SHIPPED, device)
+    target, small = parts.target.model, parts.small
+    inner = TreeDrafter(parts.small_head(small))
     flat = {
         "autoregressive": Drafter(),
         "lookup": LookupDrafter(4),
         "sequential": SequentialDrafter(small, 4),
-        "tree": TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, target)),
+        "tree": TreeDrafter(parts.head(target)),
     }
     qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
     for lower in quantize.lower_precisions(precision):
         twin = quantize.share_weights(target, lower)
-        own = TreeDrafter(generate.load_head(generate.SHIPPED_HEAD, twin))
+        own = TreeDrafter(parts.head(twin))
         qspecs[f"qspec {lower}"] = SequentialDrafter(twin, 3, shares_cache=True)
         more[f"hierarchical, {lower} self"] = HierarchicalDrafter(twin, own, shares_cache=True)
     one, eight = ", batch of 1", ", batch of 8"
@@ -1261,7 +1265,18 @@ SHAPES = {
     "llama-3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=5e5),
 }
 SMALLER = {"llama-3-70b": SHAPES["llama-3-8b"], "llama-3-8b": SHAPES["llama-3.2-1b"]}  # of one vocabulary
-LARGER_THAN_CACHE = 200e6  # bytes of weights that take turns, so that none waits in a cache
+LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of weights that take turns: none waits in a cache
+
+
+def linears_of(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer: outputs and inputs by name."""
+    heads, both = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
+    return {
+        "qkv": (both * config.head_dim, config.hidden_size),
+        "o": (config.hidden_size, heads),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+    }
 
 
 def read_all(tensors: Iterable[Tensor | None]) -> None:
@@ -1275,118 +1290,210 @@ def read_all(tensors: Iterable[Tensor | None]) -> None:
             tensor.flatten().view(torch.int64).sum()
 
 
-def random_weight(out: int, inputs: int, precision: str) -> tuple[Tensor, Tensor | None]:
-    """Packed weights with plausible scales: groups of 128 for 4 bits."""
+def random_rows(
+    out: int, inputs: int, precision: str, device: str = "cpu", group: int = 128, asymmetric: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A weight in rows, plausible scales and perhaps zeros, for `kernels.linear`. `group`: of 4-bit ones."""
     if precision == "bf16":
-        return kernels.pack((torch.randn(out, inputs) / inputs**0.5).bfloat16()), None
+        return (torch.randn(out, inputs, device=device) / inputs**0.5).bfloat16(), None, None
     four = precision.startswith("w4")
     shape, kind = ((out, inputs // 2), torch.uint8) if four else ((out, inputs), torch.int8)
-    weight = torch.randint(0, 256, shape, dtype=torch.uint8).view(kind)
-    groups, size = (inputs // 128, 5) if four else (1, 74)  # size: of such integers, root mean square
-    return kernels.pack(weight), kernels.pack_scales(torch.full((out, groups), 1 / size / inputs**0.5).half())
+    weight = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).view(kind)
+    groups, size = (inputs // group, 5) if four else (1, 74)  # size: of such integers, root mean square
+    scales = (0.5 + torch.rand(out, groups, device=device)) / size / inputs**0.5
+    zeros = 15 * torch.rand(out, groups, device=device) if asymmetric else None
+    return weight, scales.half(), None if zeros is None else zeros.half()
 
 
-def contestants(out: int, inputs: int) -> dict[str, tuple[list, Callable]]:
-    """Name -> copies of a weight, larger than the cache together, and how to multiply x [n, in] with one."""
+def packed(
+    weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a loaded model has of a weight in rows, which it takes over: as `Linear.pack` leaves it."""
+    with torch.device("meta"):
+        linear = gpt_spec.Linear(1, 1)
+    linear.set_weights(weight, scales, zeros)
+    linear.pack()
+    return linear.weight, linear.scales, linear.zeros
 
-    def copies(make: Callable) -> list:
-        first = make()
-        size = sum(t.nbytes for t in (first if isinstance(first, tuple) else (first,)) if t is not None)
-        return [first] + [make() for _ in range(int(LARGER_THAN_CACHE / size))]
 
-    def ours(precision: str) -> tuple[list, Callable]:
+def random_weight(
+    out: int, inputs: int, precision: str, device: str = "cpu"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, scales and zeros as in a loaded model: groups of 128 for 4 bits, symmetric."""
+    return packed(*random_rows(out, inputs, precision, device))
+
+
+Multiply = Callable[[Tensor, Any], Tensor]  # x [n, in] and a weight -> [n, out]
+Contestant = tuple[Any, Multiply]  # its weight and what it does
+
+
+def torch_on_cpu(out: int, inputs: int) -> dict[str, Callable[[], Contestant]]:
+    """PyTorch's own 4-bit and 8-bit operators, each made when it is asked for."""
+
+    def int4() -> Contestant:
+        numbers = torch.randint(0, 16, (out, inputs), dtype=torch.int32)
+        weight = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        scales = torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16)
+        return (weight, scales), lambda x, w: torch._weight_int4pack_mm_for_cpu(x, w[0], 128, w[1])
+
+    def int8() -> Contestant:
+        weight = torch.randint(-127, 128, (inputs, out), dtype=torch.int8)
+        return weight, lambda x, w: torch._int_mm(x.to(torch.int8), w)
+
+    return {"torch int4": int4, "torch int8 x int8": int8}
+
+
+def others_on_gpu(out: int, inputs: int) -> dict[str, Callable[[], Contestant]]:
+    """tinygemm, which is PyTorch's 4-bit operator, and gemlite, where it is installed (in its float16)."""
+
+    def int4() -> Contestant:
+        numbers = torch.randint(0, 256, (out, inputs // 2), dtype=torch.uint8, device="cuda")
+        weight = torch.ops.aten._convert_weight_to_int4pack(numbers, 8)
+        scales = torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16, device="cuda")
+        return (weight, scales), lambda x, w: torch.ops.aten._weight_int4pack_mm(x, w[0], 128, w[1])
+
+    def gemlite() -> Contestant:
+        from gemlite.core import DType, GemLiteLinear
+
+        linear = GemLiteLinear(4, 128, inputs, out, input_dtype=DType.FP16, output_dtype=DType.FP16)
+        numbers = torch.randint(0, 16, (out, inputs), dtype=torch.uint8, device="cuda")
+        scales, zeros = torch.rand(2, out, inputs // 128, dtype=torch.float16, device="cuda")
+        linear.pack(numbers, scales, zeros, None)
+        return linear, lambda x, w: w(x.half())
+
+    installed = importlib.util.find_spec("gemlite") is not None
+    return {"torch int4": int4} | ({"gemlite int4": gemlite} if installed else {})
+
+
+def contestants(out: int, inputs: int, device: str = "cpu") -> dict[str, Callable[[], Contestant]]:
+    """Who multiplies with a weight of this shape, ours and others', each made when it is asked for."""
+
+    def ours(precision: str) -> Contestant:
         bits = 16 if precision == "bf16" else quantize.PRECISIONS[precision][1]
-        weights = copies(lambda: random_weight(out, inputs, precision))
-        return weights, lambda x, w: kernels.linear(x, *w, out_features=out, activation_bits=bits)
+        weight = random_weight(out, inputs, precision, device)
+        return weight, lambda x, w: kernels.linear(x, *w, out_features=out, activation_bits=bits)
 
-    def torch_int4() -> tuple[Tensor, Tensor]:
-        packed = torch._convert_weight_to_int4pack_for_cpu(
-            torch.randint(0, 16, (out, inputs), dtype=torch.int32), 1
-        )
-        return packed, torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16)
+    def bf16() -> Contestant:
+        return random_rows(out, inputs, "bf16", device)[0], torch.nn.functional.linear
 
-    entries = {precision: ours(precision) for precision in ("bf16", *quantize.PRECISIONS)}
-    entries["torch bf16"] = (
-        copies(lambda: (torch.randn(out, inputs) / inputs**0.5).bfloat16()),
-        torch.nn.functional.linear,
-    )
-    entries["torch int4"] = (
-        copies(torch_int4),
-        lambda x, w: torch._weight_int4pack_mm_for_cpu(x, w[0], 128, w[1]),
-    )
-    entries["torch int8 x int8"] = (
-        copies(lambda: torch.randint(-127, 128, (inputs, out), dtype=torch.int8)),
-        lambda x, w: torch._int_mm(x.to(torch.int8), w),
-    )
-    return entries
+    entries = {precision: partial(ours, precision) for precision in ("bf16", *quantize.PRECISIONS)}
+    entries["torch bf16"] = bf16
+    return entries | (others_on_gpu(out, inputs) if on_gpu(device) else torch_on_cpu(out, inputs))
 
 
-def measure_linear(out: int, inputs: int, sizes: list[int], repeats: int) -> dict[str, dict]:
-    """Seconds of every contestant for every number of rows, taking turns, and the bytes of its weight."""
-    entries, rows = contestants(out, inputs), {}
+def tensors_of(weight: object) -> list[Tensor]:
+    """All that is read of a contestant's weight."""
+    if isinstance(weight, torch.nn.Module):
+        return [*weight.parameters(), *weight.buffers()]
+    return [t for t in (weight if isinstance(weight, tuple) else (weight,)) if t is not None]
+
+
+class Entry(NamedTuple):
+    """A contestant that works here: copies of its weight, together larger than the cache."""
+
+    weights: list
+    multiply: Multiply
+    bytes: int  # of one weight
+
+    def in_turn(self, x: Tensor) -> Callable[[], Tensor]:
+        """Multiplies x with the next copy at every call."""
+        weights = cycle(self.weights)
+        return lambda: self.multiply(x, next(weights))
+
+
+def make_entries(
+    makers: dict[str, Callable[[], Contestant]], inputs: int, sizes: list[int], device: str
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Those that work for all numbers of rows, and why the others do not, by name."""
+    entries, failed = {}, {}
+    for name, make in makers.items():
+        try:
+            weight, multiply = make()
+            for n in sizes:
+                multiply(torch.randn(n, inputs, device=device).bfloat16(), weight)
+            finish(device)
+        except Exception as error:  # of others, who may fail in any way: it is reported
+            failed[name] = first_line(error)
+            continue
+        size = sum(t.nbytes for t in tensors_of(weight))
+        count = int(LARGER_THAN_CACHE[torch.device(device).type] / size)
+        entries[name] = Entry([weight, *(copy.deepcopy(weight) for _ in range(count))], multiply, size)
+    return entries, failed
+
+
+@torch.no_grad()
+def measure_linear(
+    out: int, inputs: int, sizes: list[int], repeats: int, device: str, bandwidth: float, chosen: list[str]
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Seconds of every contestant for every number of rows, taking turns, the bytes of its weight, and which
+    shares of the copy bandwidth that makes; and why others did not take part. `chosen`: names; [] is all."""
+    makers = contestants(out, inputs, device)
+    makers = {name: make for name, make in makers.items() if not chosen or name in chosen}
+    entries, failed = make_entries(makers, inputs, sizes, device)
+    rows: dict[str, dict] = {name: {"seconds": {}} for name in entries}
+    calls = max((len(entry.weights) for entry in entries.values()), default=1)
     for n in sizes:
-        x = torch.randn(n, inputs).bfloat16()
-
-        def once(name: str, turn=iter(range(10**9)), x=x) -> None:
-            weights, multiply = entries[name]
-            multiply(x, weights[next(turn) % len(weights)])
-
-        seconds = interleave({name: partial(once, name) for name in entries}, repeats)
-        for name in entries:
-            rows.setdefault(name, {"seconds": {}})["seconds"][n] = seconds[name]
-    for name, (weights, multiply) in entries.items():
-        tensors = [w if isinstance(w, tuple) else (w,) for w in weights]
-        turn, one_row = iter(range(10**9)), torch.randn(1, inputs).bfloat16()
-        pair = {
-            "read": lambda t=tensors, turn=turn: read_all(t[next(turn) % len(t)]),
-            "multiply": lambda w=weights, x=one_row, m=multiply, turn=turn: m(x, w[next(turn) % len(w)]),
-        }
-        seconds = interleave(pair, repeats if len(weights) > 1 else 3 * repeats)
-        rows[name]["bytes"] = sum(t.nbytes for t in tensors[0] if t is not None)
-        rows[name]["read_bandwidth"] = rows[name]["bytes"] / seconds["read"]
+        x = torch.randn(n, inputs, device=device).bfloat16()
+        turns = {name: entry.in_turn(x) for name, entry in entries.items()}
+        for name, seconds in interleave_on_device(turns, repeats, device, max(calls, 32)).items():
+            rows[name]["seconds"][n] = seconds
+    one_row = torch.randn(1, inputs, device=device).bfloat16()
+    for name, entry in entries.items():
+        tensors = cycle([tensors_of(weight) for weight in entry.weights])
+        pair = {"read": lambda t=tensors: read_all(next(t)), "multiply": entry.in_turn(one_row)}
+        count = repeats if len(entry.weights) > 1 else 3 * repeats
+        seconds = interleave_on_device(pair, count, device, max(calls, 32))
+        rows[name]["bytes"] = entry.bytes
+        rows[name]["read_bandwidth"] = entry.bytes / seconds["read"]
         rows[name]["share_of_bandwidth"] = seconds["read"] / seconds["multiply"]
-    return rows
+        rows[name]["share_of_copy"] = shares_of_copy(rows[name]["seconds"], entry.bytes, bandwidth)
+        rows[name]["relative"] = {n: t / rows[name]["seconds"][1] for n, t in rows[name]["seconds"].items()}
+    return rows, failed
 
 
 def report_kernels(args: argparse.Namespace) -> dict:
-    """Every linear of real models, n = 1 to 64: time, share of the read bandwidth, T(n) / T(1)."""
+    """Every linear of real models, n = 1 to 64, with nothing before or after it: time, T(n) / T(1), and
+    shares of the bandwidth with which its bytes can be read and of the copy bandwidth: see above."""
     kernels.load()
-    sizes, results = [1, 2, 4, 8, 16, 32, 64], {}
+    results, bandwidth = {}, copy_bandwidth(args.device)
+    print(f"copying {bandwidth / 1e9:.1f} GB/s")
     for shape in split(args.shapes):
-        c = SHAPES[shape]
-        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        linears = {"qkv": (heads, c.hidden_size), "o": (c.hidden_size, c.num_heads * c.head_dim)}
-        linears |= {
-            "gate_up": (2 * c.intermediate_size, c.hidden_size),
-            "down": (c.hidden_size, c.intermediate_size),
-        }
-        for name, (out, inputs) in linears.items():
-            rows = measure_linear(out, inputs, sizes, args.repeats)
-            print(f"\n{shape} {name}: {out} x {inputs}")
-            print(
-                f"{'':18}{'MB':>7}{'GB/s':>7}{'ms, n=1':>9}{'of reading':>11}   T(n) / T(1), n = {sizes[1:]}"
-            )
-            for kind, row in rows.items():
-                first = row["seconds"][1]
-                row["relative"] = {n: t / first for n, t in row["seconds"].items()}
-                ratios = " ".join(f"{row['relative'][n]:6.2f}" for n in sizes[1:])
-                print(
-                    f"{kind:18}{row['bytes'] / 1e6:7.1f}{row['read_bandwidth'] / 1e9:7.1f}{first * 1e3:9.3f}"
-                    f"{row['share_of_bandwidth']:11.2f}   {ratios}",
-                    flush=True,
-                )
+        for name, (out, inputs) in linears_of(SHAPES[shape]).items():
+            chosen = split(args.contestants) if args.contestants else []
+            settings = (args.repeats, args.device, bandwidth, chosen)
+            rows, failed = measure_linear(out, inputs, [1, 2, 4, 8, 16, 32, 64], *settings)
             results[f"{shape} {name}"] = {"out": out, "in": inputs, "linears": rows}
-    results["overhead_seconds"] = call_overhead()
+            results[f"{shape} {name}"] |= {"failed": failed} if failed else {}
+            print_linear(f"{shape} {name}", results[f"{shape} {name}"])
+    results["overhead_seconds"] = call_overhead(args.device)
     print(f"\na call of the smallest linear takes {results['overhead_seconds'] * 1e6:.1f} microseconds")
-    return results
+    return results | {"copy_bandwidth": bandwidth}
 
 
-def call_overhead() -> float:
-    """Seconds of a linear of 16 x 16: what a call costs before there is work."""
-    x, weight = torch.randn(1, 16).bfloat16(), random_weight(16, 16, "bf16")
-    operator = torch.ops.gpt_spec.linear.default
-    arguments = (x, *weight, None, None, None, None, 0.0, False, None, 1, 1, None, 16, 16, False)
-    return interleave({"call": lambda: [operator(*arguments) for _ in range(1000)]}, 9)["call"] / 1000
+def print_linear(name: str, result: dict) -> None:
+    print(f"\n{name}: {result['out']} x {result['in']}")
+    sizes = list(next(iter(result["linears"].values()))["relative"])[1:] if result["linears"] else []
+    print(f"{'':18}{'MB':>7}{'GB/s':>7}{'ms, n=1':>9}{'of reading':>11}{'of copying':>11}   ", end="")
+    print(f"T(n) / T(1), n = {sizes}")
+    for kind, row in result["linears"].items():
+        ratios = " ".join(f"{row['relative'][n]:6.2f}" for n in sizes)
+        megabytes, reading, first = row["bytes"] / 1e6, row["read_bandwidth"] / 1e9, row["seconds"][1] * 1e3
+        shares = f"{row['share_of_bandwidth']:11.2f}{row['share_of_copy'][1]:11.2f}"
+        print(f"{kind:18}{megabytes:7.1f}{reading:7.1f}{first:9.3f}{shares}   {ratios}", flush=True)
+    for kind, reason in result.get("failed", {}).items():
+        print(f"{kind:18}does not run here: {reason}", flush=True)
+
+
+def call_overhead(device: str = "cpu") -> float:
+    """Seconds of a linear so small that there is no work: what a call costs; on a GPU, the host's share."""
+    if on_gpu(device):
+        x, weight = torch.randn(1, 256, device=device).bfloat16(), random_weight(256, 256, "bf16", device)
+        call = partial(kernels.linear, x, *weight, out_features=256)
+    else:
+        x, weight = torch.randn(1, 16).bfloat16(), random_weight(16, 16, "bf16")
+        arguments = (x, *weight, None, None, None, 0.0, False, None, 1, 1, None, 16, 16, False)
+        call = partial(torch.ops.gpt_spec.linear.default, *arguments)
+    return interleave({"call": lambda: [call() for _ in range(1000)]}, 9, device=device)["call"] / 1000
 
 
 def report_hadamard(args: argparse.Namespace) -> dict:
@@ -1410,7 +1517,7 @@ def report_hadamard(args: argparse.Namespace) -> dict:
 
 def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, float]]:
     """Seconds of a linear, plain and with its inputs rotated, by their number of rows."""
-    copies = max(2, int(LARGER_THAN_CACHE / (out * inputs / 2)))
+    copies = max(2, int(LARGER_THAN_CACHE["cpu"] / (out * inputs / 2)))
     weights, rows = cycle([random_weight(out, inputs, "w4a16") for _ in range(copies)]), {}
     kinds = {"seconds": None, "rotated_seconds": (*quantize.hadamard(inputs // stride), stride)}
 
@@ -1472,8 +1579,8 @@ def report_decode(args: argparse.Namespace) -> dict:
     model = random_model(SHAPES[args.shape], args.precision)
     decoder = Decoder(model, max_length=512)
     decoder.warm_up()
-    weights = [p for module in (model.layers, model.lm_head) for p in module.parameters()]
-    nbytes = sum(p.nbytes for p in weights)  # of the embedding only one row is read
+    weights = weights_of_a_step(model)
+    nbytes = sum(p.nbytes for p in weights)
     reading, speeds = [], []
     for turn in range(6):
         stats = Stats()
@@ -1578,8 +1685,9 @@ class Synthetic:
     """
 
     def __init__(self, acceptance: Acceptance, salt: int, *args, **options):
-        self.probabilities, self.salt = torch.tensor(acceptance.probabilities), salt
+        self.salt = salt
         super().__init__(*args, **options)
+        self.probabilities = torch.tensor(acceptance.probabilities, device=self.state.length.device)
 
     def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
         """int64 [B, n]; `positions` [B, n] are those of the tokens chosen, each one behind its node."""
@@ -1593,7 +1701,7 @@ class Synthetic:
         other = torch.where(taken, unused, choice)
         depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
         drawn = kernels.uniform(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
-        replaced = torch.where(drawn < self.probabilities.to(drawn.device)[depth], guess, other)
+        replaced = torch.where(drawn < self.probabilities[depth], guess, other)
         return torch.where(first < n, replaced, choice)
 
 
@@ -1716,6 +1824,7 @@ REPORTS = {
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
+ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that know --device
 EVERY_PRECISION = ",".join(["bf16", *quantize.PRECISIONS])
 DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that do not say
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
@@ -1777,15 +1886,29 @@ def about(args: argparse.Namespace) -> dict:
     return {
         "report": args.report,
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "results")},
+    } | machine(args.device)
+
+
+def machine(device: str) -> dict:
+    """What results hang on: versions, the date, the device."""
+    return {
         "date": str(date.today()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"triton": triton_version(), "cuda": torch.version.cuda} if on_gpu(device) else {}),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": device_name(args.device),
+        "device": device_name(device),
         "commit": commit(),
         "kernels": kernels.PATH if kernels.load() else "reference",
         "threads": torch.get_num_threads(),
     }
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: str = "cpu") -> str:
@@ -1821,7 +1944,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("report", choices=[*REPORTS, "all"])
     p.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16", help="noise, decode")
     p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
-    p.add_argument("--uncompiled", action="store_true", help="exact: only what runs uncompiled; others: all")
+    only = p.add_mutually_exclusive_group()
+    only.add_argument(
+        "--uncompiled", action="store_true", help="exact: only what is not compiled; others: all"
+    )
+    only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
     p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 24, synthetic 4)")
     p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, synthetic 64)")
     p.add_argument("--temperature", type=float, default=0.0)
@@ -1851,10 +1978,11 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality: the target: {directory}")
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(generate.HEAD_FLAG, help="an EAGLE head of one of these two")
-    p.add_argument("--device", default="cpu", help="cost, methods, auto, synthetic, quality: cpu or cuda")
+    p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic: random weights")
     p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -1877,6 +2005,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, flag) < least:
             raise BadInput(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
     generate.check_device(args.device)
+    if on_gpu(args.device) and args.report not in ON_GPU:
+        raise BadInput(f"--device: {args.report} runs on the CPU; on a GPU do {', '.join(ON_GPU)}")
     if args.checkpoint_path is None and (args.draft_checkpoint_path or args.eagle_checkpoint_path):
         raise BadInput(f"--draft_checkpoint_path and {generate.HEAD_FLAG} need --checkpoint_path")
     read_acceptance(args.acceptance, "--acceptance")

@@ -87,13 +87,18 @@ def load_activations(x, row, first, inputs, COUNT: tl.constexpr, RAGGED: tl.cons
 
 
 @triton.jit
+def group_of(k, inputs, GROUP: tl.constexpr):
+    """The group of an input; of one beyond the last, that of the last."""
+    return tl.minimum(k, inputs - 1) // GROUP
+
+
+@triton.jit
 def multiply_4bit(
-    x, words, scales, zeros, group_scales, row, o, c, out, inputs, acc,
+    x, words, scale, zeros, group_scales, row, o, c, out, inputs, acc,
     GROUP: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr, BEGIN: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """acc + a group's share of a chunk: its pairs BEGIN .. BEGIN + PLANES - 1, of one scale."""
-    g = tl.minimum(c * CHUNK + BEGIN * PLANE, inputs - 1) // GROUP
-    scale = tl.load(scales + g * out + o).to(tl.float32)  # [outputs]
+    """acc + a group's share of a chunk: its pairs BEGIN .. BEGIN + PLANES - 1, of one scale [outputs]."""
+    g = group_of(c * CHUNK + BEGIN * PLANE, inputs, GROUP)
     offset = tl.full(scale.shape, 0.0, tl.float32)
     if zeros is not None:
         offset = tl.load(zeros + g * out + o).to(tl.float32) - 8
@@ -115,7 +120,7 @@ def multiply_4bit(
         value -= offset[:, None] * total[None, :].to(tl.float32)
     if ACTIVATIONS == 4:
         value *= tl.load(group_scales + row * (inputs // GROUP) + g)[None, :]
-    return acc + scale[:, None] * value
+    return acc + scale.to(tl.float32)[:, None] * value
 
 
 @triton.jit
@@ -126,13 +131,18 @@ def sum_inputs(
     """Chunks first .. last - 1 of the inputs -> [BLOCK_OUT, BLOCK_ROWS], float32 or, of int8 by int8, int32."""
     exact: tl.constexpr = BITS == 8 and ACTIVATIONS == 8
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32 if exact else tl.float32)
+    if BITS == 4:
+        coming = tl.load(scales + group_of(first * CHUNK, inputs, GROUP) * out + o)
     for c in range(first, last):
         if BITS == 4:
             word = o.to(tl.int64)[:, None] * (tl.cdiv(inputs, CHUNK) * 16) + c * 16 + tl.arange(0, 16)[None, :]
             words = tl.load(weight + word)
             for begin in tl.static_range(0, 4, PLANES):
+                # A scale is loaded a step before it is needed. What is multiplied, the compiler loads early.
+                scale, after = coming, group_of(c * CHUNK + (begin + PLANES) * PLANE, inputs, GROUP)
+                coming = tl.load(scales + after * out + o)
                 acc = multiply_4bit(
-                    x, words, scales, zeros, x_scales, row, o, c, out, inputs, acc,
+                    x, words, scale, zeros, x_scales, row, o, c, out, inputs, acc,
                     GROUP, ACTIVATIONS, RAGGED, begin, PLANES,
                 )  # fmt: skip
         else:
@@ -166,7 +176,7 @@ def finish(
     tl.store(y + place, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one and the same code for all numbers of rows
 def linear_kernel(
     x, weight, scales, zeros, x_scales, bias, residual, y, partial, arrived, n, out, inputs,
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr,
@@ -488,7 +498,7 @@ def absorb(s, top, scale):
     return now, tl.exp2((s - now[:, None]) * scale), tl.exp2((top - now) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def attention_kernel(
     q, keys, values, ancestors, length, sums, shares, tops, n, m, slots, scale, ancestors_b, ancestors_n,
     G: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, ROOM: tl.constexpr,
@@ -518,12 +528,12 @@ def attention_kernel(
             p = first + tl.arange(0, POSITIONS)
             at, valid = p[:, None] * (G * D) + d[None, :], (p[:, None] < end) & (d[None, :] < D)
             k = tl.load(keys + at, mask=valid, other=0)  # [POSITIONS, D]
-            s = tl.where(p[None, :] < count[:, None], tl.dot(query, k.trans(), input_precision="ieee"), UNSEEN)
+            s = tl.where(p[None, :] < count[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), UNSEEN)
             top, weights, factor = absorb(s, top, scale)
             weights = weights.to(dtype)
-            share = tl.dot(weights, ones, share * factor[:, None], input_precision="ieee")
+            share = tl.dot(weights, ones, share * factor[:, None], input_precision="tf32x3")
             v = tl.load(values + at, mask=valid, other=0)
-            total = tl.dot(weights, v, total * factor[:, None], input_precision="ieee")
+            total = tl.dot(weights, v, total * factor[:, None], input_precision="tf32x3")
         # Where a tree begins, every query has its own way to go.
         for first in range(tl.maximum(begin, straight), end, POSITIONS):
             p = first + tl.arange(0, POSITIONS)
@@ -533,18 +543,18 @@ def attention_kernel(
                 slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
                 at = slot[:, None] * (G * D) + d[None, :]
                 k = tl.load(keys + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                s = tl.where((row // HEADS == j)[:, None], tl.dot(query, k.trans(), input_precision="ieee"), s)
+                s = tl.where((row // HEADS == j)[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), s)
             s = tl.where(p[None, :] < count[:, None], s, UNSEEN)
             top, weights, factor = absorb(s, top, scale)
             weights = weights.to(dtype)
-            share = tl.dot(weights, ones, share * factor[:, None], input_precision="ieee")
+            share = tl.dot(weights, ones, share * factor[:, None], input_precision="tf32x3")
             before = total * factor[:, None]
             for j in range(QUERIES):
                 mine = tl.minimum(block * QUERIES + j, n - 1)
                 slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
                 at = slot[:, None] * (G * D) + d[None, :]
                 v = tl.load(values + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                total = tl.where((row // HEADS == j)[:, None], tl.dot(weights, v, before, input_precision="ieee"), total)
+                total = tl.where((row // HEADS == j)[:, None], tl.dot(weights, v, before, input_precision="tf32x3"), total)
         mine = (row < QUERIES * HEADS) & (block * QUERIES + row // HEADS < n)
         place = place * tl.num_programs(2) + split
         tl.store(sums + place[:, None] * D + d[None, :], total, mask=mine[:, None] & (d[None, :] < D))
@@ -552,7 +562,7 @@ def attention_kernel(
         tl.store(tops + place, top, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def combine_kernel(
     sums, shares, tops, ancestors, length, out, n, m, heads, splits, scale, ancestors_b, ancestors_n,
     D: tl.constexpr, ROOM: tl.constexpr,
@@ -613,7 +623,7 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def uniform_kernel(seed, positions, y, n, size, BLOCK: tl.constexpr):
     line, token = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(seed + line // n)
@@ -687,8 +697,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.view(*x.shape[:-1], k), places.view(*x.shape[:-1], k)
 
 
-@triton.jit
-def move_kernel(cache, apart, path, length, depth, batch, slots, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["depth"])
+def move_kernel(cache, apart, path, length, depth, slots, size, BLOCK: tl.constexpr):
     """Grid: caches, which lie `apart` elements from one another, texts, blocks of the numbers of a slot.
 
     In order of depth: a path increases, so no slot is written that is still to be read.
@@ -712,7 +722,7 @@ def move(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
             return
     grid = (len(caches), len(a), triton.cdiv(size, 256))
     path, block = path.contiguous(), min(triton.next_power_of_2(size), 256)
-    move_kernel[grid](a, apart, path, length, path.shape[1], len(a), a.shape[1], size, BLOCK=block)
+    move_kernel[grid](a, apart, path, length, path.shape[1], a.shape[1], size, BLOCK=block)
 
 
 OPERATIONS = (linear, rms_norm, rotate, uniform, top_k, attention, move)

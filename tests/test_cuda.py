@@ -5,7 +5,6 @@ rides along, and whole texts.
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -20,7 +19,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 import kernels
 import kernels_cuda
 import quantize
-from conftest import ROOT
+from conftest import ROOT, random_model
+from gpt_spec import KVCache, Linear, extend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -240,3 +240,79 @@ def test_attention(case, dtype):
     given = (q, keys, values, ancestors.to(DEVICE), torch.tensor(lengths, device=DEVICE))
     ours, reference = kernels_cuda.attention(*given), kernels.attention_reference(*given)
     assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 6e-3)
+
+
+def test_sums_go_over_positions():
+    """A node of a tree and the same text as a chain, or cached already, are the same bits, not just close."""
+    q, (keys, values), length = randn(1, 9, 4, 16), randn(2, 1, 512, 2, 16), 250
+    tree = random_tree(9)
+    at = torch.tensor([length], device=DEVICE)
+    whole = kernels_cuda.attention(q, keys, values, tree[None].to(DEVICE), at)
+    for node in range(9):
+        path = tree[node].nonzero()[:, 0].to(DEVICE)
+        moved = [cache.clone() for cache in (keys, values)]
+        for cache in moved:
+            cache[:, length : length + len(path)] = cache[:, length + path]
+        for past in (length, length + len(path) - 1):  # the others as nodes, or as past
+            m = length + len(path) - past
+            seen = torch.ones(1, 1, m, dtype=torch.bool, device=DEVICE)
+            alone = kernels_cuda.attention(q[:, node : node + 1], *moved, seen, at - length + past)
+            assert torch.equal(alone[0, 0], whole[0, node])
+
+
+def test_a_whole_model(monkeypatch):
+    """All operations of a forward, as `Transformer.forward` puts them together."""
+    model = random_model(hidden_size=128, intermediate_size=192, head_dim=32).bfloat16().requires_grad_(False)
+    linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
+    for linear in linears:
+        linear.set_weights(*quantize.quantize_4_bit(linear.weight.float(), 32, True))
+    model, tokens = model.to(DEVICE), torch.randint(0, 61, (2, 9), device=DEVICE)
+    expected = model.lm_head(model.recompute(tokens))
+    for linear in linears:
+        linear.set_weights(kernels.pack_words(linear.weight), linear.scales.T.contiguous())
+
+    def multiply(x, *given):
+        *tensors, rotation, permutation, out, bits, wide = given
+        return kernels_cuda.linear(x, *tensors, *(rotation or (None, 1, 1)), permutation, out, bits, wide)
+
+    monkeypatch.setattr(kernels, "linear", multiply)
+    monkeypatch.setattr(kernels, "rms_norm", kernels_cuda.rms_norm)
+    monkeypatch.setattr(kernels, "attention", kernels_cuda.attention)
+    cache = KVCache.allocate(model.config, 2, 64, model.norm.weight)
+    start = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    features, _ = extend(model, cache, tokens, start)
+    assert close(model.lm_head(features), expected, 2e-2)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[int, list[dict]]:
+    """What tests/compile_cuda.py says, by capability."""
+    script = ROOT / "tests" / "compile_cuda.py"
+    started = {c: subprocess.Popen([sys.executable, script, str(c)], stdout=subprocess.PIPE, text=True)
+               for c in (80, 90)}  # fmt: skip
+    said = {c: process.communicate(timeout=300)[0] for c, process in started.items()}
+    assert not any(process.returncode for process in started.values())
+    return {c: [json.loads(line) for line in lines.splitlines()] for c, lines in said.items()}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_linear_kernels_keep_everything_in_registers(compiled, capability):
+    linears = [report for report in compiled[capability] if report["kernel"] == "linear_kernel"]
+    assert len(linears) > 15 and all(report["spilled"] == 0 for report in linears)
+    others = {report["kernel"] for report in compiled[capability]}
+    names = "prepare walsh_hadamard small_matrix attention combine uniform top_k move".split()
+    assert others == {"linear_kernel", *(f"{name}_kernel" for name in names)}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_more_rows_are_added_up_by_the_same_instructions(compiled, capability):
+    """Of other numbers of rows, an instruction has another width, and of no number there is another one."""
+    family = {80: "mma.sync.aligned.m16n8k", 90: "wgmma.mma_async.sync.aligned.m64nNk"}[capability]
+    kinds: dict[str, set[frozenset]] = {}
+    for report in compiled[capability]:
+        if report["kernel"] == "linear_kernel":
+            constants = {key: value for key, value in report["constants"].items() if key != "BLOCK_ROWS"}
+            kinds.setdefault(json.dumps(constants), set()).add(frozenset(report["instructions"]))
+            assert all(name.startswith(family) for name in report["instructions"])
+    assert all(len(found) == 1 for found in kinds.values())
+    assert sum("8.s8" in next(iter(next(iter(found)))) for found in kinds.values()) >= 4  # of 8-bit integers

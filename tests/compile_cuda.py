@@ -1,0 +1,131 @@
+"""Compile what kernels_cuda.py launches, for a GPU that is not here: python tests/compile_cuda.py 90
+
+Runs the host code of every operation on tensors of the CPU, in shapes of real models, with a driver that knows
+nothing but the GPU's name, and stops each kernel before its launch. Prints a line of JSON for every kernel:
+what it was compiled with, its registers and spilled bytes by ptxas, and the matrix instructions in it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import kernels
+import kernels_cuda
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+class Absent:
+    """The driver of a GPU that is not here."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def matrix_instructions(ptx: str) -> dict[str, int]:
+    """How many there are of each kind, without the width of the side where the rows are."""
+    found: dict[str, int] = {}
+    for name in re.findall(r"\b(wgmma\.mma_async\S+|mma\.sync\S+)", ptx):
+        kind = re.sub(r"(m64n)\d+(k\d+)", r"\1N\2", name)
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def report(kernel, name: str, options: dict) -> dict:
+    capability = kernel.metadata.target.arch
+    architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as scratch:
+        ptx = Path(scratch) / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        command = [PTXAS, "-v", f"-arch={architecture}", ptx, "-o", f"{scratch}/kernel.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    constants = {key: value for key, value in options.items() if isinstance(value, (int, bool)) and key.isupper()}
+    return {
+        "kernel": name, "constants": constants, "registers": registers, "spilled": spilled,
+        "shared": kernel.metadata.shared, "instructions": matrix_instructions(kernel.asm["ptx"]),
+    }  # fmt: skip
+
+
+def launch_nothing(capability: int) -> None:
+    """Every launch from here on compiles, and prints its report."""
+    triton.runtime.driver.set_active(Absent(capability))
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        print(json.dumps(report(kernel, self.fn.__name__, options)), flush=True)
+
+    JITFunction.run = compile_only
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def linears() -> None:
+    """All kinds of weights, with as many rows as make a difference; the shape of an 8 B model's layer."""
+    out, inputs, extras = 4096, 4096, (None, 0.0, False, None, 1, 1, None)
+    words, scales = torch.zeros(out, inputs // 8, dtype=torch.int32), torch.zeros(inputs // 128, out).half()
+    residual = bf16(64, out)
+    for bits in (16, 8, 4):
+        for rows in (1, 32, 64):
+            x, after = bf16(rows, inputs), (None, residual[:rows])
+            kernels_cuda.linear(x, words, scales, None, *after, *extras, out, bits, False)
+    x = bf16(16, inputs)
+    small = torch.zeros(inputs // 32, out).half()
+    for bits in (16, 8, 4):
+        kernels_cuda.linear(x, words, scales, scales, None, None, *extras, out, bits, False)
+        kernels_cuda.linear(x, words, small, None, None, None, *extras, out, bits, False)
+    wide = torch.zeros(out, inputs, dtype=torch.int8)
+    for bits in (16, 8):
+        kernels_cuda.linear(x, wide, scales[:1].T.contiguous(), None, None, None, *extras, out, bits, False)
+    for rows in (1, 64):
+        kernels_cuda.linear(bf16(rows, inputs), bf16(out, inputs), None, None, None, None, *extras, out, 16, True)
+    ragged = torch.zeros(out, 16 * 3, dtype=torch.int32)
+    kernels_cuda.linear(bf16(1, 352), ragged, small[:11], None, None, None, *extras, out, 16, False)
+
+
+def others() -> None:
+    x, norm = bf16(8, 4096), bf16(4096)
+    for bits in (16, 8, 4):
+        kernels_cuda.prepare(x, norm, 1e-5, bits=bits, groups=32)
+    kernels_cuda.prepare(bf16(8, 28672), None, gated=True, bits=8)
+    kernels_cuda.rotate(x.float(), torch.ones(1, 1), 4096, 1)
+    kernels_cuda.rotate(torch.zeros(8, 14336), torch.ones(28, 28), 512, 1)
+    length, n = torch.full((2,), 100), 8
+    for heads, groups, dtype in ((32, 8, torch.bfloat16), (64, 8, torch.bfloat16), (32, 32, torch.float32)):
+        q, cache = torch.zeros(2, n, heads, 128, dtype=dtype), torch.zeros(2, 512, groups, 128, dtype=dtype)
+        kernels_cuda.attention(q, cache, cache, torch.ones(2, n, n, dtype=torch.bool), length)
+    kernels_cuda.move([cache, cache.clone()], torch.zeros(2, 4, dtype=torch.int64), length)
+    kernels_cuda.uniform(length, torch.zeros(2, n, dtype=torch.int64), 128256)
+    kernels_cuda.top_k(torch.zeros(2, n, 128256), 10)
+    kernels_cuda.top_k(torch.zeros(2, 200), 59)
+
+
+if __name__ == "__main__":
+    launch_nothing(int(sys.argv[1]))
+    linears()
+    others()

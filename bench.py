@@ -392,7 +392,7 @@ def copy_bandwidth(device: str = "cpu", size: int | None = None) -> float:
     """Bytes per second that copying one large tensor moves, read and written both counted. `size`: its bytes;
     by default several times what a last-level cache holds."""
     size = size or (2**31 if on_gpu(device) else 2**28)
-    source = torch.randint(2**62, (size // 8,), device=device)
+    source = torch.randint(2**62, (2**12,), device=device).repeat(size // 2**15)  # random bytes, made quickly
     goal = torch.empty_like(source)
     seconds = interleave_on_device({"copy": lambda: goal.copy_(source)}, 7, device, calls=4)["copy"]
     return 2 * source.nbytes / seconds
@@ -451,9 +451,19 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
 
 @torch.no_grad()
 def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[str, float]:
-    """T(n) on a GPU without the host's share: seconds of a CUDA graph of the forward and what follows it."""
-    functions = {str(d.tokens.shape[1]): partial(decoder.verify, d, decoder.state) for d in drafts}
+    """T(n) without the host's share: seconds of a CUDA graph of all that `commit` has the GPU do."""
+    functions = {str(draft.tokens.shape[1]): partial(decoder.keep, draft) for draft in drafts}
     return interleave_on_device(functions, turns, decoder.setup.device)
+
+
+def compiles(args: argparse.Namespace) -> bool:
+    """What `Decoder` is told of compiling. Graphs of the layers of a --shape take minutes to compile, and its
+    steps tens of milliseconds on a CPU: these run as they are. On a GPU `compile` stands for CUDA graphs as
+    well, without which the host would be slower than the device: there only these are recorded."""
+    if args.shape and on_gpu(args.device):
+        torch.compiler.set_stance("force_eager")
+        return not args.uncompiled
+    return not (args.shape or args.uncompiled)
 
 
 def weights_of_a_step(model: Transformer) -> list[Tensor]:
@@ -469,8 +479,8 @@ def shares_of_copy(seconds: dict[str, float], nbytes: int, bandwidth: float) -> 
 def report_cost(args: argparse.Namespace) -> dict:
     """T(n) of the shipped target, or of --checkpoint_path, and what drafts are made of: see `measure_cost`.
 
-    With --shape, of random weights: the target, the next smaller shape as small model, and a head.
-    Uncompiled: graphs of so many layers take minutes to compile, and their steps tens of milliseconds.
+    With --shape, of random weights: the target, the next smaller shape as small model, and a head. Not
+    compiled: see `compiles`.
 
     `memory` and `share_of_copy` say how fast a step reads the target's weights: see above.
     """
@@ -481,7 +491,7 @@ def report_cost(args: argparse.Namespace) -> dict:
         else:
             parts = load_parts(precision, chosen_paths(args), args.device)
         # What lies in the cache has to be brought there first; the weights of a shape never do.
-        effort = (3 * args.repeats, 2 if args.shape else 10, not (args.shape or args.uncompiled))
+        effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
         costs = measure_cost(parts, sizes, *effort)
         nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
         costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
@@ -1768,7 +1778,8 @@ def report_synthetic(args: argparse.Namespace) -> dict:
     """What speculation would bring on this machine to models that we have no weights of: real forwards of
     target, middle model and head of --shape, whose acceptance is drawn. See `Synthetic` and `compare`.
 
-    The middle model is the next smaller shape, or the first 4 layers of the smallest. Uncompiled.
+    The middle model is the next smaller shape, or the first 4 layers of the smallest. Not compiled: see
+    `compiles`.
     """
     target, results = SHAPES[args.shape], {}
     small, generator = (
@@ -1780,7 +1791,7 @@ def report_synthetic(args: argparse.Namespace) -> dict:
         parts, decoders = random_parts(target, small, precision, args.device), {}
         methods = synthetic_methods(parts, args)
         for name, (drafter, acceptance) in methods.items():
-            settings = {"max_length": 512, "compile": False}
+            settings = {"max_length": 512, "compile": compiles(args)}
             decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)
             decoders[name].warm_up()
         print(f"{args.shape} {precision}: {SYNTHETIC}")
@@ -1945,9 +1956,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=generate.ALL_PRECISIONS, default="bf16", help="noise, decode")
     p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
     only = p.add_mutually_exclusive_group()
-    only.add_argument(
-        "--uncompiled", action="store_true", help="exact: only what is not compiled; others: all"
-    )
+    only.add_argument("--uncompiled", action="store_true", help="exact: only what is not; others: all")
     only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
     p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 24, synthetic 4)")
     p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, synthetic 64)")

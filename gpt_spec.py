@@ -11,6 +11,7 @@ the speed and nothing else. And a decoder, a model with its drafter, may be the 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
@@ -705,6 +706,7 @@ class Draft:
     tokens: Tensor  # int64 [B, n]
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
+    branches: bool = False  # may a path skip nodes, so that it has to move when it is accepted?
     expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
     drafter: str = ""  # its name, where there is a choice
 
@@ -962,6 +964,55 @@ class Setup:
         isolate = {"isolate_recompiles": True} if can_isolate else {}
         return torch.compile(function, fullgraph=True, dynamic=False, options=options, **isolate)
 
+    @property
+    def records(self) -> bool:
+        """Do CUDA graphs launch what a step consists of?"""
+        return self.compile and self.device.type == "cuda"
+
+    def recorded(self, function: Callable) -> Callable:
+        return Recorded(function, self.pool) if self.records else function
+
+    @functools.cached_property
+    def pool(self) -> tuple[int, int]:
+        """The memory that all graphs share: none needs its own any more when the next one is launched."""
+        return torch.cuda.graph_pool_handle()
+
+
+class Recorded:
+    """A function of tensors, and of whatever else stays where it is, as CUDA graphs: a step of a small model
+    is hundreds of launches, which take the host longer than the GPU.
+
+    Called with arguments of new shapes, it runs as it is, which compiles what is in it. The next time it is
+    recorded, and from then on replayed, on copies of the tensors that it is called with. Its results, a tuple
+    of tensors, are copies, too. One that is called while another is being recorded becomes part of that.
+    """
+
+    def __init__(self, function: Callable, pool: tuple[int, int]):
+        self.function, self.pool = function, pool
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None] = {}
+
+    def __call__(self, *arguments) -> tuple[Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            return self.function(*arguments)
+        key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.function(*arguments)
+        if self.graphs[key] is None:
+            self.graphs[key] = self.record(arguments)
+        graph, inputs, outputs = self.graphs[key]
+        for mine, given in zip(inputs, (a for a in arguments if isinstance(a, Tensor))):
+            mine.copy_(given)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def record(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
+        arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = self.function(*arguments)
+        return graph, [a for a in arguments if isinstance(a, Tensor)], outputs
+
 
 class Drafter:
     """Proposes what the target will verify. This one proposes nothing: autoregressive decoding."""
@@ -969,6 +1020,7 @@ class Drafter:
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
     needs_costs = False  # does `propose` ask what a step costs?
+    needs_host = False  # does `propose` look at a tensor, or decide anything, on the host?
 
     @property
     def slack(self) -> int:
@@ -1044,6 +1096,7 @@ class LookupDrafter(Drafter):
     what it would have brought.
     """
 
+    needs_host = True
     SIZES = (4, 8, 16)  # nodes, where the length of each draft is chosen
     SHARED = 0.7  # what a token is worth in a batch: found by trying
     FADES = (0.96, 0.998)  # what a token counts after the next one: in the rate of late, and of long
@@ -1227,10 +1280,10 @@ class SequentialDrafter(Drafter):
         self.max_nodes = CHAIN_SIZES[-1] if speculate_k is None else speculate_k + 1
         self.models = () if shares_cache else (model,)
         self.draft_confidence, self.needs_costs = draft_confidence, speculate_k is None
+        self.needs_host = draft_confidence > 0 or self.needs_costs
         # The tokens that each compiled call writes: the fewer calls the faster, but each layer of each token
         # takes two or three seconds to compile. With a confidence, `propose` looks at each before the next.
-        one_by_one = draft_confidence > 0 or speculate_k is None
-        most = 1 if one_by_one else max(UNROLLED_LAYERS // model.config.num_layers, 1)
+        most = 1 if self.needs_host else max(UNROLLED_LAYERS // model.config.num_layers, 1)
         count = -(-(self.max_nodes - 1) // most)
         self.calls = [(self.max_nodes - 1 + i) // count for i in reversed(range(count))]
 
@@ -1239,7 +1292,7 @@ class SequentialDrafter(Drafter):
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
         self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
         self.acceptance = Acceptance()
-        self.write_some = setup.compiled(self.write)
+        self.write_some = setup.recorded(setup.compiled(self.write))
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         if not self.shares_cache:
@@ -1350,7 +1403,19 @@ class TreeDrafter(Drafter):
         self.sizes = [n for n in self.SIZES if n <= pool + 1] if tree_size is None else [tree_size]
         self.sizes = self.sizes or [pool + 1]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
-        self.trust = 1.0  # what the logits are multiplied with, so that as much is accepted as is expected
+        self.needs_host = len(self.sizes) > 1
+        self.trust_now = torch.ones((), device=head.layer.post_attention_layernorm.weight.device)
+        self.trust = 1.0
+
+    @property
+    def trust(self) -> float:
+        """What the logits are multiplied with, so that as much is accepted as is expected."""
+        return self.trust_said
+
+    @trust.setter
+    def trust(self, value: float) -> None:
+        self.trust_said = value
+        self.trust_now.fill_(value)  # where `grow` looks, which may be a recorded graph
 
     def taps(self, layers: int) -> tuple[int, ...]:
         return self.head.taps(layers)
@@ -1368,9 +1433,8 @@ class TreeDrafter(Drafter):
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
-        self.trust_now = torch.ones((), device=like.device)
         self.sampling = setup.sampling
-        self.grow_tree = setup.compiled(self.grow)
+        self.grow_tree = setup.recorded(partial(setup.compiled(self.grow), level.state))
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """All rows but the last, whose token is still to be picked. Only their keys and values matter."""
@@ -1447,12 +1511,11 @@ class TreeDrafter(Drafter):
         return tokens, parents, worth, mean
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        self.trust_now.fill_(self.trust)
-        tokens, parent, worth, mean = self.grow_tree(state, self.trust_now)
+        tokens, parent, worth, mean = self.grow_tree(self.trust_now)
         n = n or self.choose(mean)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
-        return Draft(tokens, parent, self.max_depth(n), worth[:, self.sizes.index(n)])
+        return Draft(tokens, parent, self.max_depth(n), True, worth[:, self.sizes.index(n)])
 
     def choose(self, mean: Tensor) -> int:
         """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""
@@ -1602,9 +1665,40 @@ class Verified(NamedTuple):
 
     accepted: int  # draft tokens kept
     drafted: int  # draft tokens verified, root and padding not counted
-    moves: bool  # the accepted path is not where it belongs yet
     tokens: list[int]  # accepted + 1 new tokens
     expected: float  # accepted length that the drafter expected; 0 if it does not say
+
+
+@dataclass
+class Turn:
+    """A step that was begun: a draft, and what the host will read of it when the device is done."""
+
+    draft: Draft
+    report: Tensor  # see `Level.verify`
+    expected: Tensor | None  # see `Draft`
+    done: torch.cuda.Event | None = None
+
+    @staticmethod
+    def begun(draft: Draft, report: Tensor) -> Turn:
+        if report.device.type == "cpu":
+            return Turn(draft, report, draft.expected)
+        copies = (t if t is None else to_host(t) for t in (report, draft.expected))
+        turn = Turn(draft, *copies, torch.cuda.Event())
+        turn.done.record()
+        return turn
+
+    def read(self) -> list[Verified]:
+        """What became of every row."""
+        if self.done is not None:
+            self.done.synchronize()
+        expected = [0.0] * len(self.report) if self.expected is None else self.expected.tolist()
+        rows = zip(self.report.tolist(), expected)
+        return [Verified(*row[:2], row[2 : 3 + row[0]], expects) for row, expects in rows]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the memory of the host, which is there once the device has come to it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Level:
@@ -1643,6 +1737,7 @@ class Level:
             self.state.tokens, self.state.seed = above.state.tokens, above.state.seed
         if shares_cache:
             self.state.features = above.state.features
+        self.turn = setup.recorded(self.turn_on_device)
         drafter.start(self)
 
     def cache_for(self, model: Transformer, shared: bool) -> KVCache:
@@ -1720,8 +1815,8 @@ class Level:
     def verify(self, draft: Draft, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """One forward of the model over a draft; its choices are written behind the root of every text.
 
-        Returns the new length [B], the path [B, max_depth + 1] and the report that the host reads [B, 3 +
-        max_depth + 1]: accepted length, drafted tokens, whether the path has to move, tokens.
+        Returns the new length [B], the path [B, max_depth + 1] and the report that the host reads [B, 2 +
+        max_depth + 1]: accepted length, drafted tokens, tokens.
         """
         length, max_depth = state.length, draft.max_depth
         nodes = torch.arange(draft.tokens.shape[1], device=length.device)
@@ -1737,40 +1832,69 @@ class Level:
         if self.taps:
             row = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
             state.features[row, length[:, None] + level] = tapped[row, path]
-        moves = ((path != level) & (level <= accepted[:, None])).any(dim=1)
         drafted = (draft.parent >= 0).sum(dim=1)
-        report = torch.cat((torch.stack((accepted, drafted, moves), dim=1), emitted), dim=1)
+        report = torch.cat((torch.stack((accepted, drafted), dim=1), emitted), dim=1)
         return torch.where(state.active, length + accepted + 1, length), path, report
 
     def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
         """The model's own token after every node, int64 [B, n]. `draft`: for experiments, which may cheat."""
         return pick(logits, positions, state.seed, self.setup.sampling)
 
+    def keep(self, draft: Draft) -> Tensor:
+        """Verify a draft and keep what was accepted -> the report of `verify`. The host waits for nothing."""
+        n = draft.tokens.shape[1]
+        if n not in self.verify_steps:
+            verify, depth = self.setup.compiled(self.verify), draft.max_depth
+            step = self.setup.recorded(lambda *tree: verify(Draft(*tree, depth), self.state))
+            self.verify_steps[n] = step
+        length, path, report = self.verify_steps[n](draft.tokens, draft.parent)
+        if draft.branches:  # the path of a chain is in place
+            self.cache.keep(path, self.state.length)
+        self.state.length.copy_(length)  # last: an interrupted step has not happened
+        return report
+
     @torch.no_grad()
     def commit(self, draft: Draft) -> list[Verified]:
         """Verify a draft and keep what was accepted -> what became of every row."""
-        n = draft.tokens.shape[1]
-        if n not in self.verify_steps:
-            self.verify_steps[n] = self.setup.compiled(self.verify)
-        length, path, report = self.verify_steps[n](draft, self.state)
-        expected = [0.0] * len(path) if draft.expected is None else draft.expected.tolist()
-        # The one host read of a step, but for what a drafter has read already.
-        rows = [Verified(*row[:3], row[3 : 4 + row[0]], e) for row, e in zip(report.tolist(), expected)]
-        if any(row.moves for row in rows):  # never for a chain: its path is in place
-            self.cache.keep(path, self.state.length)
-        self.state.length = length  # last: an interrupted step has not happened
-        return rows
+        return Turn.begun(draft, self.keep(draft)).read()
+
+    def turn_on_device(self) -> tuple[Tensor, ...]:
+        """One turn of the loop -> the draft's tokens, parents and expectation, and the report of `verify`. For
+        drafters that do not need the host."""
+        draft = self.drafter.propose(self.state)
+        report = self.keep(draft)
+        expected = (
+            torch.zeros(len(report), device=report.device) if draft.expected is None else draft.expected
+        )
+        return draft.tokens, draft.parent, expected, report
 
     @torch.no_grad()
-    def step(self) -> tuple[Draft, list[Verified]]:
-        """One turn of the loop: propose, verify, accept."""
+    def begin(self) -> Turn:
+        """One turn of the loop: propose, verify, accept. Where a graph does all of it, the device may still be
+        at it when this returns."""
         begin = time.perf_counter()
-        draft = self.drafter.propose(self.state)
-        drafted = time.perf_counter()
-        verified = self.commit(draft)
+        if self.setup.records and not self.drafter.needs_host:
+            tokens, parent, expected, report = self.turn()
+            draft = Draft(tokens, parent, self.drafter.max_depth(tokens.shape[1]), expected=expected)
+            drafted = begin  # who could tell
+        else:
+            draft, drafted = self.drafter.propose(self.state), time.perf_counter()
+            report = self.keep(draft)
+        turn = Turn.begun(draft, report)
         self.stats.drafting_seconds += drafted - begin
         self.stats.verification_seconds += time.perf_counter() - drafted
-        return draft, verified
+        return turn
+
+    def read(self, turn: Turn) -> list[Verified]:
+        """Wait for a turn -> what became of every row."""
+        begin = time.perf_counter()
+        rows = turn.read()
+        self.stats.verification_seconds += time.perf_counter() - begin
+        return rows
+
+    def step(self) -> tuple[Draft, list[Verified]]:
+        turn = self.begin()
+        return turn.draft, self.read(turn)
 
     def count_step(self, draft: Draft, rows: list[tuple[Verified, int, int]], seconds: float) -> None:
         """What a step came to, for those who read statistics and for the drafter.
@@ -1801,6 +1925,8 @@ class HierarchicalDrafter(Drafter):
     which makes C the larger C', and Lm goes back to it. But if all was accepted, C' = Lm + 1: what is lacking
     is fed first, so that Lm >= C whenever anything is drafted, and no committed token is ever overwritten.
     """
+
+    needs_host = True
 
     def __init__(
         self,
@@ -1836,7 +1962,8 @@ class HierarchicalDrafter(Drafter):
         # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
         self.level = self.make_level(level, renewed)
-        self.feed_some = level.setup.compiled(self.feed)
+        feed = level.setup.compiled(self.feed)
+        self.feed_some = level.setup.recorded(lambda tokens, start: feed(tokens, start, self.level.state))
 
     def make_level(self, above: Level, renewed: int) -> Level:
         return Level(self.model, self.drafter, above.setup, above, self.shares_cache, renewed)
@@ -1863,28 +1990,29 @@ class HierarchicalDrafter(Drafter):
     def rewind(self, length: Tensor) -> None:
         # All levels at once: this one may move on before the next is asked for a draft.
         inside = self.level.state
-        inside.length = torch.minimum(inside.length, length)
+        inside.length.copy_(torch.minimum(inside.length, length))
         self.drafter.rewind(inside.length)
 
-    def feed(self, tokens: Tensor, start: Tensor, inside: State) -> None:
+    def feed(self, tokens: Tensor, start: Tensor, inside: State) -> tuple:
         """Tokens int64 [B, n] at `start` int64 [B]: the middle model's keys, values and features of them."""
         _, tapped = extend(self.model, self.level.cache, tokens, start, self.level.taps)
         if self.level.taps:
             place = start[:, None] + torch.arange(tokens.shape[1], device=start.device)  # [B, n]
             inside.features[torch.arange(len(start), device=start.device)[:, None], place] = tapped
+        return ()
 
     def follow(self, state: State) -> None:
         """Feed the middle model what it may lack of a text of which the target accepted all that it said."""
         begin = time.perf_counter()
-        self.feed_some(*state.before(state.length, self.level.behind), self.level.state)
-        self.level.state.length = state.length.clone()
+        self.feed_some(*state.before(state.length, self.level.behind))
+        self.level.state.length.copy_(state.length)
         self.level.stats.verification_seconds += time.perf_counter() - begin
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         inside = self.level.state
         self.rewind(state.length)
         if self.shares_cache:
-            inside.length = state.length.clone()  # the target has written what was lacking
+            inside.length.copy_(state.length)  # the target has written what was lacking
         elif (inside.length < state.length).any():
             self.follow(state)
         active, drafted = state.active.tolist(), [0] * len(state.active)
@@ -1920,6 +2048,7 @@ class AutoDrafter(Drafter):
     and is fed to it in one chunk, as a prompt is, when its turn comes; it goes on as if never interrupted.
     """
 
+    needs_host = True
     TURN, TRIAL, CURIOSITY = 16, 6, 0.003  # tokens of a text; steps; share of the time
     STAY = 2  # turns in which the feeding before must have paid for itself
 
@@ -2094,6 +2223,8 @@ class Decoder(Level):
         drafter, self.max_length = drafter or Drafter(), max_length
         slots, device = max_length + drafter.slack, model.norm.weight.device
         super().__init__(model, drafter, Setup(sampling, batch_size, slots, compile, device))
+        # Begin a step before the last one is read? It costs nothing where all of it is the device's work.
+        self.runs_ahead = self.setup.records and not drafter.needs_host
 
     @torch.no_grad()
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
@@ -2144,6 +2275,7 @@ class Decoder(Level):
         seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
         waiting = deque(range(len(prompts)))
         rows: list[Row | None] = [None] * self.setup.batch_size
+        ahead: tuple[Turn, list[Row | None]] | None = None  # a step that was begun, and for which texts
         started = time.perf_counter()
 
         def emit(b: int, tokens: list[int], accepted: int, draft: Draft | None = None) -> Emission:
@@ -2170,9 +2302,17 @@ class Decoder(Level):
             if not any(rows):
                 continue
             begin = time.perf_counter()
-            draft, verified = self.step()
+            turn, texts = ahead or (self.begin(), list(rows))
+            # A text that says a stop token now is decoded a step too far, which nobody reads. But none is where
+            # its budget or its room may be used up.
+            most = turn.draft.max_depth + 1
+            goes_on = self.runs_ahead and all(row is None or row.budget > most for row in rows)
+            ahead = (self.begin(), list(rows)) if goes_on else None
+            draft, verified = turn.draft, self.read(turn)
             results = [(result, emit(b, result.tokens, result.accepted, draft))
-                       for b, result in enumerate(verified) if rows[b] is not None]  # fmt: skip
+                       for b, result in enumerate(verified) if rows[b] is not None and rows[b] is texts[b]]  # fmt: skip
+            if not results:  # all texts that it was begun for are done
+                continue
             used = [(result, e.accepted, len(e.tokens)) for result, e in results]
             self.count_step(draft, used, time.perf_counter() - begin)
             yield [emission for _, emission in results]

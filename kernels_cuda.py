@@ -135,7 +135,9 @@ def sum_inputs(
         coming = tl.load(scales + group_of(first * CHUNK, inputs, GROUP) * out + o)
     for c in range(first, last):
         if BITS == 4:
-            word = o.to(tl.int64)[:, None] * (tl.cdiv(inputs, CHUNK) * 16) + c * 16 + tl.arange(0, 16)[None, :]
+            word = (
+                o.to(tl.int64)[:, None] * (tl.cdiv(inputs, CHUNK) * 16) + c * 16 + tl.arange(0, 16)[None, :]
+            )
             words = tl.load(weight + word)
             for begin in tl.static_range(0, 4, PLANES):
                 # A scale is loaded a step before it is needed. What is multiplied, the compiler loads early.
@@ -423,7 +425,9 @@ def walsh_hadamard_kernel(x, y, factor, stride, POWER: tl.constexpr, STEPS: tl.c
 
 
 @triton.jit
-def small_matrix_kernel(x, matrix, y, factor, length, K: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+def small_matrix_kernel(
+    x, matrix, y, factor, length, K: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[., i, c] = factor * sum over j of matrix[i, j] x[., j, c]; x: [lines, K, length]."""
     line, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, ROOM)
@@ -528,7 +532,9 @@ def attention_kernel(
             p = first + tl.arange(0, POSITIONS)
             at, valid = p[:, None] * (G * D) + d[None, :], (p[:, None] < end) & (d[None, :] < D)
             k = tl.load(keys + at, mask=valid, other=0)  # [POSITIONS, D]
-            s = tl.where(p[None, :] < count[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), UNSEEN)
+            s = tl.where(
+                p[None, :] < count[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), UNSEEN
+            )
             top, weights, factor = absorb(s, top, scale)
             weights = weights.to(dtype)
             share = tl.dot(weights, ones, share * factor[:, None], input_precision="tf32x3")
@@ -543,7 +549,9 @@ def attention_kernel(
                 slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
                 at = slot[:, None] * (G * D) + d[None, :]
                 k = tl.load(keys + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                s = tl.where((row // HEADS == j)[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), s)
+                s = tl.where(
+                    (row // HEADS == j)[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), s
+                )
             s = tl.where(p[None, :] < count[:, None], s, UNSEEN)
             top, weights, factor = absorb(s, top, scale)
             weights = weights.to(dtype)
@@ -554,7 +562,9 @@ def attention_kernel(
                 slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
                 at = slot[:, None] * (G * D) + d[None, :]
                 v = tl.load(values + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                total = tl.where((row // HEADS == j)[:, None], tl.dot(weights, v, before, input_precision="tf32x3"), total)
+                total = tl.where(
+                    (row // HEADS == j)[:, None], tl.dot(weights, v, before, input_precision="tf32x3"), total
+                )
         mine = (row < QUERIES * HEADS) & (block * QUERIES + row // HEADS < n)
         place = place * tl.num_programs(2) + split
         tl.store(sums + place[:, None] * D + d[None, :], total, mask=mine[:, None] & (d[None, :] < D))
@@ -605,7 +615,21 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
     )  # fmt: skip
     out = torch.empty_like(q)
     combine_kernel[(batch * n * heads,)](
-        sums, shares, tops, seen, length, out, n, m, heads, splits, scale, *strides, D=size, ROOM=room, num_warps=1
+        sums,
+        shares,
+        tops,
+        seen,
+        length,
+        out,
+        n,
+        m,
+        heads,
+        splits,
+        scale,
+        *strides,
+        D=size,
+        ROOM=room,
+        num_warps=1,
     )
     return out
 
@@ -654,7 +678,9 @@ def sortable(x, place):
 
 
 @triton.jit
-def top_k_kernel(x, keys, values, places, size, k, RAW: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr):
+def top_k_kernel(
+    x, keys, values, places, size, k, RAW: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr
+):
     """The k largest of a block: of numbers, if RAW, or of keys that others found. One after another."""
     line, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -691,38 +717,35 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         keys = torch.empty(n, blocks * k, dtype=torch.int64, device=x.device)
         top_k_kernel[(n, blocks)](rows, keys, values, places, size, k, RAW=True, FINAL=False, BLOCK=block)
         room = triton.next_power_of_2(blocks * k)
-        top_k_kernel[(n, 1)](
-            rows, keys, values, places, blocks * k, k, RAW=False, FINAL=True, BLOCK=room
-        )
+        top_k_kernel[(n, 1)](rows, keys, values, places, blocks * k, k, RAW=False, FINAL=True, BLOCK=room)
     return values.view(*x.shape[:-1], k), places.view(*x.shape[:-1], k)
 
 
 @triton.jit(do_not_specialize=["depth"])
-def move_kernel(cache, apart, path, length, depth, slots, size, BLOCK: tl.constexpr):
-    """Grid: caches, which lie `apart` elements from one another, texts, blocks of the numbers of a slot.
-
-    In order of depth: a path increases, so no slot is written that is still to be read.
-    """
+def move_kernel(addresses, like, path, length, depth, slots, size, BLOCK: tl.constexpr):
+    """Grid: caches, texts, blocks of the numbers of a slot. In order of depth: a path increases, so no slot is
+    written that is still to be read."""
     b, i = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    first = cache + tl.program_id(0).to(tl.int64) * apart + (b * slots + tl.load(length + b)) * size + i
+    cache = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(like.dtype.element_ty))
+    root = cache + (b * slots + tl.load(length + b)) * size + i
     for d in range(depth):
-        v = tl.load(first + tl.load(path + b * depth + d) * size, mask=i < size)
-        tl.store(first + d * size, v, mask=i < size)
+        v = tl.load(root + tl.load(path + b * depth + d) * size, mask=i < size)
+        tl.store(root + d * size, v, mask=i < size)
+
+
+@functools.cache
+def table(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    """Where tensors lie, on the device. Kept, since a CUDA graph may read it as long as the process lives."""
+    return torch.tensor(addresses, device=device)
 
 
 def move(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
-    """See `kernels.move_slots`. Caches that lie evenly in memory, as those of a model do, move in one launch."""
-    a, apart, size = caches[0], 0, caches[0][0, 0].numel()
-    if len(caches) > 1:
-        apart = (caches[1].data_ptr() - a.data_ptr()) // a.element_size()
-        apart_bytes = apart * a.element_size()
-        if any(c.data_ptr() != a.data_ptr() + i * apart_bytes for i, c in enumerate(caches)):
-            for cache in caches:
-                move([cache], path, length)
-            return
-    grid = (len(caches), len(a), triton.cdiv(size, 256))
-    path, block = path.contiguous(), min(triton.next_power_of_2(size), 256)
-    move_kernel[grid](a, apart, path, length, path.shape[1], a.shape[1], size, BLOCK=block)
+    """See `kernels.move_slots`. All caches in one launch; they are alike in shape, and contiguous."""
+    a, path = caches[0], path.contiguous()
+    addresses, size = table(a.device, tuple(cache.data_ptr() for cache in caches)), a[0, 0].numel()
+    block = min(triton.next_power_of_2(size), 256)
+    grid = (len(caches), len(a), triton.cdiv(size, block))
+    move_kernel[grid](addresses, a, path, length, path.shape[1], a.shape[1], size, BLOCK=block)
 
 
 OPERATIONS = (linear, rms_norm, rotate, uniform, top_k, attention, move)

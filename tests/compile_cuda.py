@@ -62,7 +62,9 @@ def report(kernel, name: str, options: dict) -> dict:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     registers = int(re.search(r"Used (\d+) registers", said)[1])
-    constants = {key: value for key, value in options.items() if isinstance(value, (int, bool)) and key.isupper()}
+    constants = {
+        key: value for key, value in options.items() if isinstance(value, (int, bool)) and key.isupper()
+    }
     return {
         "kernel": name, "constants": constants, "registers": registers, "spilled": spilled,
         "shared": kernel.metadata.shared, "instructions": matrix_instructions(kernel.asm["ptx"]),
@@ -103,7 +105,9 @@ def linears() -> None:
     for bits in (16, 8):
         kernels_cuda.linear(x, wide, scales[:1].T.contiguous(), None, None, None, *extras, out, bits, False)
     for rows in (1, 64):
-        kernels_cuda.linear(bf16(rows, inputs), bf16(out, inputs), None, None, None, None, *extras, out, 16, True)
+        kernels_cuda.linear(
+            bf16(rows, inputs), bf16(out, inputs), None, None, None, None, *extras, out, 16, True
+        )
     ragged = torch.zeros(out, 16 * 3, dtype=torch.int32)
     kernels_cuda.linear(bf16(1, 352), ragged, small[:11], None, None, None, *extras, out, 16, False)
 

@@ -1,10 +1,13 @@
 """The study: what it reads, what it draws, and the files that the figures are made of. Nothing is timed."""
 
+import contextlib
 import gzip
 import json
 import sys
+import types
 
 import pytest
+import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
@@ -206,3 +209,85 @@ def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):
     assert list(draw.read_results(path).table) == ["w4a8"]
     table = capsys.readouterr().out.splitlines()
     assert sum(bench.SYNTHETIC in line for line in table) > len(rows)
+
+
+def test_shares_of_the_copy_bandwidth(tiny_shape, tmp_path, monkeypatch, capsys):
+    """Bytes of the weights over seconds over what copying moves in a second, for steps and for linears."""
+    assert bench.shares_of_copy({"1": 2.0, "8": 4.0}, 12, 3.0) == {"1": 2.0, "8": 1.0}
+    assert bench.copy_bandwidth(size=2**16) > 1e6
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 5e9)
+    monkeypatch.setattr(bench, "LARGER_THAN_CACHE", {"cpu": 0})
+    path = tmp_path / "cost.json"
+    flags = ["--shape", "tiny", "--sizes", "1,3", "--precisions", "w4a8", "--repeats", "1"]
+    assert bench.main(["cost", *flags, "--output", str(path)]) == 0
+    costs = json.loads(path.read_text())["results"]["w4a8"]
+    inside = 256 * 128 + 128 * 128 + 512 * 128 + 128 * 256  # weights of a layer
+    layer = inside // 2 + 2 * inside // 128 + 2 * 2 * 128  # nibbles, scales, norms
+    nbytes = 2 * layer + 256 * 128 + 2 * 256  # and lm_head: 8 bits, a scale for each row
+    assert costs["memory"] == {"copy_bandwidth": 5e9, "weight_bytes": nbytes}
+    assert costs["share_of_copy"]["3"] == pytest.approx(nbytes / costs["verification"]["3"] / 5e9)
+    assert "of copying" in capsys.readouterr().out
+    flags = ["--shapes", "tiny", "--contestants", "w4a16,torch bf16", "--repeats", "1"]
+    assert bench.main(["kernels", *flags, "--output", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert results["copy_bandwidth"] == 5e9 and set(results["tiny o"]["linears"]) == {"w4a16", "torch bf16"}
+    row = results["tiny gate_up"]["linears"]["w4a16"]
+    assert row["bytes"] == 512 * 128 // 2 + 2 * 512 and list(row["seconds"]) == list(row["share_of_copy"])
+    assert row["share_of_copy"]["8"] == pytest.approx(row["bytes"] / row["seconds"]["8"] / 5e9)
+
+
+def test_a_contestant_that_does_not_run_is_named(tiny_shape, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LARGER_THAN_CACHE", {"cpu": 0})
+    makers = bench.contestants(64, 128) | {"another": lambda: (None, lambda x, w: x @ w)}
+    monkeypatch.setattr(bench, "contestants", lambda *shape: makers)
+    rows, failed = bench.measure_linear(64, 128, [1, 2], 1, "cpu", 1e9, ["w8a8", "another"])
+    assert set(rows) == {"w8a8"} and failed["another"].startswith("TypeError: ")
+    bench.print_linear("x", {"out": 64, "in": 128, "linears": rows, "failed": failed})
+    assert "another           does not run here: TypeError" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> list[str]:
+    """What CUDA graphs and events are asked for: every graph takes 8 ms; one whose function says no cannot be
+    recorded."""
+    log, events = [], types.SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 8.0)
+
+    @contextlib.contextmanager
+    def graph(recorded):
+        recorded.replay = lambda: log.append("replay")
+        log.append("capture")
+        yield
+        if log[-1] == "no":
+            raise RuntimeError("not permitted when stream is capturing\nmore")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext}
+    fakes |= {"CUDAGraph": types.SimpleNamespace, "graph": graph, "Event": lambda enable_timing: events}
+    for name, fake in (fakes | {"synchronize": lambda device=None: log.append("wait")}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log
+
+
+def test_graphs_take_turns_and_are_timed_by_events(pretended_gpu, capsys):
+    functions = {name: lambda name=name: pretended_gpu.append(name) for name in ("yes", "no")}
+    seconds = bench.interleave_on_device(functions, 3, "cuda", calls=4)
+    assert seconds == {"yes": 8e-3 / 4, "no": 8e-3 / 4}
+    begin = pretended_gpu.index("no")
+    assert pretended_gpu[:begin] == ["yes", "yes", "wait", "capture", *4 * ["yes"]]
+    assert pretended_gpu[begin:] == ["no", "no", "wait", "capture", *4 * ["no"]] + 5 * (
+        ["replay", "replay", *4 * ["no"], "wait"]
+    )
+    assert (
+        "no: no CUDA graph, timed with its launches: RuntimeError: not permitted" in capsys.readouterr().out
+    )
+
+
+def test_a_clock_waits_for_the_gpu(pretended_gpu):
+    bench.interleave({"a": lambda: pretended_gpu.append("a")}, 1, device="cuda")
+    assert pretended_gpu == 4 * ["wait", "a", "wait"]
+
+
+def test_reports_for_the_cpu_refuse_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(bench.generate, "check_device", lambda name: None)
+    assert bench.main(["tree", "--device", "cuda"]) == 2
+    assert "--device: tree runs on the CPU" in capsys.readouterr().err

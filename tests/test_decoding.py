@@ -21,6 +21,8 @@ from conftest import (
     random_prompts,
     texts,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from generate import load_head, load_model
 from gpt_spec import (
@@ -33,8 +35,10 @@ from gpt_spec import (
     HierarchicalDrafter,
     Level,
     LookupDrafter,
+    Recorded,
     Sampling,
     SequentialDrafter,
+    Setup,
     Stats,
     TextIndex,
     Transformer,
@@ -55,7 +59,7 @@ PROMPTS = random_prompts([5, 1, 17, 9, 30])
 class RandomTreeDrafter(Drafter):
     """Branching drafts: every step another random tree, with true tokens of the target sprinkled in."""
 
-    max_nodes = 9
+    max_nodes, needs_host = 9, True
 
     def __init__(self, model, luck: float = 0.7):
         self.oracle, self.luck = SequentialDrafter(model, 4), luck
@@ -85,7 +89,7 @@ class RandomTreeDrafter(Drafter):
                 parent[b, node] = (
                     above if above is not None else torch.randint(node, (), generator=self.generator)
                 )
-        return Draft(tokens, parent, n - 1)
+        return Draft(tokens, parent, n - 1, branches=True)
 
 
 class RestlessDrafter(AutoDrafter):
@@ -441,18 +445,129 @@ def many_texts(target) -> list[list[int]]:
     return [texts(target, [p], None, own, 24, stop_ids=STOPS)[0] for p, own in zip(MANY, alone)]
 
 
+WHOLE = ["autoregressive", "noisy", "qspec", "tree"]  # whose steps can be one graph
+
+
+def runs_ahead(target, name: str, batch_size: int) -> tuple[Decoder, list[str]]:
+    """As on a GPU, where a step is a graph: a decoder, and what it does."""
+    drafter = None if name == "autoregressive" else drafters(target)[name]
+    decoder, steps = Decoder(target, drafter, SAMPLED, 128, batch_size, compile=False), []
+    assert not decoder.drafter.needs_host
+    begin, read, decoder.runs_ahead = decoder.begin, decoder.read, True
+    decoder.begin = lambda: steps.append("begin") or begin()
+    decoder.read = lambda turn: steps.append("read") or read(turn)
+    return decoder, steps
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_steps_that_begin_before_the_last_one_is_read(target, many_texts, name):
+    """What is decoded too far is not emitted, and not in the way of the text that comes next in its row."""
+    (decoder, steps), stats = runs_ahead(target, name, 3), Stats()
+    assert collect(decoder.run(MANY, 24, STOPS, stats=stats), len(MANY)) == many_texts
+    assert "".join(steps).count("beginbeginread") > 20
+    assert stats.new_tokens == sum(map(len, many_texts))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_conversation_goes_on_from_a_text_that_was_decoded_too_far(target, many_texts, name):
+    stopped = next(i for i, text in enumerate(many_texts) if text[-1] in STOPS and 10 < len(text) < 18)
+    own = replace(SAMPLED, seed=SAMPLED.seed + stopped)
+    longer = [MANY[stopped] + many_texts[stopped] + [5, 7]]
+    expected = texts(target, longer, sampling=own, max_new_tokens=24)
+    decoder, steps = runs_ahead(target, name, 1)
+    first = decoder.run([MANY[stopped]], 100, STOPS, seeds=[own.seed])
+    assert collect(first, 1) == [many_texts[stopped]]
+    assert steps.count("begin") == steps.count("read") + 1  # the step too far
+    assert collect(decoder.run(longer, 24, reuse=True, seeds=[own.seed]), 1) == expected
+
+
+class Blind(TorchDispatchMode):
+    """Nobody may look at a tensor while a graph is recorded."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class Trace:
+    """What a CUDA graph does, without a GPU: the operations of one call, again and again, on the tensors that
+    it used. What Python decided stays decided, and its numbers stay what they were."""
+
+    recording = False
+
+    def __init__(self, function, arguments: list):
+        self.inputs = [a for a in arguments if isinstance(a, torch.Tensor)]
+
+        def run(*tensors):
+            left = iter(tensors)
+            self.outputs = function(*(next(left) if isinstance(a, torch.Tensor) else a for a in arguments))
+            return tuple(self.outputs)
+
+        with Blind(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trace, "recording", True)
+            self.module, self.is_new = make_fx(run)(*self.inputs), True
+
+    def replay(self):
+        if not self.is_new:  # a GPU runs nothing while it records; here, that was the first replay
+            self.outputs = self.module(*self.inputs)
+        self.is_new = False
+
+    def __iter__(self):
+        return iter(self.outputs)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[Trace]:
+    """All graphs that are recorded: traces."""
+    traces = []
+
+    def record(self, arguments):
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        traces.append(Trace(self.function, copies))
+        return traces[-1], traces[-1].inputs, traces[-1]
+
+    monkeypatch.setattr(Recorded, "record", record)
+    monkeypatch.setattr(Setup, "records", True)
+    monkeypatch.setattr(Setup, "pool", None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Trace.recording)
+    return traces
+
+
+@pytest.fixture(scope="module")
+def short_texts(target) -> dict[Sampling, list[list[int]]]:
+    return {sampling: texts(target, PROMPTS, None, sampling, 30) for sampling in (GREEDY, SAMPLED)}
+
+
+@pytest.mark.parametrize(
+    "name, sampling",
+    [
+        *((name, SAMPLED) for name in [*WHOLE, "unsure", "auto", "lookup", "shared", "choosing"]),
+        *((name, GREEDY) for name in ["tree", "middle"]),
+    ],
+)
+def test_recorded_steps(target, short_texts, name, sampling, recordings):
+    """Whole steps, or what they consist of, as on a GPU: recorded once and replayed."""
+    drafter = None if name == "autoregressive" else drafters(target)[name]
+    decoder = Decoder(target, drafter, sampling, 128, batch_size=2, compile=False)
+    decoder.warm_up()
+    assert collect(decoder.run(PROMPTS, 30), len(PROMPTS)) == short_texts[sampling]
+    assert decoder.runs_ahead == (name in WHOLE) and len(recordings) >= 1
+    if name == "tree":  # what a graph must not have taken for a constant
+        assert float(decoder.drafter.trust_now) == pytest.approx(decoder.drafter.trust) != 1.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_64_prompts_through_8_rows(target, many_texts, name):
     """Every text is that of its prompt alone, and no row is idle while a prompt waits."""
     assert len({len(text) for text in many_texts}) > 15  # rows finish at different times
     decoder = Decoder(target, drafters(target)[name], SAMPLED, 128, batch_size=8, compile=False)
-    commit, begun, idle, stats = decoder.commit, set(), [], Stats()
+    keep, begun, idle, stats = decoder.keep, set(), [], Stats()
 
     def watched(draft):
         idle.append(len(begun) < len(MANY) and not decoder.state.active.all())
-        return commit(draft)
+        return keep(draft)
 
-    decoder.commit, out = watched, [[] for _ in MANY]
+    decoder.keep, out = watched, [[] for _ in MANY]
     for emissions in decoder.run(MANY, 24, STOPS, stats=stats):
         for emission in emissions:
             out[emission.prompt_index] += emission.tokens

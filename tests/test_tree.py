@@ -538,7 +538,7 @@ def test_trust_grows_until_as_much_is_accepted_as_expected(target):
     drafter.pace = Pace()
 
     def learn(accepted: float, expected: float) -> None:
-        drafter.learn(draft, [Verified(accepted, 0, False, [], expected)], 1.0)
+        drafter.learn(draft, [Verified(accepted, 0, [], expected)], 1.0)
 
     for _ in range(2000):
         for logit in (0.2, 0.8, 2.2):

@@ -58,7 +58,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -456,12 +456,17 @@ def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[st
     return interleave_on_device(functions, turns, decoder.setup.device)
 
 
+def recording_only() -> AbstractContextManager:
+    """On a GPU `compile` stands for CUDA graphs as well, without which the host is slower than the device.
+    From here on, or in a `with` until its end, these are recorded, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def compiles(args: argparse.Namespace) -> bool:
     """What `Decoder` is told of compiling. Graphs of the layers of a --shape take minutes to compile, and its
-    steps tens of milliseconds on a CPU: these run as they are. On a GPU `compile` stands for CUDA graphs as
-    well, without which the host would be slower than the device: there only these are recorded."""
+    steps tens of milliseconds on a CPU: these run as they are, and on a GPU they are recorded only."""
     if args.shape and on_gpu(args.device):
-        torch.compiler.set_stance("force_eager")
+        recording_only()
         return not args.uncompiled
     return not (args.shape or args.uncompiled)
 
@@ -566,6 +571,8 @@ def compare(
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
     rows, first = {}, sum(run.seconds for run in runs[base]) / sum(run.steps for run in runs[base])
+    if on_gpu(decoders[base].setup.device):
+        print("drafting is what the host sees of it, without waiting for the GPU; predicted follows from it")
     slowness = first / cost[base][1]
     for name in decoders:
         if name == base or name != over:
@@ -1046,7 +1053,8 @@ def report_exact(args: argparse.Namespace) -> dict:
     """Texts that are not the autoregressive one, by method, precision and temperature: none should be.
 
     Compiled ones are compared with compiled ones. Batches of methods other than qspec, and hierarchies, run
-    uncompiled, to save hours of compilation; --uncompiled leaves out the others, and --compiled these.
+    uncompiled, to save hours of compilation; --uncompiled leaves out the others, and --compiled these. On a
+    GPU what is not compiled is recorded as CUDA graphs, except for what it is compared with.
     """
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in split(args.precisions):
@@ -1056,13 +1064,16 @@ def report_exact(args: argparse.Namespace) -> dict:
             for compile, entries in kinds.items():
                 expected = None
                 for name, (drafter, batch_size) in entries.items():
-                    sampling = Sampling(temperature)
-                    decoder = Decoder(target, drafter, sampling, 1024, batch_size, compile)
-                    decoder.warm_up()
-                    texts = decode_all(decoder, prompts, args.max_new_tokens)
+                    records = not compile and expected is not None and on_gpu(args.device)
+                    with recording_only() if records else nullcontext():
+                        settings = (Sampling(temperature), 1024, batch_size, compile or records)
+                        decoder = Decoder(target, drafter, *settings)
+                        decoder.warm_up()
+                        texts = decode_all(decoder, prompts, args.max_new_tokens)
                     expected = expected or texts
                     different = sum(ours != base for ours, base in zip(texts, expected))
-                    name = f"{precision} T={temperature} {name}, {'' if compile else 'un'}compiled"
+                    how = "compiled" if compile else "recorded" if records else "uncompiled"
+                    name = f"{precision} T={temperature} {name}, {how}"
                     rows[name] = {"texts": len(texts), "different": different}
                     print(f"{name:60} {different} of {len(texts)} differ", flush=True)
     total = sum(row["texts"] for row in rows.values()), sum(row["different"] for row in rows.values())
@@ -1910,9 +1921,15 @@ def machine(device: str) -> dict:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": device_name(device),
         "commit": commit(),
-        "kernels": kernels.PATH if kernels.load() else "reference",
+        "kernels": kernels_in_use(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def kernels_in_use(device: str) -> str:
+    if on_gpu(device):
+        return "triton" if kernels.load_cuda() else "reference"
+    return kernels.PATH if kernels.load() else "reference"
 
 
 def triton_version() -> str | None:

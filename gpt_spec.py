@@ -1859,8 +1859,8 @@ class Level:
         return Turn.begun(draft, self.keep(draft)).read()
 
     def turn_on_device(self) -> tuple[Tensor, ...]:
-        """One turn of the loop -> the draft's tokens, parents and expectation, and the report of `verify`. For
-        drafters that do not need the host."""
+        """One turn of the loop, for drafters that do not need the host -> the draft's tokens, parents and
+        expectation, and the report of `verify`."""
         draft = self.drafter.propose(self.state)
         report = self.keep(draft)
         expected = (
@@ -1870,8 +1870,8 @@ class Level:
 
     @torch.no_grad()
     def begin(self) -> Turn:
-        """One turn of the loop: propose, verify, accept. Where a graph does all of it, the device may still be
-        at it when this returns."""
+        """One turn of the loop: propose, verify, accept. Where a graph does all of it, the device may still
+        be at it when this returns."""
         begin = time.perf_counter()
         if self.setup.records and not self.drafter.needs_host:
             tokens, parent, expected, report = self.turn()
@@ -2303,14 +2303,14 @@ class Decoder(Level):
                 continue
             begin = time.perf_counter()
             turn, texts = ahead or (self.begin(), list(rows))
-            # A text that says a stop token now is decoded a step too far, which nobody reads. But none is where
-            # its budget or its room may be used up.
+            # A text that says a stop token now is decoded a step too far, which nobody reads. None is whose
+            # budget, or room, this step may use up.
             most = turn.draft.max_depth + 1
             goes_on = self.runs_ahead and all(row is None or row.budget > most for row in rows)
             ahead = (self.begin(), list(rows)) if goes_on else None
             draft, verified = turn.draft, self.read(turn)
-            results = [(result, emit(b, result.tokens, result.accepted, draft))
-                       for b, result in enumerate(verified) if rows[b] is not None and rows[b] is texts[b]]  # fmt: skip
+            both = [b for b, row in enumerate(rows) if row is not None and row is texts[b]]
+            results = [(verified[b], emit(b, verified[b].tokens, verified[b].accepted, draft)) for b in both]
             if not results:  # all texts that it was begun for are done
                 continue
             used = [(result, e.accepted, len(e.tokens)) for result, e in results]

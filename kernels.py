@@ -70,8 +70,8 @@ PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
 
 @functools.cache
 def load() -> bool:
-    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place? Where there is a GPU,
-    put its bodies in place as well.
+    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place? Those of a GPU are,
+    too, where there is one.
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
     because there is no compiler, which is said once. ValueError for a path that this machine does not have.

@@ -95,7 +95,8 @@ def group_of(k, inputs, GROUP: tl.constexpr):
 @triton.jit
 def multiply_4bit(
     x, words, scale, zeros, group_scales, row, o, c, out, inputs, acc,
-    GROUP: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr, BEGIN: tl.constexpr, PLANES: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr,
+    BEGIN: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """acc + a group's share of a chunk: its pairs BEGIN .. BEGIN + PLANES - 1, of one scale [outputs]."""
     g = group_of(c * CHUNK + BEGIN * PLANE, inputs, GROUP)
@@ -125,10 +126,11 @@ def multiply_4bit(
 
 @triton.jit
 def sum_inputs(
-    x, weight, scales, zeros, x_scales, row, o, first, last, out, inputs, BITS: tl.constexpr, GROUP: tl.constexpr,
-    PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    x, weight, scales, zeros, x_scales, row, o, first, last, out, inputs,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Chunks first .. last - 1 of the inputs -> [BLOCK_OUT, BLOCK_ROWS], float32 or, of int8 by int8, int32."""
+    """Chunks first .. last - 1 of the inputs -> [BLOCK_OUT, BLOCK_ROWS], float32; int8 by int8: int32."""
     exact: tl.constexpr = BITS == 8 and ACTIVATIONS == 8
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32 if exact else tl.float32)
     if BITS == 4:
@@ -152,7 +154,7 @@ def sum_inputs(
             place = weight + o.to(tl.int64)[:, None] * inputs + k[None, :]
             w = tl.load(place, mask=k[None, :] < inputs, other=0) if RAGGED else tl.load(place)
             xc = load_activations(x, row, c * CHUNK, inputs, CHUNK, RAGGED)
-            if exact:
+            if exact:  # noqa: SIM108
                 acc = tl.dot(w, xc, acc, out_dtype=tl.int32)
             else:
                 acc = tl.dot(w.to(tl.bfloat16), xc, acc)
@@ -181,8 +183,8 @@ def finish(
 @triton.jit(do_not_specialize=["n"])  # one and the same code for all numbers of rows
 def linear_kernel(
     x, weight, scales, zeros, x_scales, bias, residual, y, partial, arrived, n, out, inputs,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr, RAGGED: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    RAGGED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of outputs, splits of the inputs, blocks of rows."""
     block, split, rows = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -307,7 +309,7 @@ def linear(
 
 @triton.jit
 def prepared(x, norm, order, i, valid, rms, size, GATED: tl.constexpr):
-    """Inputs i of a row, where they are `valid`, before they are rounded; float32 numbers of x's precision."""
+    """Inputs i of a row, where they are `valid`: what is to be multiplied or rounded, as float32."""
     i = tl.where(valid, i, 0)
     if order is not None:
         i = tl.load(order + i)
@@ -384,7 +386,7 @@ def prepare(
     bits: int = 16,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [n, in], or [n, 2 in] if `gated` -> bf16 [n, in]; or int8 and scales, float32 [n], of 4 bits [n, groups].
+    """x [n, in], or [n, 2 in] if `gated` -> bf16 [n, in]; or int8 and float32 scales [n], or [n * groups].
 
     The twin of `kernels.prepare_reference` without a rotation and of `kernels.quantize_activations`.
     """
@@ -413,7 +415,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def walsh_hadamard_kernel(x, y, factor, stride, POWER: tl.constexpr, STEPS: tl.constexpr):
-    """A program for POWER numbers `stride` apart: sums and differences of numbers half, a quarter .. apart."""
+    """A program for POWER numbers `stride` apart: sums and differences of those that lie half of them apart,
+    then a quarter, and so on."""
     line, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = line * POWER * stride + tl.arange(0, POWER) * stride + s
     v = tl.load(x + place).to(tl.float32)
@@ -471,7 +474,7 @@ UNSEEN = tl.constexpr(-1e30)  # less than any product; not -inf, whose differenc
 
 @triton.jit
 def count_ancestors(ancestors, i, m):
-    """Of queries i [rows]: how many nodes each sees, and whether these are the first ones, for all at once."""
+    """Of queries, whose rows begin at i: how many nodes each sees; and are these the first ones, for all?"""
     count, last = tl.zeros(i.shape, tl.int32), tl.zeros(i.shape, tl.int32)
     for first in range(0, m, NODES):
         node = first + tl.arange(0, NODES)
@@ -497,7 +500,7 @@ def ancestors_at(ancestors, depth, m):
 
 @triton.jit
 def absorb(s, top, scale):
-    """Products [rows, POSITIONS], largest so far [rows] -> the largest now, weights, factor of what was summed."""
+    """Products [rows, POSITIONS], largest so far [rows] -> largest, weights, a factor for earlier sums."""
     now = tl.maximum(top, tl.max(s, axis=1))
     return now, tl.exp2((s - now[:, None]) * scale), tl.exp2((top - now) * scale)
 
@@ -505,7 +508,8 @@ def absorb(s, top, scale):
 @triton.jit(do_not_specialize=["n", "m"])
 def attention_kernel(
     q, keys, values, ancestors, length, sums, shares, tops, n, m, slots, scale, ancestors_b, ancestors_n,
-    G: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, ROOM: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Grid: texts times key heads, blocks of QUERIES, ranges of positions. A row is a query's head."""
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
@@ -599,7 +603,7 @@ def combine_kernel(
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
-    """See `kernels.attention`. The lengths stay on the GPU: programs for positions that no text has end at once."""
+    """See `kernels.attention`. Lengths stay on the GPU: programs for positions of no text end at once."""
     q, (batch, n, heads, size), (_, slots, groups, _) = q.contiguous(), q.shape, keys.shape
     seen = ancestors if ancestors.stride(-1) == 1 else ancestors.contiguous()
     strides, m, per_group = seen.stride()[:2], seen.shape[-1], heads // groups
@@ -723,8 +727,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["depth"])
 def move_kernel(addresses, like, path, length, depth, slots, size, BLOCK: tl.constexpr):
-    """Grid: caches, texts, blocks of the numbers of a slot. In order of depth: a path increases, so no slot is
-    written that is still to be read."""
+    """Grid: caches, texts, blocks of the numbers of a slot. In order of depth: a path increases, so no slot
+    is written that is still to be read."""
     b, i = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     cache = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(like.dtype.element_ty))
     root = cache + (b * slots + tl.load(length + b)) * size + i

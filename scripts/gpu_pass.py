@@ -5,11 +5,11 @@
     python scripts/gpu_pass.py --output results --parts tune          # tiles of the 4-bit linear
     python scripts/gpu_pass.py --only checks --device cpu --shapes llama-3.2-1b    # one part, in this process
 
-The parts, in this order: `tests` (pytest -m gpu); `checks`, every kernel against its slow twin at the shapes
-of real models, and its rows bitwise equal, whatever rides along; then reports of bench.py: `kernels`, next to
-PyTorch's, `cost`, `exact`, the texts of the shipped models, and `synthetic`, models of random weights made on
-the device; `gemlite`, where it is installed; `compiled`, which is `exact` compiled; if asked for, `tune`.
-Nothing is trained.
+The parts: `tests` (pytest -m gpu); `checks`, every kernel against its slow twin at the shapes of real models,
+and its rows bitwise equal, whatever rides along; then reports of bench.py: `kernels`, next to PyTorch's,
+`cost` and `synthetic`, of models of random weights made on the device, `exact`, texts of the shipped models,
+`gemlite`, where it is installed, and `compiled`, which is `exact` compiled; if asked for, `tune`. Nothing is
+trained. They run in an order of importance, for all of them may take longer than there is time.
 
 Without a GPU it says so and ends with 0. A part that fails keeps none of the others from running; the exit
 status is then 1. What no longer fits into --minutes is named as skipped. In the folder of --output there will
@@ -448,8 +448,7 @@ def run_checks(configs: dict[str, ModelConfig], device: str, seconds: float) -> 
         checks.append(check)
         verdict = "" if check.right else "   WRONG " + (check.reason or f"(rows equal: {check.rows_equal})")
         print(f"{name:60} {check.error:.1e}{verdict}", flush=True)
-    gpu = bench.on_gpu(device)
-    bodies = "kernels_cuda.py" if gpu and kernels.load_cuda() else "reference" if gpu else kernels.PATH
+    bodies = bench.kernels_in_use(device)
     return {"bodies": bodies, "not_reached": missed, "checks": [check.as_json() for check in checks]}
 
 

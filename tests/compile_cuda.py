@@ -1,8 +1,8 @@
 """Compile what kernels_cuda.py launches, for a GPU that is not here: python tests/compile_cuda.py 90
 
-Runs the host code of every operation on tensors of the CPU, in shapes of real models, with a driver that knows
-nothing but the GPU's name, and stops each kernel before its launch. Prints a line of JSON for every kernel:
-what it was compiled with, its registers and spilled bytes by ptxas, and the matrix instructions in it.
+Runs the host code of every operation on tensors of the CPU, in shapes of real models, with a driver that
+knows nothing but the GPU's name, and stops each kernel before its launch. Prints a line of JSON for every
+kernel: what it was compiled with, registers and spilled bytes, by ptxas, and the matrix instructions in it.
 """
 
 import json
@@ -21,7 +21,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-import kernels
 import kernels_cuda
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"

@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl
+from conftest import ROOT, random_model
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import kernels
 import kernels_cuda
 import quantize
-from conftest import ROOT, random_model
 from gpt_spec import KVCache, Linear, extend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,8 +41,8 @@ def narrowed(data: np.ndarray, dtype) -> TensorHandle:
 
 @pytest.fixture(autouse=True)
 def bf16_in_the_interpreter(monkeypatch):
-    """Triton 3.6's interpreter calculates with the bits of bf16 numbers, and cuts off instead of rounding. Here
-    it does what a GPU does: sums of products in float32, other results rounded."""
+    """Triton 3.6's interpreter calculates with the bits of bf16 numbers, and cuts off instead of rounding.
+    Here it does what a GPU does: sums of products in float32, other results rounded."""
     torch.manual_seed(0)
     plain = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "binary_op", "create_dot")}
 
@@ -60,8 +60,8 @@ def bf16_in_the_interpreter(monkeypatch):
         return narrowed(op(widened(a.data, a.dtype), widened(b.data, b.dtype)), a.dtype)
 
     def dot(self, a, b, *others):
-        a, b = (TensorHandle(widened(t.data, t.dtype), tl.float32 if t.dtype.scalar == tl.bfloat16 else t.dtype)
-                for t in (a, b))  # fmt: skip
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle(widened(t.data, t.dtype), tl.float32) for t in (a, b))
         return plain["create_dot"](self, a, b, *others)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
@@ -301,7 +301,7 @@ def test_linear_kernels_keep_everything_in_registers(compiled, capability):
     linears = [report for report in compiled[capability] if report["kernel"] == "linear_kernel"]
     assert len(linears) > 15 and all(report["spilled"] == 0 for report in linears)
     others = {report["kernel"] for report in compiled[capability]}
-    names = "prepare walsh_hadamard small_matrix attention combine uniform top_k move".split()
+    names = ["prepare", "walsh_hadamard", "small_matrix", "attention", "combine", "uniform", "top_k", "move"]
     assert others == {"linear_kernel", *(f"{name}_kernel" for name in names)}
 
 

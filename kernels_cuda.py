@@ -337,7 +337,7 @@ def inverse_rms(x, size, eps, BLOCK: tl.constexpr):
 @triton.jit
 def to_integers(v, absmax, LIMIT: tl.constexpr):
     """Rounded to nearest, ties to even, by a sum with 1.5 * 2^23 that leaves no room for a fraction."""
-    factor = tl.where(absmax < 1e-30, 0.0, LIMIT / absmax)
+    factor = tl.where(absmax < 1e-30, 0.0, LIMIT / tl.maximum(absmax, 1e-30))
     return ((v * factor + 12582912.0) - 12582912.0).to(tl.int8)
 
 

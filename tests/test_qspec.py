@@ -97,16 +97,16 @@ def test_verification_overwrites_what_drafts_wrote(plain, prompts):
     decoder = Decoder(plain, qspec(plain, "w4a4"), max_length=192, compile=False)
     prompt = prompts[5]
     decoder.prefill(0, prompt, seed=0)
-    commit, length, written = decoder.commit, len(prompt), {}
+    keep, length, written = decoder.keep, len(prompt), {}
 
     def keys() -> torch.Tensor:
         return decoder.cache.keys[-1][0].clone()
 
     def watched(draft):
         written["below"], written["draft"] = keys()[:length], keys()[length : length + 3]
-        return commit(draft)
+        return keep(draft)
 
-    decoder.commit, before = watched, keys()
+    decoder.keep, before = watched, keys()
     decoder.step()
     assert torch.equal(written["below"], before[:length])  # a draft writes nothing below the length
     assert not before[length:].any() and written["draft"].any(dim=-1).all()

@@ -35,9 +35,10 @@ run). Weights are only read, which on a CPU is faster than copying: shares above
 On a GPU (--device cuda; scripts/gpu_pass.py runs what belongs together) clocks are read when the device has
 finished. `kernels` times CUDA graphs of many calls with events. T(n) and what drafts are made of are whole
 calls, the host's share included; T(n) is also measured without it, as a graph. Tokens per second and speedups
-are right, since every step ends with a read of the host. But how a step in the *texts* is split into drafting
-and verification is seen from the host alone, which goes on while the device still drafts: `drafting_seconds`,
-what is `predicted` from it, and the seconds of `levels` are the host's.
+are right, since a step counts when the host has read it. But how a step in the *texts* is split into drafting
+and verification is seen from the host alone, which goes on while the device still drafts, and not at all
+where a whole step is one graph: `drafting_seconds` (then 0), what is `predicted` from it (then too much), and
+the seconds of `levels` are the host's.
 """
 
 from __future__ import annotations

@@ -1140,7 +1140,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_device(name: str) -> None:
     try:
-        usable = torch.empty(0, device=name).device.type in ("cpu", "cuda")
+        device = torch.empty(0, device=name).device
+        usable = device.type in ("cpu", "cuda")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched where the current device is
     except (RuntimeError, AssertionError, NotImplementedError):
         usable = False
     if not usable:
@@ -1630,7 +1633,8 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
     setup, contestants = decoder.setup, decoder.drafter.contestants()
     cuda = setup.device.type == "cuda"
     machine = torch.cuda.get_device_name(setup.device) if cuda else f"{platform.machine()} {platform.node()}"
-    sources = [Path(module.__file__).stat().st_mtime_ns for module in (gpt_spec, kernels, quantize)]
+    names = ("gpt_spec.py", "quantize.py", "kernels.py", "kernels.cpp", "kernels_cuda.py")
+    sources = [Path(__file__).with_name(name).stat().st_mtime_ns for name in names]
     what = [machine, torch.__version__, kernels.PATH, torch.get_num_threads(), sources, precision]
     what += [decoder.model.config, weight_bytes([decoder.model]), replace(setup.sampling, seed=0)]
     what += [setup.batch_size, setup.slots, setup.compile]

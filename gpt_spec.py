@@ -11,7 +11,6 @@ the speed and nothing else. And a decoder, a model with its drafter, may be the 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import operator
@@ -19,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
@@ -706,7 +705,7 @@ class Draft:
     tokens: Tensor  # int64 [B, n]
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
-    branches: bool = False  # may a path skip nodes, so that it has to move when it is accepted?
+    branches: bool = True  # may a path skip nodes, so that it has to move when it is accepted?
     expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
     drafter: str = ""  # its name, where there is a choice
 
@@ -716,7 +715,8 @@ class Draft:
         n = tokens.shape[1]
         node = torch.arange(n, device=tokens.device)
         count = torch.full_like(tokens[:, 0], n - 1) if count is None else count
-        return Draft(tokens, torch.where(node <= count[:, None], node - 1, -1), n - 1)  # parent: [B, n]
+        parent = torch.where(node <= count[:, None], node - 1, -1)  # [B, n]
+        return Draft(tokens, parent, n - 1, branches=False)
 
 
 def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
@@ -967,12 +967,12 @@ class Setup:
     @property
     def records(self) -> bool:
         """Do CUDA graphs launch what a step consists of?"""
-        return self.compile and self.device.type == "cuda"
+        return self.compile and self.device.type == "cuda" and kernels.load_cuda()
 
     def recorded(self, function: Callable) -> Callable:
         return Recorded(function, self.pool) if self.records else function
 
-    @functools.cached_property
+    @cached_property
     def pool(self) -> tuple[int, int]:
         """The memory that all graphs share: none needs its own any more when the next one is launched."""
         return torch.cuda.graph_pool_handle()
@@ -982,23 +982,25 @@ class Recorded:
     """A function of tensors, and of whatever else stays where it is, as CUDA graphs: a step of a small model
     is hundreds of launches, which take the host longer than the GPU.
 
-    Called with arguments of new shapes, it runs as it is, which compiles what is in it. The next time it is
-    recorded, and from then on replayed, on copies of the tensors that it is called with. Its results, a tuple
-    of tensors, are copies, too. One that is called while another is being recorded becomes part of that.
+    Called with tensors of new shapes, or other new arguments, it runs as it is, which compiles what is in it.
+    The next time it is recorded, and from then on replayed, on copies of the tensors that it is called with.
+    Its results, a tuple of tensors, are copies, too. One that is called while another is being recorded
+    becomes part of that.
     """
 
     def __init__(self, function: Callable, pool: tuple[int, int]):
-        self.function, self.pool = function, pool
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None] = {}
+        self.function, self.pool, self.compiled = function, pool, set()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]] = {}
 
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
         key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        if key not in self.compiled:
+            results = self.function(*arguments)
+            self.compiled.add(key)  # not before: it may have been interrupted
+            return results
         if key not in self.graphs:
-            self.graphs[key] = None
-            return self.function(*arguments)
-        if self.graphs[key] is None:
             self.graphs[key] = self.record(arguments)
         graph, inputs, outputs = self.graphs[key]
         for mine, given in zip(inputs, (a for a in arguments if isinstance(a, Tensor))):
@@ -1046,9 +1048,12 @@ class Drafter:
         """Count what happens inside, if anything does, in `stats.inside`."""
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        """What to verify next. `n`: with so many nodes, instead of as many as the drafter would choose."""
+        """What to verify next. `n`: with so many nodes, instead of as many as the drafter would choose.
+
+        Unless it `needs_host`, it may be recorded: what it does once is what it does always.
+        """
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
-        return Draft(root, torch.full_like(root, -1), 0)
+        return Draft(root, torch.full_like(root, -1), 0, branches=False)
 
     def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
         """What became of a draft, in every row that holds an unfinished text, and how long the step took."""
@@ -1156,7 +1161,8 @@ class LookupDrafter(Drafter):
         # What `Draft.chain` makes, but on the host, where all of it is known already.
         tokens = [[root, *said] + (n - 1 - len(said)) * [0] for root, said in zip(roots, guesses)]
         parent = [[*range(-1, len(said)), *(n - 1 - len(said)) * [-1]] for said in guesses]
-        return Draft(torch.tensor(tokens, device=device), torch.tensor(parent, device=device), n - 1)
+        tokens, parent = (torch.tensor(rows, device=device) for rows in (tokens, parent))  # [B, n] each
+        return Draft(tokens, parent, n - 1, branches=False)
 
     def rate(self, state: State) -> float:
         """What it would have been had it drafted: of late, since a text that has begun to repeat itself goes
@@ -1404,18 +1410,18 @@ class TreeDrafter(Drafter):
         self.sizes = self.sizes or [pool + 1]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
         self.needs_host = len(self.sizes) > 1
-        self.trust_now = torch.ones((), device=head.layer.post_attention_layernorm.weight.device)
+        self.trust_tensor = torch.ones((), device=head.layer.post_attention_layernorm.weight.device)
         self.trust = 1.0
 
     @property
     def trust(self) -> float:
         """What the logits are multiplied with, so that as much is accepted as is expected."""
-        return self.trust_said
+        return self.trust_value
 
     @trust.setter
     def trust(self, value: float) -> None:
-        self.trust_said = value
-        self.trust_now.fill_(value)  # where `grow` looks, which may be a recorded graph
+        self.trust_value = value
+        self.trust_tensor.fill_(value)  # where `grow` looks, which may be a recorded graph
 
     def taps(self, layers: int) -> tuple[int, ...]:
         return self.head.taps(layers)
@@ -1511,11 +1517,11 @@ class TreeDrafter(Drafter):
         return tokens, parents, worth, mean
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        tokens, parent, worth, mean = self.grow_tree(self.trust_now)
+        tokens, parent, worth, mean = self.grow_tree(self.trust_tensor)
         n = n or self.choose(mean)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
-        return Draft(tokens, parent, self.max_depth(n), True, worth[:, self.sizes.index(n)])
+        return Draft(tokens, parent, self.max_depth(n), expected=worth[:, self.sizes.index(n)])
 
     def choose(self, mean: Tensor) -> int:
         """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""
@@ -1579,7 +1585,7 @@ class Stats:
     prefill_seconds: float = 0.0  # target and drafter
     time_to_first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
-    drafting_seconds: float = 0.0  # part of decode_seconds
+    drafting_seconds: float = 0.0  # part of decode_seconds; 0 where a whole step is one CUDA graph
     verification_seconds: float = 0.0  # also; on a GPU it includes waiting for what drafting began
     compile_seconds: float = 0.0
     target_forwards: int = 0  # without prefill; a batched forward counts once per active row
@@ -1725,7 +1731,7 @@ class Level:
         self.model, self.drafter, self.setup, self.stats = model, drafter, setup, Stats()
         self.clock = Clock()
         self.taps = drafter.taps(model.config.num_layers)
-        self.verify_steps: dict[int, Callable] = {}  # by number of nodes
+        self.verify_steps: dict[tuple[int, int], Callable] = {}  # by number of nodes and depth
         # Tokens that a text may have gained since the drafter was last asked, beside its draft and the one
         # that this level said itself: every level above adds one more.
         self.behind = 0 if above is None else above.behind + 1
@@ -1758,13 +1764,26 @@ class Level:
         """
         started = time.perf_counter()
         extend(self.model, self.cache, self.state.tokens[:, :2], self.state.length - 1)
+        if self.is_one_graph:
+            self.begin().read()
+            self.begin().read()  # which records it
+        else:
+            for _ in range(2 if self.setup.records else 1):
+                self.warm_up_parts()
+        if self.drafter.needs_costs:
+            self.measure_costs({} if costs is None else costs)
+        return time.perf_counter() - started
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Is a whole step a CUDA graph?"""
+        return self.setup.records and not self.drafter.needs_host
+
+    def warm_up_parts(self) -> None:
         self.drafter.warm_up(self.state)
         if self.setup.compile or self.drafter.needs_costs:
             for n in self.drafter.draft_sizes():
                 self.commit(self.blank_draft(n))
-        if self.drafter.needs_costs:
-            self.measure_costs({} if costs is None else costs)
-        return time.perf_counter() - started
 
     def blank_draft(self, n: int) -> Draft:
         """Something of the shape of the drafter's drafts: n - 1 children of the root."""
@@ -1842,12 +1861,12 @@ class Level:
 
     def keep(self, draft: Draft) -> Tensor:
         """Verify a draft and keep what was accepted -> the report of `verify`. The host waits for nothing."""
-        n = draft.tokens.shape[1]
-        if n not in self.verify_steps:
-            verify, depth = self.setup.compiled(self.verify), draft.max_depth
-            step = self.setup.recorded(lambda *tree: verify(Draft(*tree, depth), self.state))
-            self.verify_steps[n] = step
-        length, path, report = self.verify_steps[n](draft.tokens, draft.parent)
+        key = draft.tokens.shape[1], draft.max_depth
+        if key not in self.verify_steps:
+            verify = self.setup.compiled(self.verify)
+            step = self.setup.recorded(lambda *tree: verify(Draft(*tree, key[1]), self.state))
+            self.verify_steps[key] = step
+        length, path, report = self.verify_steps[key](draft.tokens, draft.parent)
         if draft.branches:  # the path of a chain is in place
             self.cache.keep(path, self.state.length)
         self.state.length.copy_(length)  # last: an interrupted step has not happened
@@ -1870,13 +1889,12 @@ class Level:
 
     @torch.no_grad()
     def begin(self) -> Turn:
-        """One turn of the loop: propose, verify, accept. Where a graph does all of it, the device may still
-        be at it when this returns."""
+        """One turn of the loop: propose, verify, accept. A GPU may still be at it when this returns."""
         begin = time.perf_counter()
-        if self.setup.records and not self.drafter.needs_host:
+        if self.is_one_graph:
             tokens, parent, expected, report = self.turn()
             draft = Draft(tokens, parent, self.drafter.max_depth(tokens.shape[1]), expected=expected)
-            drafted = begin  # who could tell
+            drafted = begin  # nobody can tell
         else:
             draft, drafted = self.drafter.propose(self.state), time.perf_counter()
             report = self.keep(draft)
@@ -1905,7 +1923,8 @@ class Level:
         for result, accepted, tokens in rows:
             self.stats.count_row(draft, result, accepted, tokens)
         self.stats.decode_seconds += seconds
-        self.drafter.learn(draft, [result for result, _, _ in rows], seconds)
+        if rows:
+            self.drafter.learn(draft, [result for result, _, _ in rows], seconds)
 
 
 MIN_DRAFT_LENGTH = 6  # unless somebody asks for another
@@ -2223,8 +2242,9 @@ class Decoder(Level):
         drafter, self.max_length = drafter or Drafter(), max_length
         slots, device = max_length + drafter.slack, model.norm.weight.device
         super().__init__(model, drafter, Setup(sampling, batch_size, slots, compile, device))
-        # Begin a step before the last one is read? It costs nothing where all of it is the device's work.
-        self.runs_ahead = self.setup.records and not drafter.needs_host
+        # Begin a step before the last one is read? Where all of it is the device's work, the device never
+        # waits then. What the drafter learns of a step, it knows a step later.
+        self.runs_ahead = self.is_one_graph
 
     @torch.no_grad()
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
@@ -2276,7 +2296,7 @@ class Decoder(Level):
         waiting = deque(range(len(prompts)))
         rows: list[Row | None] = [None] * self.setup.batch_size
         ahead: tuple[Turn, list[Row | None]] | None = None  # a step that was begun, and for which texts
-        started = time.perf_counter()
+        started = since = time.perf_counter()
 
         def emit(b: int, tokens: list[int], accepted: int, draft: Draft | None = None) -> Emission:
             row = rows[b]
@@ -2285,8 +2305,8 @@ class Decoder(Level):
             row.budget -= len(emission.tokens)
             row.text_length += len(emission.tokens)
             if emission.finish_reason:
-                self.state.active[b] = False
-                self.state.length[b] = row.text_length - 1  # forget what was cut off
+                self.state.active[b].fill_(False)  # not by assignment, for which a GPU would have to be idle
+                self.state.length[b].fill_(row.text_length - 1)  # forget what was cut off
                 rows[b] = None
             return emission
 
@@ -2297,11 +2317,12 @@ class Decoder(Level):
                     room = self.max_length - len(prompts[i])
                     rows[b] = Row(i, min(max_new_tokens, room), len(prompts[i]))
                     first = self.prefill(b, prompts[i], seeds[i], reuse)
-                    stats.count_prefill(time.perf_counter() - begin, time.perf_counter() - started)
+                    since = time.perf_counter()
+                    stats.count_prefill(since - begin, since - started)
                     yield [emit(b, [first], 0)]
             if not any(rows):
                 continue
-            begin = time.perf_counter()
+            begin = since if ahead else time.perf_counter()  # a step ahead ran while nobody asked for one
             turn, texts = ahead or (self.begin(), list(rows))
             # A text that says a stop token now is decoded a step too far, which nobody reads. None is whose
             # budget, or room, this step may use up.
@@ -2311,11 +2332,10 @@ class Decoder(Level):
             draft, verified = turn.draft, self.read(turn)
             both = [b for b, row in enumerate(rows) if row is not None and row is texts[b]]
             results = [(verified[b], emit(b, verified[b].tokens, verified[b].accepted, draft)) for b in both]
-            if not results:  # all texts that it was begun for are done
-                continue
-            used = [(result, e.accepted, len(e.tokens)) for result, e in results]
-            self.count_step(draft, used, time.perf_counter() - begin)
-            yield [emission for _, emission in results]
+            used, since = [(result, e.accepted, len(e.tokens)) for result, e in results], time.perf_counter()
+            self.count_step(draft, used, since - begin)
+            if results:  # or all texts that it was begun for are done
+                yield [emission for _, emission in results]
 
 
 def cut(row: Row, tokens: list[int], accepted: int, stop_ids: frozenset[int], should_stop) -> Emission:

@@ -83,10 +83,10 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
     """
     torch.manual_seed(98)
     head, size = EagleHead(replace(target.config, num_layers=1)), target.config.hidden_size
-    head = head.requires_grad_(False).attach(target)
+    head = head.requires_grad_(False)
     guess = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
     head.fc.weight.copy_(guess + noise * torch.randn(size, 2 * size) / size**0.5)
-    return head
+    return head.to(target.norm.weight.device).attach(target)
 
 
 def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:

@@ -272,7 +272,7 @@ class Linear(nn.Linear):
             setattr(self, name, parameter)
 
     def pack(self) -> None:
-        """Bring the weights into the order of the CPU kernels, in place, where these can take them."""
+        """Bring the weights into the order that the kernels want, where these can take them."""
         if self.weight.dim() == 2 and kernels.can_pack(self.weight, self.scales):
             scales = [
                 None if t is None else kernels.pack_scales(t.detach()) for t in (self.scales, self.zeros)
@@ -386,7 +386,7 @@ class CheckpointModule(nn.Module):
         return named
 
     def pack(self) -> CheckpointModule:
-        """Bring all weights into the order of the CPU kernels, in place; a loader does it last -> self."""
+        """Bring all weights into the order that the kernels want; a loader does it last -> self."""
         kernels.load()
         for linear in self.modules():
             if isinstance(linear, Linear):

@@ -101,6 +101,9 @@ def load_cuda() -> bool:
     """Register the bodies for the GPU -> are they in place?"""
     if PATH == "reference" or not torch.cuda.is_available():
         return False
+    if torch.cuda.get_device_capability() < (8, 0):
+        print("this GPU is older than sm_80, running on the slow reference", file=sys.stderr)
+        return False
     try:
         import kernels_cuda  # not above: it needs Triton, which comes with PyTorch for GPUs only
     except ImportError as error:
@@ -606,8 +609,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
 
     q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots
     are the past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
-    length + m - 1 a query sees beyond that (itself included; the queries are the last n of the m nodes, and
-    parents come before children). Returns [B, n, H, D]. float32 or bf16; one operator, so that a compiled
-    graph need not know the lengths.
+    length + m - 1 a query sees beyond that (itself included; parents come before children). Returns
+    [B, n, H, D]. float32 or bf16; one operator, so that a compiled graph need not know the lengths.
     """
     return torch.ops.gpt_spec.attention(q, keys, values, ancestors, length)

@@ -17,15 +17,16 @@ Whatever sums does so in an order that depends on the layer and on the positions
 - Attention goes over positions. Splits are ranges of them, and a node of a tree reads its ancestors, from
   wherever they lie, as if they stood behind the past in a row.
 
-A 4-bit weight is read once, as words of 32 bits that hold 8 numbers, four pairs (`kernels.pack_words`). Two
-operations make two bf16 numbers of a pair: the nibble becomes the last bits of 128 + q, exactly, and 136 is
-subtracted. Hopper has no 4-bit arithmetic: with 8-bit or 4-bit activations nibbles become 8-bit integers, and
-what w4a4 saves there is nothing but activations.
+4-bit weights are words of 32 bits that hold 8 numbers, four pairs (`kernels.pack_words`). A shift, a mask and
+a subtraction make two bf16 numbers of a pair: nibbles become the last bits of 128 + q, exactly, less 136.
+Hopper has no 4-bit arithmetic: with 8-bit or 4-bit activations nibbles become 8-bit integers, and what w4a4
+saves there is nothing but activations.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +46,10 @@ PLANE = tl.constexpr(32)  # inputs in one pair of nibbles of all 16 words of a c
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a layer is cut up. It must not depend on the number of rows, which must not change any bits."""
+    """How a layer is cut up."""
 
-    block_out: int  # outputs of a program
-    split: int  # programs that share the inputs of an output
+    block_out: int  # outputs of a program, of up to 32 rows
+    split: int  # programs that share the inputs of an output: sums depend on it, so it must not on the rows
     warps: int
     stages: int  # steps whose weights are on their way at a time
 
@@ -163,15 +164,16 @@ def sum_inputs(
 
 @triton.jit
 def finish(
-    acc, scales, x_scales, bias, residual, y, r, o, inside, out, BITS: tl.constexpr, ACTIVATIONS: tl.constexpr
+    acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS: tl.constexpr, ACTIVATIONS: tl.constexpr
 ):
     """From the sums of all inputs to what is asked for, rounded where the reference rounds."""
+    inside = (o[:, None] < out) & (r[None, :] < n)
     if BITS == 8:
-        acc *= tl.load(scales + o).to(tl.float32)[:, None]
+        acc *= tl.load(scales + o, mask=o < out, other=0).to(tl.float32)[:, None]
     if ACTIVATIONS == 8:
-        acc *= tl.load(x_scales + r)[None, :]
+        acc *= tl.load(x_scales + r, mask=r < n, other=0)[None, :]
     if bias is not None:
-        acc += tl.load(bias + o).to(tl.float32)[:, None]
+        acc += tl.load(bias + o, mask=o < out, other=0).to(tl.float32)[:, None]
     place = r.to(tl.int64)[None, :] * out + o[:, None]
     value = acc.to(y.dtype.element_ty)
     if residual is not None:
@@ -188,41 +190,43 @@ def linear_kernel(
 ):  # fmt: skip
     """Grid: blocks of outputs, splits of the inputs, blocks of rows."""
     block, split, rows = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o, r = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT), rows * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = (o[:, None] < out) & (r[None, :] < n)
-    o, r = tl.minimum(o, out - 1), tl.minimum(r, n - 1)  # what lies beyond computes the last one once more
+    i, j = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS)
+    o, r = block * BLOCK_OUT + i, rows * BLOCK_ROWS + j
     chunks = tl.cdiv(inputs, CHUNK)
     share = tl.cdiv(chunks, SPLIT)
     first, last = split * share, tl.minimum((split + 1) * share, chunks)
+    # What lies beyond the last output or row computes the last one once more.
+    row, output = tl.minimum(r, n - 1), tl.minimum(o, out - 1)
     acc = sum_inputs(
-        x, weight, scales, zeros, x_scales, r, o, first, last, out, inputs,
+        x, weight, scales, zeros, x_scales, row, output, first, last, out, inputs,
         BITS, GROUP, PLANES, ACTIVATIONS, RAGGED, BLOCK_OUT, BLOCK_ROWS,
     ).to(tl.float32)  # fmt: skip
     if SPLIT == 1:
-        finish(acc, scales, x_scales, bias, residual, y, r, o, inside, out, BITS, ACTIVATIONS)
+        finish(acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS, ACTIVATIONS)
     else:
-        place = partial + r.to(tl.int64)[None, :] * out + o[:, None]
-        stride = n.to(tl.int64) * out
-        tl.store(place + split * stride, acc, mask=inside)
+        tile, size = rows * tl.num_programs(0) + block, BLOCK_OUT * BLOCK_ROWS
+        mine, used = (
+            partial + tile.to(tl.int64) * SPLIT * size + j[None, :] * BLOCK_OUT + i[:, None],
+            r[None, :] < n,
+        )
+        tl.store(mine + split * size, acc, mask=used)
         tl.debug_barrier()  # all threads have stored, and the atomic publishes it
-        counter = arrived + rows * tl.num_programs(0) + block
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
-            tl.debug_barrier()
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-            for s in range(SPLIT):
-                total += tl.load(place + s * stride, cache_modifier=".cg")
-            finish(total, scales, x_scales, bias, residual, y, r, o, inside, out, BITS, ACTIVATIONS)
-            tl.store(counter, 0)  # as the next launch wants it
-
-
-@functools.cache
-def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros, for programs to count themselves with. Every launch leaves zeros behind, and launches follow one
-    another, so one tensor serves all of a device."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
+            for s in tl.range(0, SPLIT, loop_unroll_factor=2):
+                total += tl.load(mine + s * size, mask=used, other=0, cache_modifier=".cg")
+            finish(total, scales, x_scales, bias, residual, y, r, o, n, out, BITS, ACTIVATIONS)
+            tl.store(arrived + tile, 0)  # as the next launch wants it
 
 
 COUNTERS = 1 << 18  # blocks of outputs times blocks of rows, at most
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    """Zeros, for programs to count themselves with. Every launch leaves zeros behind, and launches follow one
+    another, so one tensor serves all of a device."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def multiply(
@@ -242,20 +246,23 @@ def multiply(
     (n, inputs), bits = x.shape, {torch.int32: 4, torch.int8: 8, torch.bfloat16: 16}[weight.dtype]
     plan = plan or tiles(out, inputs, bits)
     y = torch.empty(n, out, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
-    # Rows of a program; how many they are decides which of them compute nothing, and no bits.
+    # Rows and outputs of a program decide how often each is read, and no bits.
     block_rows = min(max(triton.next_power_of_2(n), 16), 64)
-    grid = (triton.cdiv(out, plan.block_out), plan.split, triton.cdiv(n, block_rows))
+    group = inputs // scales.shape[0] if bits == 4 else CHUNK.value
+    planes = 1 if group % CHUNK.value else 4  # that share a scale
+    larger = 2 if block_rows == 64 and planes == 4 else 1
+    grid = (triton.cdiv(out, larger * plan.block_out), plan.split, triton.cdiv(n, block_rows))
     partial = arrived = None
     if plan.split > 1:
-        partial = torch.empty(plan.split, n, out, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device, COUNTERS)
-    group = inputs // scales.shape[0] if bits == 4 else inputs
+        size = math.prod(grid) * larger * plan.block_out * block_rows
+        partial, arrived = torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
+        if grid[0] * grid[2] > COUNTERS:
+            raise ValueError(f"linear: {n} rows are too many at a time")
     linear_kernel[grid](
         x, weight, scales, zeros, x_scales, bias, residual, y, partial, arrived, n, out, inputs,
-        # Groups of a chunk or more have one scale in each; smaller ones, one for each pair of nibbles.
-        BITS=bits, GROUP=group, PLANES=4 if group % CHUNK.value == 0 else 1, ACTIVATIONS=activation_bits,
-        RAGGED=inputs % CHUNK.value != 0, SPLIT=plan.split, BLOCK_OUT=plan.block_out, BLOCK_ROWS=block_rows,
-        num_warps=plan.warps, num_stages=plan.stages,
+        BITS=bits, GROUP=group, PLANES=planes, ACTIVATIONS=activation_bits,
+        RAGGED=inputs % CHUNK.value != 0, SPLIT=plan.split, BLOCK_OUT=larger * plan.block_out,
+        BLOCK_ROWS=block_rows, num_warps=larger * plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
 
@@ -277,7 +284,7 @@ def linear(
     out_features: int,
     activation_bits: int,
     wide: bool,
-    tiles: Tiles | None = None,
+    plan: Tiles | None = None,
 ) -> Tensor:
     """See `kernels.linear`. Weights are int32 words of `kernels.pack_words`, int8 or bf16 rows."""
     if x.dtype != torch.bfloat16 or weight.dtype not in (torch.int32, torch.int8, torch.bfloat16):
@@ -289,7 +296,7 @@ def linear(
     if rotation is not None:
         if norm is not None or gated:
             rows, _ = prepare(rows, norm, eps, gated)
-        rows, norm, gated = rotate(rows.float(), rotation, power, stride), None, False
+        rows, norm, gated = rotate(rows, rotation, power, stride, torch.float32), None, False
     x_scales = None
     if norm is not None or gated or rotation is not None or permutation is not None or activation_bits < 16:
         groups = scales.shape[0] if activation_bits == 4 else 1
@@ -297,7 +304,7 @@ def linear(
     if residual is not None:
         residual = residual.reshape(-1, out_features).contiguous()
     y = multiply(
-        rows, weight, scales, zeros, x_scales, bias, residual, out_features, activation_bits, wide, tiles
+        rows, weight, scales, zeros, x_scales, bias, residual, out_features, activation_bits, wide, plan
     )
     return y.unflatten(0, x.shape[:-1])
 
@@ -310,9 +317,8 @@ def linear(
 @triton.jit
 def prepared(x, norm, order, i, valid, rms, size, GATED: tl.constexpr):
     """Inputs i of a row, where they are `valid`: what is to be multiplied or rounded, as float32."""
-    i = tl.where(valid, i, 0)
     if order is not None:
-        i = tl.load(order + i)
+        i = tl.load(order + i, mask=valid, other=0)
     v = tl.load(x + i, mask=valid, other=0).to(tl.float32)
     dtype = x.dtype.element_ty
     if GATED:
@@ -337,7 +343,7 @@ def inverse_rms(x, size, eps, BLOCK: tl.constexpr):
 @triton.jit
 def to_integers(v, absmax, LIMIT: tl.constexpr):
     """Rounded to nearest, ties to even, by a sum with 1.5 * 2^23 that leaves no room for a fraction."""
-    factor = tl.where(absmax < 1e-30, 0.0, LIMIT / tl.maximum(absmax, 1e-30))
+    factor = tl.where(absmax < 1e-30, 0.0, tl.div_rn(LIMIT, tl.maximum(absmax, 1e-30)))
     return ((v * factor + 12582912.0) - 12582912.0).to(tl.int8)
 
 
@@ -362,14 +368,14 @@ def prepare_kernel(
             absmax = tl.maximum(absmax, tl.max(tl.abs(v), axis=1, keep_dims=True))
         absmax = tl.max(absmax, axis=0, keep_dims=True)
         most = tl.max(tl.max(absmax, axis=1), axis=0)
-        tl.store(y_scales + row, tl.where(most < 1e-30, 0.0, most / 127))
+        tl.store(y_scales + row, tl.where(most < 1e-30, 0.0, tl.div_rn(most, 127.0)))
     for g in range(0, groups, CELLS):
         i = (g + cell) * GROUP + lane
         valid = (lane < GROUP) & (i < size)
         v = prepared(x, norm, order, i, valid, rms, size, GATED)
         if BITS == 4:
             absmax = tl.max(tl.abs(v), axis=1, keep_dims=True)  # [CELLS, 1]
-            scale = tl.where(absmax < 1e-30, 0.0, absmax / 7)
+            scale = tl.where(absmax < 1e-30, 0.0, tl.div_rn(absmax, 7.0))
             tl.store(y_scales + row * groups + g + cell, scale, mask=g + cell < groups)
         if BITS == 16:
             tl.store(y + i, v.to(y.dtype.element_ty), mask=valid)
@@ -392,12 +398,18 @@ def prepare(
     """
     n, size = len(x), x.shape[1] // (2 if gated else 1)
     y = torch.empty(n, size, dtype=torch.bfloat16 if bits == 16 else torch.int8, device=x.device)
-    scales = None if bits == 16 else torch.empty(n * (groups if bits == 4 else 1), device=x.device)
+    scales = (
+        None
+        if bits == 16
+        else torch.empty(n * (groups if bits == 4 else 1), dtype=torch.float32, device=x.device)
+    )
     group = size // groups if bits == 4 else 1024
     cell = triton.next_power_of_2(group)
+    cells = triton.next_power_of_2(triton.cdiv(min(size, 8192), cell))  # in flight at a time
     prepare_kernel[(n,)](
         x, norm, permutation, y, scales, x.shape[1], size, eps,
-        GATED=gated, BITS=bits, GROUP=group, CELL=cell, CELLS=max(2048 // cell, 1), num_warps=8,
+        GATED=gated, BITS=bits, GROUP=group, CELL=cell, CELLS=cells, num_warps=8,
+        enable_fp_fusion=False,  # products are rounded before they are rounded to integers
     )  # fmt: skip
     return y, scales
 
@@ -442,24 +454,23 @@ def small_matrix_kernel(
     tl.store(y + place, mixed.to(y.dtype.element_ty), mask=valid)
 
 
-def rotate(x: Tensor, matrix: Tensor, power: int, stride: int) -> Tensor:
-    """See `kernels.rotate`."""
+def rotate(x: Tensor, matrix: Tensor, power: int, stride: int, dtype: torch.dtype | None = None) -> Tensor:
+    """See `kernels.rotate`; the result has another dtype, if asked for."""
     if x.dtype == torch.float64:
         return kernels.rotate_reference(x, matrix, power, stride)
     x, k = x.contiguous(), len(matrix)
-    y = torch.empty_like(x) if k == 1 else torch.empty_like(x, dtype=torch.float32)
+    result = torch.empty_like(x, dtype=dtype)
+    y = result if k == 1 else torch.empty_like(x, dtype=torch.float32)
     lines, factor = x.numel() // (power * stride), (k * power) ** -0.5
-    steps = power.bit_length() - 1
     walsh_hadamard_kernel[(lines, stride)](
-        x, y, factor if k == 1 else 1.0, stride, POWER=power, STEPS=steps, num_warps=4 if power < 4096 else 8
-    )
-    if k == 1:
-        return y
-    z, length = torch.empty_like(x), power * stride
-    grid = (lines // k, triton.cdiv(length, 64))
-    room = max(triton.next_power_of_2(k), 16)
-    small_matrix_kernel[grid](y, matrix.contiguous(), z, factor, length, K=k, ROOM=room, BLOCK=64)
-    return z
+        x, y, factor if k == 1 else 1.0, stride, POWER=power, STEPS=power.bit_length() - 1,
+        num_warps=4 if power < 4096 else 8,
+    )  # fmt: skip
+    if k > 1:
+        length, room = power * stride, max(triton.next_power_of_2(k), 16)
+        grid = (lines // k, triton.cdiv(length, 64))
+        small_matrix_kernel[grid](y, matrix.contiguous(), result, factor, length, K=k, ROOM=room, BLOCK=64)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,7 +516,7 @@ def absorb(s, top, scale):
     return now, tl.exp2((s - now[:, None]) * scale), tl.exp2((top - now) * scale)
 
 
-@triton.jit(do_not_specialize=["n", "m"])
+@triton.jit(do_not_specialize=["n", "m", "slots", "ancestors_b", "ancestors_n"])
 def attention_kernel(
     q, keys, values, ancestors, length, sums, shares, tops, n, m, slots, scale, ancestors_b, ancestors_n,
     G: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
@@ -522,6 +533,7 @@ def attention_kernel(
         ancestors += b.to(tl.int64) * ancestors_b
         beyond, chains = count_ancestors(ancestors, i * ancestors_n, m)
         count = past + beyond  # positions that a row sees
+        end = tl.minimum(end, tl.max(count, axis=0))
         place = ((b.to(tl.int64) * n + i) * G + g) * HEADS + row % HEADS  # [ROWS] of q [B, n, G, HEADS]
         query = tl.load(q + place[:, None] * D + d[None, :], mask=d[None, :] < D, other=0)
         text = (b.to(tl.int64) * slots * G + g) * D
@@ -576,7 +588,7 @@ def attention_kernel(
         tl.store(tops + place, top, mask=mine)
 
 
-@triton.jit(do_not_specialize=["n", "m"])
+@triton.jit(do_not_specialize=["n", "m", "splits", "ancestors_b", "ancestors_n"])
 def combine_kernel(
     sums, shares, tops, ancestors, length, out, n, m, heads, splits, scale, ancestors_b, ancestors_n,
     D: tl.constexpr, ROOM: tl.constexpr,
@@ -591,7 +603,7 @@ def combine_kernel(
         beyond += tl.sum(seen.to(tl.int32), axis=0)
     d, count = tl.arange(0, ROOM), tl.load(length + b).to(tl.int32) + beyond
     top, share, total = UNSEEN + 0.0, 0.0, tl.zeros([ROOM], tl.float32)
-    for split in range(0, tl.cdiv(count, SPLIT_POSITIONS)):
+    for split in tl.range(0, tl.cdiv(count, SPLIT_POSITIONS), loop_unroll_factor=4):
         place = line * splits + split
         its = tl.load(tops + place)
         now = tl.maximum(top, its)
@@ -615,7 +627,8 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
     seen = seen.view(torch.uint8)
     attention_kernel[(batch * groups, triton.cdiv(n, queries), splits)](
         q, keys, values, seen, length, sums, shares, tops, n, m, slots, scale, *strides,
-        G=groups, HEADS=per_group, QUERIES=queries, ROWS=rows, D=size, ROOM=room, num_warps=4, num_stages=2,
+        G=groups, HEADS=per_group, QUERIES=queries, ROWS=rows, D=size, ROOM=room, num_warps=4,
+        num_stages=4 if q.dtype == torch.bfloat16 else 2,
     )  # fmt: skip
     out = torch.empty_like(q)
     combine_kernel[(batch * n * heads,)](

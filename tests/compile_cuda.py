@@ -95,20 +95,18 @@ def linears() -> None:
         for rows in (1, 32, 64):
             x, after = bf16(rows, inputs), (None, residual[:rows])
             kernels_cuda.linear(x, words, scales, None, *after, *extras, out, bits, False)
-    x = bf16(16, inputs)
-    small = torch.zeros(inputs // 32, out).half()
-    for bits in (16, 8, 4):
-        kernels_cuda.linear(x, words, scales, scales, None, None, *extras, out, bits, False)
-        kernels_cuda.linear(x, words, small, None, None, None, *extras, out, bits, False)
+    small, whole = torch.zeros(inputs // 32, out).half(), scales[:1].T.contiguous()
     wide = torch.zeros(out, inputs, dtype=torch.int8)
-    for bits in (16, 8):
-        kernels_cuda.linear(x, wide, scales[:1].T.contiguous(), None, None, None, *extras, out, bits, False)
+    for x in (bf16(1, inputs), bf16(64, inputs)):
+        for bits in (16, 8, 4):
+            kernels_cuda.linear(x, words, scales, scales, None, None, *extras, out, bits, False)
+            kernels_cuda.linear(x, words, small, None, None, None, *extras, out, bits, False)
+        for bits in (16, 8):
+            kernels_cuda.linear(x, wide, whole, None, None, None, *extras, out, bits, False)
+        kernels_cuda.linear(x, bf16(out, inputs), None, None, None, None, *extras, out, 16, True)
+    ragged, few = torch.zeros(out, 16 * 3, dtype=torch.int32), torch.zeros(11, out).half()
     for rows in (1, 64):
-        kernels_cuda.linear(
-            bf16(rows, inputs), bf16(out, inputs), None, None, None, None, *extras, out, 16, True
-        )
-    ragged = torch.zeros(out, 16 * 3, dtype=torch.int32)
-    kernels_cuda.linear(bf16(1, 352), ragged, small[:11], None, None, None, *extras, out, 16, False)
+        kernels_cuda.linear(bf16(rows, 352), ragged, few, None, None, None, *extras, out, 16, False)
 
 
 def others() -> None:

@@ -1,7 +1,7 @@
 """The Triton bodies against their references: on a GPU, or without one in Triton's interpreter.
 
-Compiling is tested without a GPU, too. What needs one is marked `gpu`: that rows are the same bits whatever
-rides along, and whole texts.
+Compiling for GPUs is tested without one. That rows are the same bits whatever rides along, only a GPU can
+show: scripts/gpu_pass.py looks at that, and test_decoding.py at whole texts.
 """
 
 import json
@@ -23,6 +23,7 @@ import quantize
 from gpt_spec import KVCache, Linear, extend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def widened(data: np.ndarray, dtype) -> np.ndarray:
@@ -110,7 +111,7 @@ def test_linear_4bit(bits, symmetric, inputs, group):
     rows, words = weights_4bit(out, inputs, group, symmetric)
     plan = kernels_cuda.Tiles(64, split, warps=4, stages=3)
     reference = kernels.linear_reference(x, *rows, None, None, *EXTRAS, out, bits, True)
-    ours = kernels_cuda.linear(x, *words, None, None, *EXTRAS, out, bits, True, tiles=plan)
+    ours = kernels_cuda.linear(x, *words, None, None, *EXTRAS, out, bits, True, plan=plan)
     assert ours.dtype == torch.float32 and close(ours, reference, 5e-3 if bits == 16 else 2e-3)
 
 
@@ -240,7 +241,7 @@ def test_attention(case, dtype):
         keys[b, length + m :] = values[b, length + m :] = torch.nan
     given = (q, keys, values, ancestors.to(DEVICE), torch.tensor(lengths, device=DEVICE))
     ours, reference = kernels_cuda.attention(*given), kernels.attention_reference(*given)
-    assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 6e-3)
+    assert ours.dtype == dtype and close(ours, reference, 3e-6 if dtype == torch.float32 else 6e-3)
 
 
 def test_sums_go_over_positions():
@@ -312,8 +313,10 @@ def test_more_rows_are_added_up_by_the_same_instructions(compiled, capability):
     kinds: dict[str, set[frozenset]] = {}
     for report in compiled[capability]:
         if report["kernel"] == "linear_kernel":
-            constants = {key: value for key, value in report["constants"].items() if key != "BLOCK_ROWS"}
+            constants = {key: value for key, value in report["constants"].items() if key[:6] != "BLOCK_"}
             kinds.setdefault(json.dumps(constants), set()).add(frozenset(report["instructions"]))
             assert all(name.startswith(family) for name in report["instructions"])
     assert all(len(found) == 1 for found in kinds.values())
+    attention = [report["instructions"] for report in compiled[capability] if "attention" in report["kernel"]]
+    assert all(len(instructions) == 1 for instructions in attention)  # past and trees, both products
     assert sum("8.s8" in next(iter(next(iter(found)))) for found in kinds.values()) >= 4  # of 8-bit integers

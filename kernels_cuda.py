@@ -138,10 +138,8 @@ def sum_inputs(
         coming = tl.load(scales + group_of(first * CHUNK, inputs, GROUP) * out + o)
     for c in range(first, last):
         if BITS == 4:
-            word = (
-                o.to(tl.int64)[:, None] * (tl.cdiv(inputs, CHUNK) * 16) + c * 16 + tl.arange(0, 16)[None, :]
-            )
-            words = tl.load(weight + word)
+            row_of_words = weight + o.to(tl.int64)[:, None] * (tl.cdiv(inputs, CHUNK) * 16)
+            words = tl.load(row_of_words + c * 16 + tl.arange(0, 16)[None, :])
             for begin in tl.static_range(0, 4, PLANES):
                 # A scale is loaded a step before it is needed. What is multiplied, the compiler loads early.
                 scale, after = coming, group_of(c * CHUNK + (begin + PLANES) * PLANE, inputs, GROUP)
@@ -205,10 +203,8 @@ def linear_kernel(
         finish(acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS, ACTIVATIONS)
     else:
         tile, size = rows * tl.num_programs(0) + block, BLOCK_OUT * BLOCK_ROWS
-        mine, used = (
-            partial + tile.to(tl.int64) * SPLIT * size + j[None, :] * BLOCK_OUT + i[:, None],
-            r[None, :] < n,
-        )
+        mine = partial + tile.to(tl.int64) * SPLIT * size + j[None, :] * BLOCK_OUT + i[:, None]
+        used = r[None, :] < n
         tl.store(mine + split * size, acc, mask=used)
         tl.debug_barrier()  # all threads have stored, and the atomic publishes it
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:

@@ -86,7 +86,7 @@ def plan(shapes: list[str], device: str) -> list[Part]:
     where, ours = ["--device", device], ",".join(["bf16", *quantize.PRECISIONS, "torch bf16", "torch int4"])
     exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--max_new_tokens", "64", *where]
     alone = ["scripts/gpu_pass.py", "--shapes", ",".join(shapes), *where, "--only"]
-    parts = [Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 120)]
+    parts = [Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 150)]
     parts.append(Part("checks", [*alone, "checks"], 90))
 
     def add(report: str, seconds: float, shape: str, flags: list[str], name: str = "") -> None:

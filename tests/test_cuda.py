@@ -115,6 +115,19 @@ def test_linear_4bit(bits, symmetric, inputs, group):
     assert ours.dtype == torch.float32 and close(ours, reference, 5e-3 if bits == 16 else 2e-3)
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("group", [128, 32])
+def test_many_rows(bits, group):
+    """More than a program takes, with larger blocks, and parts that several programs add up."""
+    out, x = 200, randn(70, 512)
+    rows, words = weights_4bit(out, 512, group, True)
+    plan = kernels_cuda.Tiles(64, 4, warps=4, stages=3)
+    reference = kernels.linear_reference(x, *rows, None, None, *EXTRAS, out, bits, True)
+    for _ in range(2):  # the second time with the counters of the first
+        ours = kernels_cuda.linear(x, *words, None, None, *EXTRAS, out, bits, True, plan)
+        assert close(ours, reference, 5e-3)
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("inputs", [256, 200])
 def test_linear_8bit(bits, inputs):
@@ -289,6 +302,8 @@ def test_a_whole_model(monkeypatch):
 @pytest.fixture(scope="module")
 def compiled() -> dict[int, list[dict]]:
     """What tests/compile_cuda.py says, by capability."""
+    if DEVICE == "cuda":
+        pytest.skip("where there is a GPU, time is for what needs it")
     script = ROOT / "tests" / "compile_cuda.py"
     started = {c: subprocess.Popen([sys.executable, script, str(c)], stdout=subprocess.PIPE, text=True)
                for c in (80, 90)}  # fmt: skip

@@ -81,11 +81,27 @@ def test_every_path(path):
     if path == kernels.PATH:
         pytest.skip("the other tests of this file have run on it")
     chosen = "not compiled or (compiled_forwards and w4a8)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--numprocesses", "0", "-k", chosen, __file__]
     ran = subprocess.run(
         command, env=os.environ | {"GPT_SPEC_KERNELS": path}, capture_output=True, text=True, cwd=ROOT
     )
     assert ran.returncode == 0, ran.stdout[-2000:]
+
+
+@NEEDS_EQUAL_ROWS
+def test_threads_do_not_matter():
+    """However many there are, and whatever conftest.py says: the same bits."""
+    x, weight = torch.randn(5, 512).bfloat16(), torch.randint(0, 256, (4096, 256), dtype=torch.uint8)
+    blocks, scales = kernels.pack(weight), kernels.pack_scales(torch.rand(4096, 4).half())
+    q, cache = torch.randn(2, 8, 16, 64).bfloat16(), torch.randn(2, 256, 4, 64).bfloat16()
+    seen, length = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 8, 8), torch.tensor([200, 31])
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        ours = [kernels.linear(x, blocks, scales, out_features=4096, activation_bits=b) for b in (16, 8, 4)]
+        results.append([*ours, kernels.attention(q, cache, cache, seen, length)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 # ---- linear ----------------------------------------------------------------------------------------------

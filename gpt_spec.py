@@ -1911,6 +1911,7 @@ class Level:
         return rows
 
     def step(self) -> tuple[Draft, list[Verified]]:
+        """A whole turn, of which the host waits for the end."""
         turn = self.begin()
         return turn.draft, self.read(turn)
 

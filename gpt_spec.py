@@ -1878,22 +1878,21 @@ class Level:
         return Turn.begun(draft, self.keep(draft)).read()
 
     def turn_on_device(self) -> tuple[Tensor, ...]:
-        """One turn of the loop, for drafters that do not need the host -> the draft's tokens, parents and
-        expectation, and the report of `verify`."""
+        """One turn of the loop, for drafters that do not need the host -> the draft's tokens and parents, the
+        report of `verify`, and what the drafter expected, if it says."""
         draft = self.drafter.propose(self.state)
         report = self.keep(draft)
-        expected = (
-            torch.zeros(len(report), device=report.device) if draft.expected is None else draft.expected
-        )
-        return draft.tokens, draft.parent, expected, report
+        expected = () if draft.expected is None else (draft.expected,)
+        return draft.tokens, draft.parent, report, *expected
 
     @torch.no_grad()
     def begin(self) -> Turn:
         """One turn of the loop: propose, verify, accept. A GPU may still be at it when this returns."""
         begin = time.perf_counter()
         if self.is_one_graph:
-            tokens, parent, expected, report = self.turn()
-            draft = Draft(tokens, parent, self.drafter.max_depth(tokens.shape[1]), expected=expected)
+            tokens, parent, report, *expected = self.turn()
+            draft = Draft(tokens, parent, self.drafter.max_depth(tokens.shape[1]))
+            draft.expected = expected[0] if expected else None
             drafted = begin  # nobody can tell
         else:
             draft, drafted = self.drafter.propose(self.state), time.perf_counter()
@@ -2263,6 +2262,24 @@ class Decoder(Level):
         state.length[row], state.seed[row], state.active[row] = length, seed, True
         return int(first)
 
+    def check_request(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Raise BadInput for what cannot be decoded."""
+        if max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        for tokens in prompts:
+            check_prompt(self.model.config, tokens, self.max_length)
+
+    def freeze(self, row: int, length: int) -> None:
+        """A text has ended. Not by assignment, for which a GPU would have to be idle."""
+        self.state.active[row].fill_(False)
+        self.state.length[row].fill_(length)
+
+    def may_go_on(self, turn: Turn, rows: list[Row | None]) -> bool:
+        """May the next step begin before this one is read? A text that says a stop token now is decoded a
+        step too far then, which nobody reads. None may be whose budget, or room, this step uses up."""
+        most = turn.draft.max_depth + 1
+        return self.runs_ahead and all(row is None or row.budget > most for row in rows)
+
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
         """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
         valid = int(self.state.length[row]) - 1  # a drafter may lack the last one
@@ -2287,10 +2304,7 @@ class Decoder(Level):
         `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
         """
         stats, stop_ids = stats if stats is not None else Stats(), frozenset(stop_ids)
-        if max_new_tokens < 1:
-            raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        for tokens in prompts:
-            check_prompt(self.model.config, tokens, self.max_length)
+        self.check_request(prompts, max_new_tokens)
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
         self.count_into(stats)
         seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
@@ -2306,8 +2320,7 @@ class Decoder(Level):
             row.budget -= len(emission.tokens)
             row.text_length += len(emission.tokens)
             if emission.finish_reason:
-                self.state.active[b].fill_(False)  # not by assignment, for which a GPU would have to be idle
-                self.state.length[b].fill_(row.text_length - 1)  # forget what was cut off
+                self.freeze(b, row.text_length - 1)  # forget what was cut off
                 rows[b] = None
             return emission
 
@@ -2325,11 +2338,7 @@ class Decoder(Level):
                 continue
             begin = since if ahead else time.perf_counter()  # a step ahead ran while nobody asked for one
             turn, texts = ahead or (self.begin(), list(rows))
-            # A text that says a stop token now is decoded a step too far, which nobody reads. None is whose
-            # budget, or room, this step may use up.
-            most = turn.draft.max_depth + 1
-            goes_on = self.runs_ahead and all(row is None or row.budget > most for row in rows)
-            ahead = (self.begin(), list(rows)) if goes_on else None
+            ahead = (self.begin(), list(rows)) if self.may_go_on(turn, rows) else None
             draft, verified = turn.draft, self.read(turn)
             both = [b for b, row in enumerate(rows) if row is not None and row is texts[b]]
             results = [(verified[b], emit(b, verified[b].tokens, verified[b].accepted, draft)) for b in both]

@@ -151,14 +151,8 @@ def cache_directory() -> Path:
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:
     """Is this a case for the operators? float32 and training are not. Known at compile time."""
-    both = x.dtype == weight.dtype == torch.bfloat16 and x.device.type in ("cpu", "cuda")
-    return both and PATH != "reference" and not weight.requires_grad
-
-
-def is_for_gpu(x: Tensor, weight: Tensor) -> bool:
-    """Does the GPU have a body for a linear of these weights in rows? Known at compile time."""
-    kinds = x.device.type == "cuda" and x.dtype == torch.bfloat16 and weight.dtype in (x.dtype, torch.int8)
-    return kinds and PATH != "reference" and not weight.requires_grad
+    kinds = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.int8)
+    return kinds and x.device.type in ("cpu", "cuda") and PATH != "reference" and not weight.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,8 +203,8 @@ WORDS, PAIR = 16, 32  # words of a chunk of inputs, and inputs in a pair of nibb
 def pack_words(weight: Tensor) -> Tensor:
     """4-bit weights in rows, uint8 [out, in / 2], for the GPU: int32 [out, in / 8], inputs rounded up to 128.
 
-    Of a chunk of 128 inputs, word w has inputs 32 p + 2 w and 32 p + 2 w + 1 in its nibbles p and p + 4: of
-    every word, two bits operations make a pair of numbers that is a register already.
+    Of a chunk of 128 inputs, word w has inputs 32 p + 2 w and 32 p + 2 w + 1 in its nibbles p and p + 4: a
+    shift and a mask make a register of them, one in each half.
     """
     words = []
     for rows in weight.split(4096):  # what is needed in between is eight times as large
@@ -220,14 +214,6 @@ def pack_words(weight: Tensor) -> Tensor:
         shifts = place + 16 * torch.arange(2, dtype=torch.int32, device=q.device)  # [4, 1, 2]
         words.append((q << shifts).sum(dim=(2, 4), dtype=torch.int32).flatten(1))  # [., chunks, 16]
     return torch.cat(words)
-
-
-def unpack_words(words: Tensor, inputs: int) -> Tensor:
-    """What `pack_words` made, as numbers 0 to 15: uint8 [out, in]."""
-    place = torch.arange(4, dtype=torch.int32, device=words.device)[:, None, None] * 4
-    shifts = place + 16 * torch.arange(2, dtype=torch.int32, device=words.device)  # [4, 1, 2]
-    q = (words.view(len(words), -1, 1, WORDS, 1) >> shifts) & 15  # [out, chunks, 4, 16, 2]
-    return q.flatten(1)[:, :inputs].to(torch.uint8)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -547,7 +533,8 @@ def linear(
             raise ValueError("linear: a packed weight does not tell its out_features")
         out_features = len(weight)
     packed = weight.dim() == 4 or weight.dtype == torch.int32
-    body = torch.ops.gpt_spec.linear if packed or is_for_gpu(x, weight) else linear_reference
+    in_rows = x.device.type == "cuda" and uses_kernels(x, weight)  # other weights lie there as on disk
+    body = torch.ops.gpt_spec.linear if packed or in_rows else linear_reference
     extras = (bias, residual, norm, eps, gated, *(rotation or (None, 1, 1)), permutation)
     extras += (out_features, activation_bits, wide)
     return body(x, weight, scales, zeros, *extras)

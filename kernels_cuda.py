@@ -394,11 +394,8 @@ def prepare(
     """
     n, size = len(x), x.shape[1] // (2 if gated else 1)
     y = torch.empty(n, size, dtype=torch.bfloat16 if bits == 16 else torch.int8, device=x.device)
-    scales = (
-        None
-        if bits == 16
-        else torch.empty(n * (groups if bits == 4 else 1), dtype=torch.float32, device=x.device)
-    )
+    count = {16: 0, 8: n, 4: n * groups}[bits]
+    scales = torch.empty(count, dtype=torch.float32, device=x.device) if count else None
     group = size // groups if bits == 4 else 1024
     cell = triton.next_power_of_2(group)
     cells = triton.next_power_of_2(triton.cdiv(min(size, 8192), cell))  # in flight at a time
@@ -506,10 +503,28 @@ def ancestors_at(ancestors, depth, m):
 
 
 @triton.jit
-def absorb(s, top, scale):
-    """Products [rows, POSITIONS], largest so far [rows] -> largest, weights, a factor for earlier sums."""
+def slots_of(ancestors, p, past, m):
+    """Where one query finds positions p: the past in its place, then its ancestors."""
+    return tl.where(p < past, p, past + ancestors_at(ancestors, p - past, m))
+
+
+@triton.jit
+def load_slots(cache, slot, valid, d, G: tl.constexpr, D: tl.constexpr):
+    """[POSITIONS, ROOM] of a text's keys or values of one head; zeros where there is nothing `valid`."""
+    at = slot[:, None] * (G * D) + d[None, :]
+    return tl.load(cache + at, mask=valid[:, None] & (d[None, :] < D), other=0)
+
+
+@triton.jit
+def absorb(s, p, count, top, share, scale, dtype: tl.constexpr):
+    """Products [rows, POSITIONS] with positions p, of which rows see the first `count`; largest so far [rows]
+    and sums of weights [rows, 16] -> these again, the weights, and a factor for earlier sums [rows, 1]."""
+    s = tl.where(p[None, :] < count[:, None], s, UNSEEN)
     now = tl.maximum(top, tl.max(s, axis=1))
-    return now, tl.exp2((s - now[:, None]) * scale), tl.exp2((top - now) * scale)
+    weights = tl.exp2((s - now[:, None]) * scale).to(dtype)
+    factor = tl.exp2((top - now) * scale)[:, None]
+    ones = tl.full([POSITIONS, 16], 1.0, dtype)
+    return now, tl.dot(weights, ones, share * factor, input_precision="tf32x3"), weights, factor
 
 
 @triton.jit(do_not_specialize=["n", "m", "slots", "ancestors_b", "ancestors_n"])
@@ -535,48 +550,33 @@ def attention_kernel(
         text = (b.to(tl.int64) * slots * G + g) * D
         keys, values = keys + text, values + text
         dtype: tl.constexpr = values.dtype.element_ty
-        ones = tl.full([POSITIONS, 16], 1.0, dtype)
         top = tl.full([ROWS], UNSEEN, tl.float32)
         total, share = tl.zeros([ROWS, ROOM], tl.float32), tl.zeros([ROWS, 16], tl.float32)
         # As long as positions are slots, for all of these queries, a step is for all of them.
         straight = tl.where(chains, end, tl.minimum(end, past // POSITIONS * POSITIONS))
         for first in range(begin, straight, POSITIONS):
             p = first + tl.arange(0, POSITIONS)
-            at, valid = p[:, None] * (G * D) + d[None, :], (p[:, None] < end) & (d[None, :] < D)
-            k = tl.load(keys + at, mask=valid, other=0)  # [POSITIONS, D]
-            s = tl.where(
-                p[None, :] < count[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), UNSEEN
-            )
-            top, weights, factor = absorb(s, top, scale)
-            weights = weights.to(dtype)
-            share = tl.dot(weights, ones, share * factor[:, None], input_precision="tf32x3")
-            v = tl.load(values + at, mask=valid, other=0)
-            total = tl.dot(weights, v, total * factor[:, None], input_precision="tf32x3")
+            k = load_slots(keys, p, p < end, d, G, D)
+            s = tl.dot(query, k.trans(), input_precision="tf32x3")
+            top, share, weights, factor = absorb(s, p, count, top, share, scale, dtype)
+            v = load_slots(values, p, p < end, d, G, D)
+            total = tl.dot(weights, v, total * factor, input_precision="tf32x3")
         # Where a tree begins, every query has its own way to go.
         for first in range(tl.maximum(begin, straight), end, POSITIONS):
             p = first + tl.arange(0, POSITIONS)
             s = tl.full([ROWS, POSITIONS], UNSEEN, tl.float32)
             for j in range(QUERIES):
-                mine = tl.minimum(block * QUERIES + j, n - 1)
-                slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
-                at = slot[:, None] * (G * D) + d[None, :]
-                k = tl.load(keys + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                s = tl.where(
-                    (row // HEADS == j)[:, None], tl.dot(query, k.trans(), input_precision="tf32x3"), s
-                )
-            s = tl.where(p[None, :] < count[:, None], s, UNSEEN)
-            top, weights, factor = absorb(s, top, scale)
-            weights = weights.to(dtype)
-            share = tl.dot(weights, ones, share * factor[:, None], input_precision="tf32x3")
-            before = total * factor[:, None]
+                its = ancestors + tl.minimum(block * QUERIES + j, n - 1) * ancestors_n
+                k = load_slots(keys, slots_of(its, p, past, m), p < end, d, G, D)
+                mine = (row // HEADS == j)[:, None]
+                s = tl.where(mine, tl.dot(query, k.trans(), input_precision="tf32x3"), s)
+            top, share, weights, factor = absorb(s, p, count, top, share, scale, dtype)
+            before = total * factor
             for j in range(QUERIES):
-                mine = tl.minimum(block * QUERIES + j, n - 1)
-                slot = tl.where(p < past, p, past + ancestors_at(ancestors + mine * ancestors_n, p - past, m))
-                at = slot[:, None] * (G * D) + d[None, :]
-                v = tl.load(values + at, mask=(p[:, None] < end) & (d[None, :] < D), other=0)
-                total = tl.where(
-                    (row // HEADS == j)[:, None], tl.dot(weights, v, before, input_precision="tf32x3"), total
-                )
+                its = ancestors + tl.minimum(block * QUERIES + j, n - 1) * ancestors_n
+                v = load_slots(values, slots_of(its, p, past, m), p < end, d, G, D)
+                mine = (row // HEADS == j)[:, None]
+                total = tl.where(mine, tl.dot(weights, v, before, input_precision="tf32x3"), total)
         mine = (row < QUERIES * HEADS) & (block * QUERIES + row // HEADS < n)
         place = place * tl.num_programs(2) + split
         tl.store(sums + place[:, None] * D + d[None, :], total, mask=mine[:, None] & (d[None, :] < D))
@@ -592,12 +592,8 @@ def combine_kernel(
     """A program for a query's head: the parts of all ranges of positions that it sees, in their order."""
     line = tl.program_id(0).to(tl.int64)
     b, i = line // heads // n, line // heads % n
-    beyond = 0
-    for first in range(0, m, NODES):
-        node = first + tl.arange(0, NODES)
-        seen = tl.load(ancestors + b * ancestors_b + i * ancestors_n + node, mask=node < m, other=0)
-        beyond += tl.sum(seen.to(tl.int32), axis=0)
-    d, count = tl.arange(0, ROOM), tl.load(length + b).to(tl.int32) + beyond
+    beyond, _ = count_ancestors(ancestors + b * ancestors_b, i * ancestors_n + tl.arange(0, 1), m)
+    d, count = tl.arange(0, ROOM), tl.load(length + b).to(tl.int32) + tl.sum(beyond, axis=0)
     top, share, total = UNSEEN + 0.0, 0.0, tl.zeros([ROOM], tl.float32)
     for split in tl.range(0, tl.cdiv(count, SPLIT_POSITIONS), loop_unroll_factor=4):
         place = line * splits + split
@@ -628,22 +624,9 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
     )  # fmt: skip
     out = torch.empty_like(q)
     combine_kernel[(batch * n * heads,)](
-        sums,
-        shares,
-        tops,
-        seen,
-        length,
-        out,
-        n,
-        m,
-        heads,
-        splits,
-        scale,
-        *strides,
-        D=size,
-        ROOM=room,
-        num_warps=1,
-    )
+        sums, shares, tops, seen, length, out, n, m, heads, splits, scale, *strides,
+        D=size, ROOM=room, num_warps=1,
+    )  # fmt: skip
     return out
 
 

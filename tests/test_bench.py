@@ -117,7 +117,7 @@ def test_prompt_files_of_three_layouts(tmp_path):
         ("bad.jsonl", b"\xff\xfe\n", "cannot be read"),
         ("bad.jsonl", b"\n", "has no lines"),
         ("bad.jsonl.gz", b"not gzipped", "cannot be read"),
-        ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99)[:30], "cannot be read"),
+        ("bad.jsonl.gz", gzip.compress(b'{"prompt": "x"}' * 99, mtime=0)[:30], "cannot be read"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, reason):

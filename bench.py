@@ -376,7 +376,7 @@ def capture(function: Callable[[], object], calls: int, name: str = "") -> Calla
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):
+        with gpt_spec.no_garbage_collection(), torch.cuda.graph(graph):
             for _ in range(calls):
                 function()
     except RuntimeError as error:

@@ -11,12 +11,14 @@ the speed and nothing else. And a decoder, a model with its drafter, may be the 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate, compress
@@ -978,6 +980,19 @@ class Setup:
         return torch.cuda.graph_pool_handle()
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python may collect an abandoned decoder at any allocation. Its CUDA graphs are destroyed then, which
+    CUDA does not allow while another graph is being recorded: that one becomes invalid, without a word."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Recorded:
     """A function of tensors, and of whatever else stays where it is, as CUDA graphs: a step of a small model
     is hundreds of launches, which take the host longer than the GPU.
@@ -1011,7 +1026,7 @@ class Recorded:
     def record(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
         arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with no_garbage_collection(), torch.cuda.graph(graph, pool=self.pool):
             outputs = self.function(*arguments)
         return graph, [a for a in arguments if isinstance(a, Tensor)], outputs
 

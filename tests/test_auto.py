@@ -21,24 +21,11 @@ from conftest import (
 )
 
 import generate as command
-from gpt_spec import (
-    ALL,
-    Acceptance,
-    AutoDrafter,
-    BadInput,
-    Clock,
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    LookupDrafter,
-    Pace,
-    Sampling,
-    SequentialDrafter,
-    State,
-    Stats,
-    TextIndex,
-    TreeDrafter,
-)
+from auto import ALL, AdaptiveLookup, AutoDrafter, ReplayIndex
+from costs import Acceptance, Clock, Pace, Stats, set_costs
+from eagle import TreeDrafter
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, State
+from model import BadInput
 from quantize import share_weights
 
 PROMPTS = random_prompts([5, 1, 17, 9, 30])
@@ -51,7 +38,7 @@ def decoder_of(target, drafters: dict[str, Drafter], costs: dict[str, float], ba
     auto.needs_costs = False
     decoder = Decoder(target, auto, Sampling(), 256, batch_size, compile=False)
     for name, drafter in auto.drafters.items():
-        drafter.set_costs(dict.fromkeys(drafter.draft_sizes(), costs[name]))
+        set_costs(drafter, dict.fromkeys(drafter.draft_sizes(), costs[name]))
         drafter.pace.correct = lambda nodes, seconds: None
     return decoder
 
@@ -86,7 +73,7 @@ def test_what_could_not_win_waits(target):
     drafters = {"dear": SequentialDrafter(target, 3)}
     decoder = decoder_of(target, drafters, {"autoregressive": 1.0, "dear": 5.0})
     assert set(steps_of(decoder)) == {"autoregressive"}
-    decoder.drafter.elapsed = 6 * 5.0 / AutoDrafter.CURIOSITY
+    decoder.drafter.spent = 6 * 5.0 / AutoDrafter.CURIOSITY
     assert steps_of(decoder)["dear"] >= AutoDrafter.TRIAL
 
 
@@ -147,7 +134,7 @@ def test_what_is_missed_is_fed_in_one_chunk(target, monkeypatch):
         name, auto.TRIAL = next(order)
         return name, True
 
-    auto.choose = choose
+    auto.choose_drafter = choose
     accepted = []
     for emissions in decoder.run(PROMPTS[:1], 100):
         accepted += [(e.draft.drafter, e.accepted) for e in emissions if e.draft is not None]
@@ -156,14 +143,14 @@ def test_what_is_missed_is_fed_in_one_chunk(target, monkeypatch):
     assert fed[1][1] == 5 + 12 + 30
 
 
-def lookup_on(*texts: torch.Tensor, costs: dict[int, float], lucky: int = 0) -> tuple[LookupDrafter, State]:
+def lookup_on(*texts: torch.Tensor, costs: dict[int, float], lucky: int = 0) -> tuple[AdaptiveLookup, State]:
     """A drafter of which so many drafts were accepted, and rows with 151 tokens each."""
-    drafter = LookupDrafter(None)
+    drafter = AdaptiveLookup()
     drafter.pace = Pace()
-    drafter.indices = [TextIndex(drafter.ngram) for _ in texts]
+    drafter.indices = [ReplayIndex(drafter.ngram) for _ in texts]
     drafter.acceptance = [Acceptance() for _ in range(drafter.ngram + 1)]
     drafter.replayed = dict.fromkeys(drafter.FADES, (0.0, 0.0))
-    drafter.set_costs(costs)
+    set_costs(drafter, costs)
     for each in drafter.acceptance * lucky:
         each.count(15, 15)
     state = State.allocate(len(texts), 200, 0, torch.zeros(()))
@@ -177,12 +164,12 @@ FRESH, LOOP = torch.randperm(200), torch.arange(10).repeat(20)
 COSTS = {1: 1.0, 4: 1.5, 8: 2.0, 16: 4.0}
 
 
-def rate_after(drafter: LookupDrafter, state: State, tokens: int) -> float:
+def rate_after(drafter: AdaptiveLookup, state: State, tokens: int) -> float:
     """The texts gain tokens one by one, whoever says them."""
     drafter.rate(state)
     for _ in range(tokens):
         state.length += 1
-        drafter.follow(state)
+        drafter.update(state)
     return drafter.rate(state)
 
 
@@ -225,7 +212,7 @@ def test_lookup_learns_what_to_make_of_a_repetition():
     state.tokens = text[None]
     for length in range(400, 5000):  # one token after another: not what a draft of its own would bring
         state.length.fill_(length)
-        drafter.follow(state)
+        drafter.update(state)
     few, many = drafter.acceptance[1], drafter.acceptance[6]
     assert few.kept[0] / few.tried[0] < 0.3 and many.kept[0] / many.tried[0] > 0.6
     sizes = {}
@@ -241,10 +228,10 @@ def test_an_index_finds_what_searching_finds(ngram):
     """The slow twin of the index, at every place of a text that repeats itself here and there; then another
     text, and one that goes back."""
     generator = torch.Generator().manual_seed(ngram)
-    index, count = TextIndex(ngram), 7
+    index, count = ReplayIndex(ngram), 7
     for text in (torch.randint(6, (120,), generator=generator) for _ in range(2)):
         for end in (1, 2, 40, 41, 120, 60, 90):
-            index.follow(text[:end].tolist())
+            index.update(text[:end].tolist())
             places = torch.arange(end)
             row = torch.nn.functional.pad(text[:end], (0, count + 1), value=-1)
             drafted, found = find_repetition(row.expand(end, -1), places, ngram, count)
@@ -267,15 +254,15 @@ def test_hindsight_equals_drafting(target):
     same places."""
     prompt, replayed, drafted = 10 * [3, 4, 5, 6], [], []
 
-    class Lookup(LookupDrafter):
+    class Lookup(AdaptiveLookup):
         def start(self, level):
             super().start(level)
             self.pace.start(COSTS, {1: 0})
             self.pace.count = lambda tokens, nodes, seconds: None  # cost and rate stay
             self.acceptance = [Frozen() for _ in self.acceptance]
 
-        def choose(self, agree):
-            replayed.append((self.indices[0].place, super().choose(agree)))
+        def choose_size(self, agree):
+            replayed.append((self.indices[0].place, super().choose_size(agree)))
             return replayed[-1][1]
 
     class Watched(Drafter):
@@ -283,14 +270,14 @@ def test_hindsight_equals_drafting(target):
 
         def start(self, level):
             super().start(level)
-            self.other = Lookup(None)
+            self.other = Lookup()
             self.other.start(level)
 
         def propose(self, state, n=None):
-            self.other.follow(state)
+            self.other.update(state)
             return super().propose(state)
 
-    lookup = Lookup(None)
+    lookup = Lookup()
     lookup.needs_costs = False
     decoder, length = Decoder(target, lookup, Sampling(), 256, compile=False), len(prompt)
     for [emission] in decoder.run([prompt], 150):
@@ -333,7 +320,7 @@ def test_chains_have_the_length_that_pays(target):
     ):
         drafter, stats = SequentialDrafter(drafter_model, None), Stats()
         decoder = Decoder(target, drafter, Sampling(), 256, compile=False)
-        drafter.set_costs(costs)
+        set_costs(drafter, costs)
         drafter.pace.correct = lambda nodes, seconds: None
         list(decoder.run(PROMPTS, 150, stats=stats))
         assert stats.nodes_histogram[expected] > 0.8 * stats.target_forwards
@@ -341,7 +328,7 @@ def test_chains_have_the_length_that_pays(target):
 
 def test_costs_are_measured_once(target):
     """All of them, by name and size; what is known already is not measured again."""
-    drafters = {"lookup": LookupDrafter(None), "tree": TreeDrafter(guessing_head(target), None, 3, 3)}
+    drafters = {"lookup": AdaptiveLookup(), "tree": TreeDrafter(guessing_head(target), None, 3, 3)}
     decoder, costs = Decoder(target, AutoDrafter(drafters), Sampling(), 128, compile=False), {"tree 8": 77.0}
     decoder.warm_up(costs)
     assert set(costs) == {"autoregressive 1", "lookup 1", "lookup 4", "lookup 8", "lookup 16"} | {
@@ -407,7 +394,7 @@ def test_inside_a_hierarchy(target, batch_size):
     noisy = noisy_copy(target)
     inner = AutoDrafter(
         {
-            "lookup": LookupDrafter(None),
+            "lookup": AdaptiveLookup(),
             "same": SequentialDrafter(noisy, 3),
             "tree": TreeDrafter(guessing_head(noisy), 16, 3, 3),
         }

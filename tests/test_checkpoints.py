@@ -12,7 +12,7 @@ from conftest import ROOT, edit_config, edit_weights, random_model, save_checkpo
 from safetensors.torch import load_file, save_file
 
 from generate import find_checkpoint, load_model, stop_ids
-from gpt_spec import BadInput
+from model import BadInput
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 import kernels
 import kernels_cuda
 import quantize
-from gpt_spec import KVCache, Linear, extend
+from gpt_spec import extend
+from model import KVCache, Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

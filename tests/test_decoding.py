@@ -24,32 +24,28 @@ from conftest import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from auto import ALL, AdaptiveLookup, AutoDrafter
+from costs import Stats
+from eagle import TreeDrafter
 from generate import load_head, load_model
 from gpt_spec import (
-    ALL,
-    AutoDrafter,
-    BadInput,
     Decoder,
     Draft,
     Drafter,
     HierarchicalDrafter,
     Level,
     LookupDrafter,
-    Recorded,
     Sampling,
     SequentialDrafter,
-    Setup,
-    Stats,
     TextIndex,
-    Transformer,
-    TreeDrafter,
     accept,
     cache_length,
-    causal_attention,
     generate,
     tree_geometry,
 )
+from model import BadInput, Transformer, causal_attention
 from quantize import PRECISIONS, share_weights
+from runtime import Recorded, Runtime
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 WARM = Sampling(temperature=0.7, top_p=0.95, seed=8)
@@ -97,7 +93,7 @@ class RestlessDrafter(AutoDrafter):
 
     TURN = 5
 
-    def choose(self, state):
+    def choose_drafter(self, state):
         names = list(self.drafters)
         self.rates = dict.fromkeys(names, 1.0)
         return names[(names.index(self.current) + 1) % len(names)], False
@@ -115,7 +111,7 @@ def all_drafters(target, kind=AutoDrafter) -> AutoDrafter:
 
     drafter = kind(
         {
-            "lookup": LookupDrafter(None),
+            "lookup": AdaptiveLookup(),
             "sequential": SequentialDrafter(noisy, None),
             "tree": tree(target),
             "qspec": SequentialDrafter(noisy, None, shares_cache=True),
@@ -553,8 +549,8 @@ def recordings(monkeypatch) -> list[Trace]:
 
     monkeypatch.setattr(Trace, "replay", replay)
     monkeypatch.setattr(Recorded, "record", record)
-    monkeypatch.setattr(Setup, "records", True)
-    monkeypatch.setattr(Setup, "pool", None)
+    monkeypatch.setattr(Runtime, "records", True)
+    monkeypatch.setattr(Runtime, "pool", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Trace.recording)
     return traces
 
@@ -588,13 +584,13 @@ def test_64_prompts_through_8_rows(target, many_texts, name):
     """Every text is that of its prompt alone, and no row is idle while a prompt waits."""
     assert len({len(text) for text in many_texts}) > 15  # rows finish at different times
     decoder = Decoder(target, drafters(target)[name], SAMPLED, 128, batch_size=8, compile=False)
-    keep, begun, idle, stats = decoder.keep, set(), [], Stats()
+    begin, begun, idle, stats = decoder.begin, set(), [], Stats()
 
-    def watched(draft):
+    def watched():
         idle.append(len(begun) < len(MANY) and not decoder.state.active.all())
-        return keep(draft)
+        return begin()
 
-    decoder.keep, out = watched, [[] for _ in MANY]
+    decoder.begin, out = watched, [[] for _ in MANY]
     for emissions in decoder.run(MANY, 24, STOPS, stats=stats):
         for emission in emissions:
             out[emission.prompt_index] += emission.tokens
@@ -775,7 +771,7 @@ def test_lookup_finds_the_latest_longest_repetition():
         tokens, found = find_repetition(padded, torch.tensor([len(text) - 1]), ngram, count)
         assert tokens[0, 0] == text[-1]
         index = TextIndex(ngram)
-        index.follow(text)
+        index.update(text)
         assert (index.agree[-1] > 0) == bool(found)
         if found:
             assert index.guess(count) == tokens[0, 1:].tolist()
@@ -843,7 +839,7 @@ def test_an_interrupted_step_has_not_happened(target, name, monkeypatch):
         for emissions in decoder.run([prompt], 40):
             so_far += emissions[0].tokens
             if len(so_far) > 8:
-                patch.setattr("gpt_spec.KVCache.keep", interrupt)
+                patch.setattr("model.KVCache.keep", interrupt)
     assert 8 < len(so_far) < 40
     for emissions in decoder.run([prompt + so_far], 40 - len(so_far), reuse=True):
         so_far += emissions[0].tokens

@@ -16,7 +16,7 @@ from gpu_pass import Part  # noqa: E402
 
 import bench  # noqa: E402
 import kernels  # noqa: E402
-from gpt_spec import ModelConfig  # noqa: E402
+from model import ModelConfig  # noqa: E402
 
 TINY = ModelConfig(192, 128, 256, 1, 2, 1, 64, 1024)
 

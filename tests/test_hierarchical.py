@@ -18,20 +18,11 @@ from conftest import (
 )
 from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
+from costs import Stats
+from eagle import TreeDrafter
 from generate import load_head, load_model
-from gpt_spec import (
-    BadInput,
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    KVCache,
-    LookupDrafter,
-    Sampling,
-    Stats,
-    TreeDrafter,
-    extend,
-    pick,
-)
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, extend, pick
+from model import BadInput, KVCache
 from quantize import share_weights
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
@@ -104,7 +95,7 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
     assert all(cuts.values()), cuts
 
 
-@pytest.mark.parametrize("broken", ["rewind", "follow"])
+@pytest.mark.parametrize("broken", ["rewind", "catch_up"])
 @pytest.mark.parametrize("name", ["middle", "three levels"])
 def test_a_middle_model_that_does_not_follow_is_seen(target, monkeypatch, name, broken):
     monkeypatch.setattr(HierarchicalDrafter, broken, lambda self, *_: None)

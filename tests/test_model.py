@@ -7,7 +7,8 @@ import torch
 from conftest import random_model, random_prompts
 
 from generate import load_model
-from gpt_spec import BadInput, ModelConfig, Transformer, cache_length, generate, rope_frequencies
+from gpt_spec import cache_length, generate
+from model import BadInput, ModelConfig, Transformer, rope_frequencies
 
 SIZES = {
     "vocab_size": 97,

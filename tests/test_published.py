@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import kernels
 import quantize
-from gpt_spec import BadInput, Linear
+from model import BadInput, Linear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_layers": 1}
 SHUFFLED = torch.randperm(96, generator=torch.Generator().manual_seed(3))

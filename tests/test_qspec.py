@@ -17,18 +17,10 @@ from conftest import (
 )
 from test_decoding import qspec
 
+from costs import Stats
 from generate import load_model, weight_bytes
-from gpt_spec import (
-    BadInput,
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    KVCache,
-    Sampling,
-    SequentialDrafter,
-    Stats,
-    prefill,
-)
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, prefill
+from model import BadInput, KVCache
 from quantize import share_weights
 
 
@@ -97,16 +89,17 @@ def test_verification_overwrites_what_drafts_wrote(plain, prompts):
     decoder = Decoder(plain, qspec(plain, "w4a4"), max_length=192, compile=False)
     prompt = prompts[5]
     decoder.prefill(0, prompt, seed=0)
-    keep, length, written = decoder.keep, len(prompt), {}
+    propose, length, written = decoder.drafter.propose, len(prompt), {}
 
     def keys() -> torch.Tensor:
         return decoder.cache.keys[-1][0].clone()
 
-    def watched(draft):
+    def watched(state):
+        draft = propose(state)
         written["below"], written["draft"] = keys()[:length], keys()[length : length + 3]
-        return keep(draft)
+        return draft
 
-    decoder.keep, before = watched, keys()
+    decoder.drafter.propose, before = watched, keys()
     decoder.step()
     assert torch.equal(written["below"], before[:length])  # a draft writes nothing below the length
     assert not before[length:].any() and written["draft"].any(dim=-1).all()
@@ -141,7 +134,7 @@ def held_bytes(decoder: Decoder) -> int:
             todo += thing
         elif isinstance(thing, dict):
             todo += thing.values()
-        elif getattr(type(thing), "__module__", "").startswith(("gpt_spec", "torch.nn")):
+        elif getattr(type(thing), "__module__", "").startswith(("gpt_spec", "model", "torch.nn")):
             todo.append(vars(thing))
     return sum(storages.values())
 

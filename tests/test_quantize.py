@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import kernels
 import quantize
-from gpt_spec import BadInput, causal_attention
+from model import BadInput, causal_attention
 from quantize import PRECISIONS, Quantization
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

@@ -21,16 +21,9 @@ from conftest import (
 import generate
 import kernels
 import quantize
-from gpt_spec import (
-    HierarchicalDrafter,
-    Linear,
-    LookupDrafter,
-    Rotation,
-    Sampling,
-    SequentialDrafter,
-    TreeDrafter,
-    causal_attention,
-)
+from eagle import TreeDrafter
+from gpt_spec import HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
+from model import Linear, Rotation, causal_attention
 from quantize import Stored
 
 KINDS = {

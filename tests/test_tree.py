@@ -11,23 +11,11 @@ import torch.nn.functional as F
 from conftest import ROOT, guessing_head, random_model, random_prompts
 from safetensors.torch import save_file
 
+from costs import Pace, Stats
+from eagle import Eagle3Head, EagleHead, TreeDrafter
 from generate import load_head
-from gpt_spec import (
-    BadInput,
-    Decoder,
-    Draft,
-    Eagle3Head,
-    EagleHead,
-    Pace,
-    Sampling,
-    Stats,
-    TreeDrafter,
-    Verified,
-    causal_attention,
-    generate,
-    gumbel,
-    tree_geometry,
-)
+from gpt_spec import Decoder, Draft, Sampling, Verified, generate, gumbel, tree_geometry
+from model import BadInput, causal_attention
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, seed=7)
 

@@ -1,0 +1,379 @@
+"""eagle.py: EAGLE heads, and the trees that they grow.
+
+A head is one decoder layer that guesses a target's next feature from its last one (EAGLE-1, EAGLE-2), or from
+three of its states (EAGLE-3). `TreeDrafter` has the head guess level by level, where it is sure, and proposes the
+best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
+
+    head = load_head("DIR", target)  # from checkpoints.py
+    generate(target, prompt_ids, drafter=TreeDrafter(head, tree_size=16))
+
+The one idea: a node is worth the probability of its whole path, so a tree of n nodes is the n best of all
+nodes that the head has seen, and the best small tree is the beginning of the best large one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from gpt_spec import MAX_DRAFT_DEPTH, PREFILL_CHUNK, Draft, Drafter, Level, State, Verified, gumbel
+from model import (
+    Attention,
+    BadInput,
+    CheckpointModule,
+    Embedding,
+    FeedForward,
+    KVCache,
+    LanguageHead,
+    Linear,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Heads
+# --------------------------------------------------------------------------------------------------
+
+
+class EagleHead(CheckpointModule):
+    """One decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
+
+    Its row p is made of the feature of position p and the token of position p + 1, and stands at position p:
+    it guesses the feature of position p + 1. Embedding and lm_head are the target's (`attach`); there is no
+    norm before the layer, and none after it.
+    """
+
+    embed_tokens: Embedding
+    lm_head: LanguageHead
+    draft_ids: Tensor | None  # int64 [drafted vocabulary]: tokens of the logits, if not 0, 1, 2, ...
+
+    def __init__(self, config: ModelConfig, fc_bias: bool = False):
+        """`config`: of the one layer, and the target's vocabulary."""
+        super().__init__(config)
+        self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
+        self.layers = nn.ModuleList([HeadLayer(config, config.hidden_size)])
+        self.register_buffer("draft_ids", None, persistent=False)
+
+    def attach(self, target: Transformer) -> EagleHead:
+        """Borrow what the head has in common with its target -> self. A loader does it last."""
+        self.embed_tokens, self.lm_head = target.embed_tokens, target.lm_head
+        return self
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """Which states of a target with so many layers are its features: see `Transformer.forward`."""
+        return (layers,)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """What the target yields -> features as the head itself yields them, [B, n, hidden]."""
+        return features
+
+    def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, n], features [B, n, hidden] -> what attention reads, and what is added to it."""
+        embedded = self.embed_tokens(tokens)  # [B, n, hidden]
+        x = self.fc(torch.cat((embedded, features), dim=-1))  # [B, n, 2 hidden] -> [B, n, hidden]
+        return x, x
+
+    def project(
+        self, tokens: Tensor, features: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a row adds its guess to, [B, n, hidden], and its queries, keys and values: see `forward`."""
+        x, residual = self.enter(tokens, features)
+        return residual, *self.layer.self_attn.project(x, None, *self.rope(positions))
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, attend, last: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, n, hidden] of `positions` int64 [B, n], tokens after them -> the next features.
+
+        With `last` int64 [B], only that row of each text goes on to attend, and the others are there for
+        their keys and values -> [B, 1, hidden].
+        """
+        residual, q, k, v = self.project(tokens, features, positions)
+        if last is not None:
+            row = (torch.arange(len(last), device=last.device)[:, None], last[:, None])  # [B, 1] each
+            q, residual = q[row], residual[row]  # [B, 1, H, D], [B, 1, hidden]
+        attended = attend(q, k, v)
+        # [B, n, H D] -> [B, n, hidden]
+        x = self.layer.self_attn.o_proj(attended.flatten(2), residual=residual)
+        return self.layer.mlp(x, self.layer.post_attention_layernorm)
+
+    @property
+    def layer(self) -> HeadLayer:
+        return self.layers[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, n, hidden] -> float32 [B, n, drafted vocabulary]."""
+        return self.lm_head(features)
+
+
+class HeadLayer(nn.Module):
+    """The layer of an EAGLE head; what it attends with is not what it adds to: see `EagleHead.enter`."""
+
+    def __init__(self, config: ModelConfig, inputs: int):
+        super().__init__()
+        self.self_attn = Attention(config, inputs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+
+class Eagle3Layer(HeadLayer):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, 2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Eagle3Head(EagleHead):
+    """EAGLE-3 (arXiv 2503.01840): three states of the target as features, a vocabulary of its own.
+
+    What goes round is the state before the norm of the lm_head, which is the head's own, like the RoPE base.
+    """
+
+    def __init__(self, config: ModelConfig, target_hidden_size: int, vocab_size: int, own_embedding: bool):
+        """`vocab_size`: tokens that the head can draft; draft_ids [vocab_size] says which."""
+        CheckpointModule.__init__(self, config)
+        self.fc = Linear(3 * target_hidden_size, config.hidden_size)
+        self.midlayer = Eagle3Layer(config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = LanguageHead(config.hidden_size, vocab_size)
+        self.register_buffer("draft_ids", torch.arange(vocab_size), persistent=False)
+        if own_embedding:
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+
+    @property
+    def layer(self) -> HeadLayer:
+        return self.midlayer
+
+    def attach(self, target: Transformer) -> EagleHead:
+        if not hasattr(self, "embed_tokens"):
+            self.embed_tokens = target.embed_tokens
+        return self
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        return (2, layers // 2, layers - 3)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return self.fc(features)  # [B, n, 3 target hidden] -> [B, n, hidden]
+
+    def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = self.embed_tokens(tokens)  # [B, n, hidden]
+        normed = (self.midlayer.input_layernorm(embedded), self.midlayer.hidden_norm(features))
+        return torch.cat(normed, dim=-1), features  # [B, n, 2 hidden], [B, n, hidden]
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.lm_head(features, self.norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# Trees
+# --------------------------------------------------------------------------------------------------
+
+TREE_DEPTH, TREE_TOPK = 6, 4  # by default
+
+
+class TreeDrafter(Drafter):
+    """An EAGLE head grows a tree where it is sure of itself (EAGLE-2, arXiv 2406.16858, section 4).
+
+    The k best continuations of the root are the first beam. `tree_depth` - 1 times, every node of the beam
+    gets its k best children, and the k best of these are the next beam. Of all nodes ever seen, the best are
+    verified. A node is as good as the product of the probabilities on its path. What is new here: the noise
+    of its position is added to the head's logits, so that the tree grows around what the target is going to
+    pick; and they are multiplied with `trust`, because a head that learnt the target's distribution is
+    too modest about what the target, which has made up its mind, will say.
+
+    The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
+    it grows a tree goes to scratch slots above and is forgotten. Every step feeds the last `window` true rows
+    (again): some are new, and writing the others once more changes nothing.
+    """
+
+    SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
+
+    def __init__(
+        self,
+        head: EagleHead,
+        tree_size: int | None = None,
+        tree_depth: int = TREE_DEPTH,
+        tree_topk: int = TREE_TOPK,
+    ):
+        """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
+        if not 1 <= tree_depth <= MAX_DRAFT_DEPTH:
+            raise BadInput(f"tree_depth is {tree_depth}; it must be 1 to {MAX_DRAFT_DEPTH}")
+        pool = tree_topk + (tree_depth - 1) * tree_topk**2
+        if tree_size is not None and not 2 <= tree_size <= pool + 1:
+            raise BadInput(
+                f"tree_size is {tree_size}; depth {tree_depth} and top-k {tree_topk} allow 2 to {pool + 1}"
+            )
+        vocabulary = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
+        if tree_topk > vocabulary:
+            raise BadInput(f"tree_topk is {tree_topk}; the head knows {vocabulary} tokens")
+        self.head, self.models, self.depth, self.topk = head, (head,), tree_depth, tree_topk
+        self.sizes = [n for n in self.SIZES if n <= pool + 1] if tree_size is None else [tree_size]
+        self.sizes = self.sizes or [pool + 1]
+        self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
+        self.needs_host = len(self.sizes) > 1
+        self.trust_tensor = torch.ones((), device=head.layer.post_attention_layernorm.weight.device)
+        self.trust = 1.0
+
+    @property
+    def trust(self) -> float:
+        """What the logits are multiplied with, so that as much is accepted as is expected."""
+        return self.trust_value
+
+    @trust.setter
+    def trust(self, value: float) -> None:
+        self.trust_value = value
+        self.trust_tensor.fill_(value)  # where `grow` looks, which may be a recorded graph
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        return self.head.taps(layers)
+
+    def draft_sizes(self) -> list[int]:
+        return self.sizes
+
+    def max_depth(self, n: int) -> int:
+        return min(self.depth, n - 1)
+
+    def start(self, level: Level) -> None:
+        super().start(level)
+        like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
+        # True rows that may be new: those of the longest path, and what happened above.
+        self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
+        slots = setup.slots + self.topk * (self.depth - 1)
+        self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        self.sampling = setup.sampling
+        self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
+
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        """All rows but the last, whose token is still to be picked. Only their keys and values matter."""
+        begin, end = max(start - self.window, 0), len(tokens) - 1
+        for first in range(begin, end, PREFILL_CHUNK):
+            place = torch.arange(first, min(first + PREFILL_CHUNK, end), device=tokens.device)  # [n]
+            features = self.head.fuse(state.features[row : row + 1, place])  # [1, n, hidden]
+            _, _, k, v = self.head.project(tokens[None, place + 1], features, place[None])
+            self.cache.row(row).write(place[None], 0, k, v)
+
+    def catch_up(self, state: State) -> Tensor:
+        """Write the last true rows -> the feature guessed from the last one, [B, 1, hidden].
+
+        There are `window` of them; where the text is shorter, what comes behind its end is masked garbage.
+        """
+        start = (state.length - self.window).clamp(min=0)
+        offset = torch.arange(self.window, device=start.device)
+        count = state.length - start  # [B]
+        place = start[:, None] + offset  # [B, n]
+        row = torch.arange(len(start), device=start.device)[:, None]  # [B, 1]
+        features = self.head.fuse(state.features[row, place])  # [B, n, hidden]
+        seen = (offset < count[:, None])[:, None]  # [B, 1, n]
+        attend = partial(self.cache.attend, place, seen, start, 0)
+        return self.head(state.tokens[row, place + 1], features, place, attend, count - 1)
+
+    def children(
+        self, features: Tensor, position: Tensor, seed: Tensor, trust: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The k best tokens at `position` int64 [B], given features [B, n, hidden] -> int64 [B, n, k], and
+        their log-probabilities."""
+        logits = self.head.logits(features)  # [B, n, V]
+        if self.sampling.temperature > 0:
+            noise = gumbel(seed, position[:, None], self.head.config.vocab_size)  # [B, 1, V]
+            noise = noise if self.head.draft_ids is None else noise[..., self.head.draft_ids]
+            logits = logits + self.sampling.temperature * noise
+        logits = trust * logits
+        best, index = kernels.top_k(logits, self.topk)
+        # At most 0, though rounding may say otherwise: no child is better than its parent.
+        scores = (best - logits.logsumexp(dim=-1, keepdim=True)).clamp(max=0)
+        return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
+
+    def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n]; the accepted
+        length to expect of each size, float32 [B, sizes], and its mean over active rows.
+
+        `trust` float32 []: see the class.
+        """
+        k, past = self.topk, state.length
+        rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
+        features = self.catch_up(state)  # [B, 1, hidden]
+        below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
+        tokens, scores = below.squeeze(1), steps.squeeze(1)
+        pool = Pool([tokens], [scores], [torch.zeros_like(tokens)])
+        node, features = 1 + rank.expand_as(tokens), features.expand(-1, k, -1)  # [B, k], [B, k, hidden]
+        itself = (rank[:, None] == rank).expand(len(past), -1, -1)  # [B, k, k]
+        ancestors = itself
+        for beam in range(self.depth - 1):
+            positions = (past + beam)[:, None].expand_as(tokens)  # [B, k]
+            attend = partial(self.cache.attend, past[:, None] + beam * k + rank, ancestors, past, 0)
+            features = self.head(tokens, features, positions, attend)  # [B, k, hidden]
+            below, steps = self.children(features, past + beam + 2, state.seed, trust)  # [B, k, k] each
+            first = pool.size + 1
+            pool.add(below, scores[..., None] + steps, node)
+            if beam == self.depth - 2:
+                break
+            scores, best = kernels.top_k(pool.scores[-1], k)  # [B, k]
+            above, tokens, node = best // k, pool.tokens[-1].gather(1, best), first + best  # [B, k] each
+            features = features[row, above]
+            ancestors = torch.cat((ancestors[row, above], itself), dim=-1)  # [B, k, (beam + 2) k]
+        tokens, parents, scores = pool.best(state, self.max_nodes - 1)
+        accepted = scores.exp().cumsum(dim=1)  # [B, n - 1]
+        worth = torch.stack([accepted[:, n - 2] for n in self.sizes], dim=1)  # [B, sizes]
+        mean = (worth * state.active[:, None]).sum(dim=0) / state.active.sum().clamp(min=1)
+        return tokens, parents, worth, mean
+
+    def propose(self, state: State, n: int | None = None) -> Draft:
+        tokens, parent, worth, mean = self.grow_tree(self.trust_tensor)
+        n = n or self.choose_size(mean)
+        # New tensors, since the compiled verification wants the same strides whatever the batch.
+        tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
+        return Draft(tokens, parent, self.max_depth(n), expected=worth[:, self.sizes.index(n)])
+
+    def choose_size(self, mean: Tensor) -> int:
+        """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        # A read of the host, the price of choosing.
+        return self.pace.best(dict(zip(self.sizes, mean.tolist())))
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        super().learn(draft, verified, seconds)
+        # The average over texts, or many of them at once would make it swing.
+        surplus = sum(row.accepted - row.expected for row in verified) / len(verified)
+        self.trust = min(max(self.trust * math.exp(0.02 * surplus), 0.25), 4.0)
+
+
+@dataclass
+class Pool:
+    """All nodes that a growing tree has seen, level by level; node 0 is the root, the others count from 1."""
+
+    tokens: list[Tensor]  # int64 [B, .]
+    scores: list[Tensor]  # float32 [B, .]: log-probabilities of whole paths, never above the parent's
+    parents: list[Tensor]  # int64 [B, .]
+
+    @property
+    def size(self) -> int:
+        return sum(tokens.shape[1] for tokens in self.tokens)
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
+        """tokens, scores: [B, k, k], the children of `parents` int64 [B, k]."""
+        self.tokens.append(tokens.flatten(1))
+        self.scores.append(scores.flatten(1))
+        self.parents.append(parents[..., None].expand_as(tokens).flatten(1))
+
+    def best(self, state: State, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Root and best nodes, tokens and parents int64 [B, count + 1], and the scores of all but the root.
+
+        Of equals the first wins, so that a parent always precedes its children, and the first n nodes are the
+        best tree of n nodes.
+        """
+        tokens, parents = torch.cat(self.tokens, dim=1), torch.cat(self.parents, dim=1)  # [B, pool]
+        scores, order = kernels.top_k(torch.cat(self.scores, dim=1), count)  # [B, count]
+        root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
+        node = torch.arange(1, count + 1, device=root.device).expand_as(order)
+        # Where in the tree a node of the pool is: [B, pool + 1]
+        place = torch.zeros_like(F.pad(parents, (1, 0))).scatter(1, order + 1, node)
+        parent = torch.cat((torch.full_like(root, -1), place.gather(1, parents.gather(1, order))), dim=1)
+        return torch.cat((root, tokens.gather(1, order)), dim=1), parent, scores

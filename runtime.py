@@ -1,0 +1,167 @@
+"""runtime.py: how functions of tensors are run: compiled by `torch.compile`, and on a GPU as CUDA graphs.
+
+The one idea: the engine is written as plain functions of tensors, and this file decides how they run. A
+function goes in, a function with the same arguments and results comes out. Nothing here knows what a draft,
+a method or a model is.
+
+    runtime = Runtime(compile=True, device=torch.device("cuda"))
+    fast = runtime.recorded(runtime.compiled(function))
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from costs import measure_costs
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the parts of a decoder run."""
+
+    compile: bool
+    device: torch.device
+    cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function, compiled for every shape that it meets; itself where nothing is compiled."""
+        if not self.compile:
+            return function
+        import torch._dynamo.config  # slow to import, and only needed here
+
+        # One function serves every number of nodes, model and batch size of a process: that is not the
+        # runaway recompilation which the default limit of 8 guards against.
+        torch._dynamo.config.recompile_limit = 256
+        # Round where the code says so: which roundings fusion leaves out depends on the number of rows, and a
+        # text must not.
+        options = {"emulate_precision_casts": True}
+        # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
+        options["cpp_wrapper"] = self.cpp_wrapper and self.device.type == "cpu"
+        # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
+        can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        isolate = {"isolate_recompiles": True} if can_isolate else {}
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options, **isolate)
+
+    @property
+    def records(self) -> bool:
+        """Do CUDA graphs launch what a step consists of?"""
+        return self.compile and self.device.type == "cuda" and kernels.load_cuda()
+
+    def recorded(self, function: Callable) -> Callable:
+        """The function as CUDA graphs; itself where nothing is recorded."""
+        return Recorded(function, self.pool) if self.records else function
+
+    @cached_property
+    def pool(self) -> tuple[int, int]:
+        """The memory that all graphs share: none needs its own any more when the next one is launched."""
+        return torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python may collect an abandoned decoder at any allocation, which destroys its CUDA graphs. CUDA does not
+    allow that while another graph is being recorded: the recording becomes invalid, without a word."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Recorded:
+    """A function of tensors, and of anything else that stays the same, as CUDA graphs: a step of a small model
+    is hundreds of launches, which take the host longer than the GPU.
+
+    Called with tensors of new shapes, or other new arguments, it runs as it is, which compiles what is in it.
+    The next time it is recorded, and from then on replayed, on copies of the tensors that it is called with.
+    Its results, a tuple of tensors, are copies, too. A function that is called while another is being recorded
+    becomes part of that one.
+    """
+
+    def __init__(self, function: Callable, pool: tuple[int, int]):
+        self.function, self.pool, self.compiled = function, pool, set()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]] = {}
+
+    def __call__(self, *arguments) -> tuple[Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            return self.function(*arguments)
+        key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        if key not in self.compiled:
+            results = self.function(*arguments)
+            self.compiled.add(key)  # not before: it may have been interrupted
+            return results
+        if key not in self.graphs:
+            self.graphs[key] = self.record(arguments)
+        graph, inputs, outputs = self.graphs[key]
+        for mine, given in zip(inputs, (a for a in arguments if isinstance(a, Tensor))):
+            mine.copy_(given)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def record(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
+        arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        graph = torch.cuda.CUDAGraph()
+        with no_garbage_collection(), torch.cuda.graph(graph, pool=self.pool):
+            outputs = self.function(*arguments)
+        return graph, [a for a in arguments if isinstance(a, Tensor)], outputs
+
+
+class Fetch:
+    """Tensors on their way to the host. On a GPU they are copied while the host goes on; `wait` then blocks
+    until they are there."""
+
+    def __init__(self, *tensors: Tensor | None):
+        self.tensors, self.done = tensors, None
+        if any(t is not None and t.is_cuda for t in tensors):
+            self.tensors = tuple(None if t is None else to_host(t) for t in tensors)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def wait(self) -> tuple[Tensor | None, ...]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tensors
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the memory of the host, which is there once the device has come to it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+@torch.no_grad()
+def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
+    """Run everything once that decoding will run, so that it is compiled and recorded -> seconds. The level
+    must hold no text yet.
+
+    `costs`: what steps cost, if that was measured before. What is missing and needed is measured and added.
+    """
+    started = time.perf_counter()
+    level.extend_blank()
+    for _ in range(2 if level.setup.runtime.records else 1):  # the second time records
+        if level.is_one_graph:
+            level.step()
+        else:
+            warm_up_parts(level)
+    if level.drafter.needs_costs:
+        measure_costs(level, {} if costs is None else costs)
+    return time.perf_counter() - started
+
+
+def warm_up_parts(level: Any) -> None:
+    level.drafter.warm_up(level.state)
+    if level.setup.runtime.compile or level.drafter.needs_costs:
+        for n in level.drafter.draft_sizes():
+            level.commit(level.blank_draft(n))

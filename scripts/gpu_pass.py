@@ -44,9 +44,14 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bench  # noqa: E402
 import kernels  # noqa: E402
 import quantize  # noqa: E402
+from benchmarks.common import BASE  # noqa: E402
+from benchmarks.linears import LARGER_THAN_CACHE, Entry  # noqa: E402
+from benchmarks.machine import kernels_in_use, machine  # noqa: E402
+from benchmarks.shapes import SHAPES, linears_of, packed, random_rows  # noqa: E402
+from benchmarks.synthetic import SYNTHETIC  # noqa: E402
+from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu, shares_of_copy  # noqa: E402
 from gpt_spec import ModelConfig, tree_geometry  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
@@ -75,8 +80,8 @@ class Part(NamedTuple):
 
 def precisions_of(shape: str) -> str:
     """bf16 where its weights leave room for a smaller model and heads."""
-    c = bench.SHAPES[shape]
-    layer = sum(out * inputs for out, inputs in bench.linears_of(c).values())
+    c = SHAPES[shape]
+    layer = sum(out * inputs for out, inputs in linears_of(c).values())
     fits = 2 * (c.num_layers * layer + 2 * c.vocab_size * c.hidden_size) < 60e9
     return "bf16,w4a16,w4a8" if fits else "w4a16,w4a8"
 
@@ -235,7 +240,7 @@ FOUR_BITS = FORMS[:3]
 def neighbours(name: str, config: ModelConfig, device: str, turned: bool) -> dict[str, Any]:
     """What stands next to this linear in a model, as arguments of `kernels.linear`. With `turned`, also what
     only some models have: a rotation, or a bias and another order of the inputs."""
-    out, inputs = bench.linears_of(config)[name]
+    out, inputs = linears_of(config)[name]
     around: dict[str, Any] = {"residual": torch.randn(CHECKED, out, device=device).bfloat16()}
     if name in ("qkv", "gate_up"):
         around = {"norm": torch.rand(inputs, device=device).bfloat16(), "eps": 1e-5}
@@ -258,8 +263,8 @@ def reference(x: Tensor, weights: tuple, out: int, bits: int, wide: bool, around
 def check_linear(
     out: int, inputs: int, form: Form, around: dict[str, Any], device: str, wide: bool = False
 ) -> Check:
-    rows = bench.random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
-    weights = bench.packed(*(None if t is None else t.clone() for t in rows))
+    rows = random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
+    weights = packed(*(None if t is None else t.clone() for t in rows))
     x = torch.randn(CHECKED, inputs * (2 if around.get("gated") else 1), device=device).bfloat16()
     bits = 16 if form.precision == "bf16" else quantize.PRECISIONS[form.precision][1]
 
@@ -401,7 +406,7 @@ def linear_checks(
     def check(name: str, form: Form) -> Check:
         return check_linear(*linears[name], form, neighbours(name, config, device, turned), device)
 
-    linears = bench.linears_of(config)
+    linears = linears_of(config)
     for name in names:
         for form in forms:
             if form.precision[:2] != "w4" or linears[name][1] % form.group == 0:
@@ -444,11 +449,11 @@ def run_checks(configs: dict[str, ModelConfig], device: str, seconds: float) -> 
         try:
             check = replace(how(), name=name)
         except Exception as error:  # of whatever kind: the report is what this is for
-            check = Check(name, math.nan, 0.0, False, bench.first_line(error))
+            check = Check(name, math.nan, 0.0, False, first_line(error))
         checks.append(check)
         verdict = "" if check.right else "   WRONG " + (check.reason or f"(rows equal: {check.rows_equal})")
         print(f"{name:60} {check.error:.1e}{verdict}", flush=True)
-    bodies = bench.kernels_in_use(device)
+    bodies = kernels_in_use(device)
     return {"bodies": bodies, "not_reached": missed, "checks": [check.as_json() for check in checks]}
 
 
@@ -472,7 +477,7 @@ def multiply_with(plan: Any, words: list[tuple], x: Tensor, out: int) -> Callabl
     import kernels_cuda  # needs Triton
 
     extras = (None, None, None, 0.0, False, None, 1, 1, None, out, 16, False)  # nothing before, nothing after
-    return bench.Entry(words, lambda x, w: kernels_cuda.linear(x, *w, *extras, plan), 0).in_turn(x)
+    return Entry(words, lambda x, w: kernels_cuda.linear(x, *w, *extras, plan), 0).in_turn(x)
 
 
 def working(plans: list[Any], words: list[tuple], x: Tensor, out: int) -> dict[str, Callable[[], Tensor]]:
@@ -482,11 +487,11 @@ def working(plans: list[Any], words: list[tuple], x: Tensor, out: int) -> dict[s
         function = multiply_with(plan, words, x, out)
         try:
             y = function()
-            bench.finish(x.device)
+            finish(x.device)
         except Exception as error:  # it needs too much of something, for one
             if not functions:  # then there is nothing to compare with
                 raise
-            print(f"    {plan}: {bench.first_line(error)}", flush=True)
+            print(f"    {plan}: {first_line(error)}", flush=True)
             continue
         first = first if functions else y
         functions |= {str(plan): function} if difference(y, first) < 1e-2 else {}
@@ -498,15 +503,15 @@ def tune_linear(out: int, inputs: int, device: str, rows: tuple[int, ...] = TUNE
     """Seconds with all tiles that work, by number of rows; and which are used."""
     import kernels_cuda  # needs Triton
 
-    weight, scales, _ = bench.random_rows(out, inputs, "w4a16", device)
+    weight, scales, _ = random_rows(out, inputs, "w4a16", device)
     pair, size = (kernels.pack_words(weight), scales.T.contiguous()), weight.nbytes + scales.nbytes
-    copies = int(bench.LARGER_THAN_CACHE["cuda"] / size) if bench.on_gpu(device) else 0
+    copies = int(LARGER_THAN_CACHE["cuda"] / size) if on_gpu(device) else 0
     words = [pair, *(tuple(t.clone() for t in pair) for _ in range(copies))]
     plans, seconds = candidates(kernels_cuda.tiles(out, inputs, 4)), {}
     for n in rows:
         x = torch.randn(n, inputs, device=device).bfloat16()
         functions = working(plans, [(*pair, None) for pair in words], x, out)
-        seconds[str(n)] = bench.interleave_on_device(functions, 3, device, max(len(words), 32))
+        seconds[str(n)] = interleave_on_device(functions, 3, device, max(len(words), 32))
     return {"used": str(plans[0]), "seconds": seconds}
 
 
@@ -519,7 +524,7 @@ def best_for_all(seconds: dict[str, dict[str, float]]) -> str:
 def run_tuning(configs: dict[str, ModelConfig], device: str, seconds: float) -> dict[str, Any]:
     begin, results = time.monotonic(), {}
     for shape, config in configs.items():
-        for name, (out, inputs) in bench.linears_of(config).items():
+        for name, (out, inputs) in linears_of(config).items():
             if time.monotonic() - begin > seconds:
                 return results
             row = tune_linear(out, inputs, device)
@@ -624,7 +629,7 @@ def share_lines(outcomes: dict[str, dict]) -> list[str]:
         rows = [entry["linears"] for entry in content.values() if isinstance(entry, dict)]
         for kind, times in seconds.items():
             nbytes = sum(row[kind]["bytes"] for row in rows)
-            shares = bench.shares_of_copy(times, nbytes, content["copy_bandwidth"])
+            shares = shares_of_copy(times, nbytes, content["copy_bandwidth"])
             cells = "".join(f"{shares[n]:7.2f}" for n in ("1", "8", "16", "64"))
             lines.append(f"    {shape:14} {kind:24}{cells}")
         for name, entry in content.items():
@@ -653,14 +658,14 @@ def method_lines(outcomes: dict[str, dict]) -> list[str]:
     for shape, results in found(outcomes, "synthetic").items():
         for precision, rows in results["results"].items():
             speeds = {name: row["speedup"][1] for name, row in rows.items()}
-            cells = "  ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if name != bench.BASE)
+            cells = "  ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if name != BASE)
             lines.append(f"    {shape} {precision}: {cells}")
             if "hierarchical" in speeds and "tree of 60" in speeds:
                 over = speeds["hierarchical"] / speeds["tree of 60"]
                 ours = f"{speeds['hierarchical']:.2f} over autoregressive, {over:.2f} over the tree of 60"
                 paper = "SpecMQuant, Llama-3-70B W4A16: {autoregressive}, {tree of 60}".format_map(PAPER)
                 lines.append(f"        hierarchical: {ours} ({paper})")
-    title = f"speedups over {bench.BASE} ({bench.SYNTHETIC})"
+    title = f"speedups over {BASE} ({SYNTHETIC})"
     return [title, *lines] if lines else []
 
 
@@ -686,7 +691,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     p.add_argument("--parts", help="which, with commas (default: all but tune)")
     p.add_argument("--tune", action="store_true", help="tune, too")
-    p.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(bench.SHAPES)}, with commas")
+    p.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(SHAPES)}, with commas")
     p.add_argument("--device", default="cuda", help="cuda; cpu to try it out")
     p.add_argument("--only", choices=("checks", "tune"), help="this part, in this process; JSON comes last")
     p.add_argument("--seconds", type=float, default=1e9, help="--only: begin nothing after so many")
@@ -694,7 +699,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_only(args: argparse.Namespace) -> int:
-    configs = {shape: bench.SHAPES[shape] for shape in args.shapes.split(",")}
+    configs = {shape: SHAPES[shape] for shape in args.shapes.split(",")}
     run = run_checks if args.only == "checks" else run_tuning
     results = run(configs, args.device, args.seconds)
     print(json.dumps(results))
@@ -705,10 +710,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     shapes = args.shapes.split(",")
-    unknown = set(shapes) - set(bench.SHAPES)
+    unknown = set(shapes) - set(SHAPES)
     if unknown:
-        parser.error(f"--shapes: {', '.join(unknown)} is none of {', '.join(bench.SHAPES)}")
-    if bench.on_gpu(args.device) and not torch.cuda.is_available():
+        parser.error(f"--shapes: {', '.join(unknown)} is none of {', '.join(SHAPES)}")
+    if on_gpu(args.device) and not torch.cuda.is_available():
         print("gpu_pass.py: there is no GPU here, so nothing is run")
         return 0
     if args.only:
@@ -724,7 +729,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"report": "gpu_pass", "settings": {"minutes": args.minutes, "shapes": shapes}}
-    settings |= bench.machine(args.device)
+    settings |= machine(args.device)
     outcomes = run_all([part for part in parts if part.kind in chosen], args.minutes, folder, settings)
     print("\n" + "\n".join(table(outcomes)), flush=True)
     return int(went_wrong(outcomes))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import NEEDS_EQUAL_ROWS, ROOT
 
-import bench
 import kernels
+from benchmarks import shapes
 from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
 from quantize import hadamard
 
@@ -550,7 +550,7 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
     """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a
     chain and spread out over a tree, alone and in a batch of eight."""
     torch.manual_seed(2)
-    model = bench.random_model(config, precision)
+    model = shapes.random_model(config, precision)
     text = torch.randint(config.vocab_size, (1, PAST + 64))
 
     def run(tokens, positions, slots, ancestors, length, keys, values):

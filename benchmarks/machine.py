@@ -1,0 +1,69 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import kernels
+from benchmarks.timing import on_gpu
+
+
+def machine(device: str) -> dict:
+    """What results hang on: versions, the date, the device."""
+    return {
+        "date": str(date.today()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **({"triton": triton_version(), "cuda": torch.version.cuda} if on_gpu(device) else {}),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(device),
+        "commit": commit(),
+        "kernels": kernels_in_use(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def kernels_in_use(device: str) -> str:
+    if on_gpu(device):
+        return "triton" if kernels.load_cuda() else "reference"
+    return kernels.PATH if kernels.load() else "reference"
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: str = "cpu") -> str:
+    """As its maker calls it."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"cpu {found[1] if found else platform.processor() or platform.machine()}"
+
+
+def commit() -> str | None:
+    """Of this checkout, with a + if files differ from it; None outside of git."""
+
+    def git(*command: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
+
+    try:
+        head, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+    except OSError:  # no git
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""bench.py: what speculation costs and brings on this machine, measured.
+"""bench.py: what speculation costs and gains on this machine, measured.
 
     python bench.py all         # every report below with the settings of the README, tables and figures
     python bench.py cost        # T(n): one target forward over n tokens, and what drafting costs
@@ -24,21 +24,22 @@
     python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
 
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
-in one process, interleaved, and given as a ratio: absolute times change with the machine's mood, ratios less.
-Run it on an otherwise idle machine. The last line of the output is the results as JSON.
+in one process, interleaved, and given as a ratio: ratios vary less with the load of the machine than absolute
+times. Run it on an otherwise idle machine. The last line of the output is the results as JSON. The reports
+are in the folder benchmarks; this file has the command line and the settings of the study.
 
-`kernels` and `cost` also give shares of the copy bandwidth: the bytes of the weights as they lie in memory
-(nibbles, bytes or bf16, with scales and zeros) over the seconds of a call or a step, divided by what copying
-one large tensor moves in a second, bytes read and written both counted (`copy_bandwidth`, measured once per
-run). Weights are only read, which on a CPU is faster than copying: shares above 1 are possible there.
+`kernels` and `cost` also give shares of the copy bandwidth. The bytes of the weights in memory (nibbles,
+bytes or bf16, with scales and zeros) are divided by the seconds of a call or a step, and by the bytes per
+second of copying one large tensor, read and written both counted (`copy_bandwidth`, measured once per run).
+Weights are only read, which on a CPU is faster than copying: shares above 1 are possible there.
 
-On a GPU (--device cuda; scripts/gpu_pass.py runs what belongs together) clocks are read when the device has
-finished. `kernels` times CUDA graphs of many calls with events. T(n) and what drafts are made of are whole
-calls, the host's share included; T(n) is also measured without it, as a graph. Tokens per second and speedups
-are right, since a step counts when the host has read it. But how a step in the *texts* is split into drafting
-and verification is seen from the host alone, which goes on while the device still drafts, and not at all
-where a whole step is one graph: `drafting_seconds` (then 0), what is `predicted` from it (then too much), and
-the seconds of `levels` are the host's.
+On a GPU (--device cuda; scripts/gpu_pass.py runs a whole set) clocks are read when the device has finished.
+`kernels` times CUDA graphs of many calls with events. T(n) and the units of drafts are timed as whole calls,
+with the host's share; T(n) is also timed without it, as a graph. Tokens per second and speedups are right,
+since a step counts when the host has read it. But in the *texts* only the host sees how a step splits into
+drafting and verification. It goes on while the device still drafts, and it sees no split where a whole step
+is one graph. So `drafting_seconds` (then 0), `predicted` (then too high) and the seconds of `levels` are the
+host's.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ REPORTS = {
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
 }
-ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that know --device
+ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
-DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that do not say
+DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
     | {"acceptance": "eagle2-8b"},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
@@ -88,7 +89,7 @@ DEFAULTS = {  # of flags whose default hangs on the report; "" is for all that d
     "qspec_shape": {"shape": "llama-3.2-1b"},
     "decode": {"shape": "llama-3.2-1b"},
 }
-STUDY = {  # file -> the report and the settings that it comes from: all tables and figures of the README
+STUDY = {  # file -> its report and settings: all tables and figures of the README
     "cpu_kernels.json": "kernels --repeats 5",
     "cpu_decode_w4a16.json": "decode --precision w4a16 --max_new_tokens 100",
     "cpu_decode_w4a8.json": "decode --precision w4a8 --max_new_tokens 100",
@@ -115,8 +116,8 @@ STUDY = {  # file -> the report and the settings that it comes from: all tables 
 
 
 def run_study(results: Path, only_list: bool) -> int:
-    """Every report of `STUDY` in a process of its own, one after another, then tables and figures -> exit
-    status: 1 if something failed, which keeps none of the others from running."""
+    """Every report of `STUDY` in a process of its own, one after another, then tables and figures. Those
+    after a failed one still run -> exit status: 1 if one failed."""
     here, failed = Path(__file__).resolve().parent, []
     commands = {
         name: ["bench.py", *flags.split(), "--output", str(results / name)] for name, flags in STUDY.items()
@@ -131,13 +132,6 @@ def run_study(results: Path, only_list: bool) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def about(args: argparse.Namespace) -> dict:
-    return {
-        "report": args.report,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "results")},
-    } | machine(args.device)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -187,7 +181,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Fill in the defaults of the report. Raises BadInput for values that cannot be."""
+    """Fill in the defaults of the report. Raises BadInput for impossible values."""
     of_shape = DEFAULTS.get(f"{args.report} {args.shape}", {})
     for flag, value in (DEFAULTS[""] | DEFAULTS.get(args.report, {}) | of_shape).items():
         if getattr(args, flag) is None:
@@ -218,14 +212,21 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.report == "all":
         return run_study(args.results, args.list)
-    args.results = str(args.results)
     load_kernels()
-    results = about(args) | {"results": REPORTS[args.report](args)}
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "results")}
+    facts, early = {"report": args.report, "settings": settings} | machine(args.device), {}
+    if args.report == "exact":  # the longest: its rows so far are of use when a time limit ends it
+        early["save"] = lambda rows: write(args.output, facts | {"unfinished": True, "results": rows})
+    results = facts | {"results": REPORTS[args.report](args, **early)}
+    write(args.output, results)
     print(json.dumps(results))
     return 0
+
+
+def write(path: str | None, results: dict) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,16 @@
-"""DOC"""
+"""common.py: what every report needs: prompts, models with their drafters, and decoding that is timed.
+
+    parts = load_parts("w4a8", SHIPPED)
+    decoders = build_decoders(parts.target.model, {"autoregressive": Drafter()}, held_out_prompts(4), args)
+
+The one idea: `Parts` holds the models of one precision, loaded or made of random weights. A report adds only
+the drafters that it makes of them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import tempfile
@@ -51,7 +59,7 @@ def numbers(text: str) -> list[int]:
 class Prompt(NamedTuple):
     tokens: list[int]
     category: str = ""
-    answer: str = ""  # the right one, where a file has it
+    answer: str = ""  # the right one, if the file has it
 
 
 def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
@@ -87,8 +95,8 @@ def read_prompts(count: int) -> list[list[int]]:
 
 
 def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; it says how many
-    do not. In a chat template, where a file meets a model that has one."""
+    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; the number of
+    the others is printed. A file's prompts go into the chat template of a model that has one."""
     tokenizer = parts.target.tokenizer
     chat = bool(args.prompt_file and tokenizer and tokenizer.template)
     prompts = read_prompt_file(args.prompt_file or HELD_OUT, tokenizer, args.prompts, chat)
@@ -103,7 +111,7 @@ def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
 
 
 class Paths(NamedTuple):
-    """Checkpoint directories; None is what there is not."""
+    """Checkpoint directories; None where there is none."""
 
     target: str | Path
     small: str | Path | None = None
@@ -117,7 +125,7 @@ SHIPPED_ALONE = Paths(SHIPPED_SMALL, head=SMALL_HEAD)
 
 @dataclass
 class Parts:
-    """What methods are made of, in one precision; None is what there is not."""
+    """What methods are made of, in one precision; None where there is none."""
 
     target: Target
     small: Transformer | None = None
@@ -126,7 +134,7 @@ class Parts:
 
 
 def chosen_paths(args: argparse.Namespace) -> Paths:
-    """Those of the flags, or the shipped ones. A head is for the model whose hidden size it has."""
+    """Those of the flags, or the shipped ones. A head belongs to the model with its hidden size."""
     if args.checkpoint_path is None:
         return SHIPPED
     paths = Paths(args.checkpoint_path, args.draft_checkpoint_path, args.eagle_checkpoint_path)
@@ -151,13 +159,14 @@ def load_parts(precision: str, paths: Paths, device: str = "cpu") -> Parts:
 
 
 def shipped(precision: str) -> tuple[Transformer, Transformer]:
+    """The shipped target and the shipped small model."""
     parts = load_parts(precision, SHIPPED)
     return parts.target.model, parts.small
 
 
 @contextmanager
 def quantized_target(flags: list[str]) -> Iterator[str]:
-    """A directory with the shipped target as quantize.py makes it, which goes away again."""
+    """A temporary directory with the shipped target, quantized by quantize.py with these flags."""
     with tempfile.TemporaryDirectory() as scratch:
         output = f"{scratch}/quantized"
         quantize.run(
@@ -169,18 +178,38 @@ def quantized_target(flags: list[str]) -> Iterator[str]:
 
 
 def recording_only() -> AbstractContextManager:
-    """On a GPU `compile` stands for CUDA graphs as well, without which the host is slower than the device.
-    From here on, or in a `with` until its end, these are recorded, and nothing is compiled."""
+    """CUDA graphs are recorded, and nothing is compiled: from here on, or until the end of a `with`.
+
+    On a GPU, `compile` stands for CUDA graphs as well. Without them the host is slower than the device.
+    """
     return torch.compiler.set_stance("force_eager")
 
 
 def compiles(args: argparse.Namespace) -> bool:
-    """What `Decoder` is told of compiling. Graphs of the layers of a --shape take minutes to compile, and its
-    steps tens of milliseconds on a CPU: these run as they are, and on a GPU they are recorded only."""
+    """The `compile` argument of a report's decoders.
+
+    A --shape takes minutes to compile, and its steps take tens of milliseconds on a CPU. They run uncompiled
+    there, and on a GPU they are only recorded.
+    """
     if args.shape and on_gpu(args.device):
         recording_only()
         return not args.uncompiled
     return not (args.shape or args.uncompiled)
+
+
+def in_each_precision(measure: Callable[[str], dict], args: argparse.Namespace) -> dict[str, dict]:
+    """What `measure` returns, for each of --precisions.
+
+    All models of a precision must be local to `measure`. Decoders and drafters refer to each other, so they
+    are collected here, before the models of the next precision are made: both together may not fit a GPU.
+    """
+    results = {}
+    for precision in split(args.precisions):
+        results[precision] = measure(precision)
+        gc.collect()
+        if on_gpu(args.device):
+            torch.cuda.empty_cache()
+    return results
 
 
 def build_decoders(
@@ -201,7 +230,7 @@ def build_decoders(
 
 
 def freeze(decoder: Decoder) -> Decoder:
-    """200 tokens in its caches, and every repetition of a step does the same work."""
+    """Put 200 tokens into its caches. From then on each repetition of a step does the same work."""
     vocabulary = decoder.model.config.vocab_size
     decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], seed=0)
     decoder.state.active.fill_(False)
@@ -215,6 +244,7 @@ def decode_all(
     stats: Stats | None = None,
     stop_ids: Iterable[int] = (),
 ) -> list[list[int]]:
+    """The new tokens of each prompt."""
     texts = [[] for _ in prompts]
     for emissions in decoder.run(prompts, tokens, stop_ids, stats=stats):
         for emission in emissions:

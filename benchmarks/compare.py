@@ -1,4 +1,10 @@
-"""DOC"""
+"""compare.py: several decoders on the same prompts, taking turns.
+
+    rows = compare(decoders, prompts, args)    # a row for each decoder; the first is the baseline
+
+The one idea: speedup = tau * T(1) / (drafting + T(n)). Each row has what was measured as well as what this
+formula makes of tau, drafting and T(n), so it also shows how well the formula holds.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +39,7 @@ def compare(
     effort: tuple[int, int] = (20, 10),
     note: str = "",
 ) -> dict[str, dict]:
-    """Every decoder on the same prompts, taking turns; the first is what the others are compared with.
+    """Every decoder on the same prompts, taking turns. The others are compared with the first.
 
     Per decoder: tokens per step (tau), seconds of drafting in a step (of `auto`, with catching up), T(n)
     averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the prompts'
@@ -115,7 +121,7 @@ def summarize(
 
 
 def by_category(prompts: list[Prompt], runs: list[Run], base: list[Run]) -> dict[str, dict]:
-    """The same for every category of prompts, if there are several."""
+    """A few of these numbers for every category of prompts, if there are several."""
     rows = {}
     for category in dict.fromkeys(prompt.category for prompt in prompts):
         chosen = [i for i, prompt in enumerate(prompts) if prompt.category == category]
@@ -167,7 +173,7 @@ def measure_verification(
             functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
     with torch.no_grad():
         device = next(iter(decoders.values())).setup.device
-        # In bursts, because a decoder in use meets its own data in the caches.
+        # In bursts, because a decoder in use finds its own data in the caches.
         seconds = interleave(functions, turns, burst, device)
     return {
         name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}

@@ -1,4 +1,11 @@
-"""DOC"""
+"""cost.py: T(n), the time of one forward over n tokens, and the time of the units that drafts are made of.
+
+    python bench.py cost
+    python bench.py cost --shape llama-3-8b --device cuda
+
+The one idea: these costs do not depend on what is drafted, so they are measured on frozen decoders, which
+repeat the same step, and without any text.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Parts, chosen_paths, compiles, freeze, load_parts, numbers, split
+from benchmarks.common import Parts, chosen_paths, compiles, freeze, in_each_precision, load_parts, numbers
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
 from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, Transformer, TreeDrafter
@@ -19,35 +26,37 @@ from quantize import lower_precisions, share_weights
 def report_cost(args: argparse.Namespace) -> dict:
     """T(n) of the shipped target, or of --checkpoint_path, and what drafts are made of: see `measure_cost`.
 
-    With --shape, of random weights: the target, the next smaller shape as small model, and a head. Not
-    compiled: see `compiles`.
+    With --shape, all weights are random: the target, the next smaller shape as small model, and a head. They
+    are not compiled: see `compiles`.
 
-    `memory` and `share_of_copy` say how fast a step reads the target's weights: see above.
+    `memory` and `share_of_copy` give how fast a step reads the target's weights: see bench.py.
     """
-    sizes, results, bandwidth = numbers(args.sizes), {}, copy_bandwidth(args.device)
-    for precision in split(args.precisions):
-        if args.shape:
-            parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
-        else:
-            parts = load_parts(precision, chosen_paths(args), args.device)
-        # What lies in the cache has to be brought there first; the weights of a shape never do.
-        effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
-        costs = measure_cost(parts, sizes, *effort)
-        nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
-        costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
-        for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
-            costs |= {shares: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
-        results[precision] = costs
-        print_cost(precision, costs)
-    return results
+    return in_each_precision(partial(cost_in, args, copy_bandwidth(args.device)), args)
+
+
+def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[str, dict]:
+    """The costs in one precision, printed as well."""
+    if args.shape:
+        parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
+    else:
+        parts = load_parts(precision, chosen_paths(args), args.device)
+    # Calls in bursts bring what fits into the cache there first. The weights of a shape never fit.
+    effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
+    costs = measure_cost(parts, numbers(args.sizes), *effort)
+    nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
+    costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
+    for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
+        costs |= {shares: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
+    print_cost(precision, costs)
+    return costs
 
 
 def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile: bool) -> dict[str, dict]:
-    """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name;
-    200 tokens in the caches, all taking turns.
+    """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name.
+    All take turns, with 200 tokens in the caches.
 
-    A token of the small model is a third of a draft of 3; a level of the head is what a tree of depth 6 takes
-    longer than one of depth 2, divided by the 4 levels between.
+    A token of the small model is a third of a draft of 3. A level of the head is the difference between trees
+    of depth 6 and 2, divided by the 4 levels between them.
     """
     target = parts.target.model
 
@@ -82,7 +91,7 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
 
 @torch.no_grad()
 def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[str, float]:
-    """T(n) without the host's share: seconds of a CUDA graph of all that `commit` has the GPU do."""
+    """T(n) without the host's share: seconds of a CUDA graph of all work that `commit` gives the GPU."""
     functions = {str(draft.tokens.shape[1]): partial(decoder.keep, draft) for draft in drafts}
     return interleave_on_device(functions, turns, decoder.setup.device)
 

@@ -1,4 +1,10 @@
-"""DOC"""
+"""decode.py: autoregressive decoding of a whole model of random weights, against reading its weights.
+
+    python bench.py decode --shape llama-3.2-1b --precision w4a8
+
+The one idea: no decoder without speculation is faster than reading all weights once per token. That floor is
+measured on the same tensors, in turns with the decoding.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ from gpt_spec import Decoder, Stats
 
 
 def report_decode(args: argparse.Namespace) -> dict:
-    """Autoregressive decoding of a whole random model, against reading its weights once per token."""
+    """Autoregressive decoding of a whole random model, next to reading its weights once per token."""
     model = random_model(SHAPES[args.shape], args.precision)
     decoder = Decoder(model, max_length=512)
     decoder.warm_up()
@@ -41,7 +47,7 @@ def report_decode(args: argparse.Namespace) -> dict:
 
 
 def profile(decoder: Decoder) -> dict[str, float]:
-    """Share of a step's time that each operator takes, the largest first."""
+    """Each operator's share of the time of a step, the largest first."""
     decoder.prefill(0, list(range(3, 35)), seed=0)
     with torch.profiler.profile(record_shapes=True) as profiler:
         for _ in range(5):

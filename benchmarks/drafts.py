@@ -1,4 +1,12 @@
-"""DOC"""
+"""drafts.py: one kind of draft at a time: trees, hierarchies, drafts that end early, noise.
+
+    python bench.py tree
+    python bench.py hierarchical
+    python bench.py confidence
+    python bench.py noise
+
+The one idea: each report changes one property of a drafter and leaves all else as it is.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +75,7 @@ def report_hierarchical(args: argparse.Namespace) -> dict:
 def hierarchies(
     precision: str, lower: str, args: argparse.Namespace
 ) -> tuple[Transformer, dict[str, Drafter]]:
-    """The shipped target, and what drafts for it."""
+    """The shipped target, and its drafters."""
     target, small = shipped(precision)
     twin, shape = share_weights(target, lower), (args.tree_depth, args.tree_topk)
 
@@ -85,8 +93,8 @@ def hierarchies(
 
 
 def report_confidence(args: argparse.Namespace) -> dict:
-    """QSpec on the shipped target in w4a16, drafts of 3 tokens, and of 6 that end before an improbable one:
-    see `compare`."""
+    """QSpec on the shipped target in w4a16: drafts of 3 tokens, and of up to 6 that end before an improbable
+    one. See `compare`."""
     target, results = load_model(SHIPPED_TARGET, "w4a16"), {}
     for precision in lower_precisions("w4a16"):
         twin = share_weights(target, precision)
@@ -126,7 +134,7 @@ def report_noise(args: argparse.Namespace) -> dict:
 
 
 class IndependentDrafter(SequentialDrafter):
-    """Draws with noise of its own, as every engine does that samples target and drafter separately."""
+    """Draws with noise of its own, as in engines that sample target and drafter separately."""
 
     def write(
         self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor, count: int

@@ -1,4 +1,11 @@
-"""DOC"""
+"""linears.py: the linears of real models alone, next to the operators of PyTorch and of others.
+
+    python bench.py kernels     # 1 to 64 rows, all contestants
+    python bench.py hadamard    # what online rotations add
+
+The one idea: a linear of few rows is bound by reading its weight. Copies of the weight, together larger than
+the cache, take turns, and the result is a share of the bandwidth, which can be compared across machines.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +35,13 @@ from benchmarks.timing import (
 )
 from quantize import PRECISIONS, hadamard
 
-LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of weights that take turns: none waits in a cache
+LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of the weights that take turns
 Multiply = Callable[[Tensor, Any], Tensor]  # x [n, in] and a weight -> [n, out]
-Contestant = tuple[Any, Multiply]  # its weight and what it does
+Contestant = tuple[Any, Multiply]  # its weight, and how to multiply with it
 
 
 def torch_on_cpu(out: int, inputs: int) -> dict[str, Callable[[], Contestant]]:
-    """PyTorch's own 4-bit and 8-bit operators, each made when it is asked for."""
+    """PyTorch's own 4-bit and 8-bit operators, each made on demand."""
 
     def int4() -> Contestant:
         numbers = torch.randint(0, 16, (out, inputs), dtype=torch.int32)
@@ -72,7 +79,7 @@ def others_on_gpu(out: int, inputs: int) -> dict[str, Callable[[], Contestant]]:
 
 
 def contestants(out: int, inputs: int, device: str = "cpu") -> dict[str, Callable[[], Contestant]]:
-    """Who multiplies with a weight of this shape, ours and others', each made when it is asked for."""
+    """What multiplies with a weight of this shape, ours and others', each made on demand."""
 
     def ours(precision: str) -> Contestant:
         bits = 16 if precision == "bf16" else PRECISIONS[precision][1]
@@ -88,7 +95,7 @@ def contestants(out: int, inputs: int, device: str = "cpu") -> dict[str, Callabl
 
 
 def tensors_of(weight: object) -> list[Tensor]:
-    """All that is read of a contestant's weight."""
+    """All tensors of a contestant's weight."""
     if isinstance(weight, torch.nn.Module):
         return [*weight.parameters(), *weight.buffers()]
     return [t for t in (weight if isinstance(weight, tuple) else (weight,)) if t is not None]
@@ -110,7 +117,7 @@ class Entry(NamedTuple):
 def make_entries(
     makers: dict[str, Callable[[], Contestant]], inputs: int, sizes: list[int], device: str
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Those that work for all numbers of rows, and why the others do not, by name."""
+    """The contestants that work for all numbers of rows, and the reasons why others do not, by name."""
     entries, failed = {}, {}
     for name, make in makers.items():
         try:
@@ -118,7 +125,7 @@ def make_entries(
             for n in sizes:
                 multiply(torch.randn(n, inputs, device=device).bfloat16(), weight)
             finish(device)
-        except Exception as error:  # of others, who may fail in any way: it is reported
+        except Exception as error:  # others' code can fail in any way; the reason is reported
             failed[name] = first_line(error)
             continue
         size = sum(t.nbytes for t in tensors_of(weight))
@@ -131,8 +138,8 @@ def make_entries(
 def measure_linear(
     out: int, inputs: int, sizes: list[int], repeats: int, device: str, bandwidth: float, chosen: list[str]
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """Seconds of every contestant for every number of rows, taking turns, the bytes of its weight, and which
-    shares of the copy bandwidth that makes; and why others did not take part. `chosen`: names; [] is all."""
+    """Seconds of every contestant for every number of rows, taking turns, with the bytes of its weight and
+    its shares of the copy bandwidth; and why others did not take part. `chosen`: names; [] is all."""
     makers = contestants(out, inputs, device)
     makers = {name: make for name, make in makers.items() if not chosen or name in chosen}
     entries, failed = make_entries(makers, inputs, sizes, device)
@@ -159,7 +166,7 @@ def measure_linear(
 
 def report_kernels(args: argparse.Namespace) -> dict:
     """Every linear of real models, n = 1 to 64, with nothing before or after it: time, T(n) / T(1), and
-    shares of the bandwidth with which its bytes can be read and of the copy bandwidth: see above."""
+    shares of the bandwidth with which its bytes can be read and of the copy bandwidth: see bench.py."""
     kernels.load()
     results, bandwidth = {}, copy_bandwidth(args.device)
     print(f"copying {bandwidth / 1e9:.1f} GB/s")
@@ -191,7 +198,7 @@ def print_linear(name: str, result: dict) -> None:
 
 
 def call_overhead(device: str = "cpu") -> float:
-    """Seconds of a linear so small that there is no work: what a call costs; on a GPU, the host's share."""
+    """Seconds of a linear with next to no work, which is what a call costs; on a GPU, the host's share."""
     if on_gpu(device):
         x, weight = torch.randn(1, 256, device=device).bfloat16(), random_weight(256, 256, "bf16", device)
         call = partial(kernels.linear, x, *weight, out_features=256)
@@ -222,7 +229,7 @@ def report_hadamard(args: argparse.Namespace) -> dict:
 
 
 def rotation_costs(out: int, inputs: int, stride: int) -> dict[int, dict[str, float]]:
-    """Seconds of a linear, plain and with its inputs rotated, by their number of rows."""
+    """Seconds of a linear, plain and with rotated inputs, by number of rows."""
     copies = max(2, int(LARGER_THAN_CACHE["cpu"] / (out * inputs / 2)))
     weights, rows = cycle([random_weight(out, inputs, "w4a16") for _ in range(copies)]), {}
     kinds = {"seconds": None, "rotated_seconds": (*hadamard(inputs // stride), stride)}

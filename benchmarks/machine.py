@@ -1,4 +1,9 @@
-"""DOC"""
+"""machine.py: the facts about this machine that every result file starts with.
+
+    machine("cpu")    # versions, date, device, commit, kernels, threads
+
+The one idea: a number without its machine and its commit cannot be compared, so each file has both.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from benchmarks.timing import on_gpu
 
 
 def machine(device: str) -> dict:
-    """What results hang on: versions, the date, the device."""
+    """What results depend on: versions, the date, the device."""
     return {
         "date": str(date.today()),
         "python": platform.python_version(),
@@ -31,6 +36,7 @@ def machine(device: str) -> dict:
 
 
 def kernels_in_use(device: str) -> str:
+    """Which bodies the operations run in: triton, a CPU path, or the reference."""
     if on_gpu(device):
         return "triton" if kernels.load_cuda() else "reference"
     return kernels.PATH if kernels.load() else "reference"
@@ -44,7 +50,7 @@ def triton_version() -> str | None:
 
 
 def device_name(device: str = "cpu") -> str:
-    """As its maker calls it."""
+    """The vendor's name for it."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     try:
@@ -56,7 +62,7 @@ def device_name(device: str = "cpu") -> str:
 
 
 def commit() -> str | None:
-    """Of this checkout, with a + if files differ from it; None outside of git."""
+    """The commit of this checkout, with a + if files differ from it; None outside git."""
 
     def git(*command: str) -> subprocess.CompletedProcess:
         here = Path(__file__).resolve().parent

@@ -1,8 +1,15 @@
-"""DOC"""
+"""methods.py: every method, and `auto` against each of them.
+
+    python bench.py methods
+    python bench.py auto --batch_sizes 1,8
+
+The one idea: all drafters are made of the same `Parts`, so the methods differ in nothing but how they draft.
+"""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,9 +21,11 @@ from benchmarks.common import (
     SHIPPED,
     SHIPPED_ALONE,
     Parts,
+    Paths,
     build_decoders,
     chosen_paths,
     fitting_prompts,
+    in_each_precision,
     load_parts,
     numbers,
     split,
@@ -37,7 +46,7 @@ from gpt_spec import (
 )
 from quantize import lower_precisions, share_weights
 
-REFERENCE = "autoregressive in bf16"  # what the rows of other precisions are compared with, too
+REFERENCE = "autoregressive in bf16"  # rows of other precisions are compared with it, too
 
 
 class FixedTree(TreeDrafter):
@@ -55,7 +64,7 @@ class FixedTree(TreeDrafter):
 
 
 def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
-    """What can be made of the parts, by name."""
+    """All drafters that these parts allow, by name."""
     target, shape = parts.target.model, (args.tree_depth, args.tree_topk)
     drafters = {"autoregressive": Drafter(), "lookup K=3": LookupDrafter(3), "lookup K=7": LookupDrafter(7)}
     if parts.small:
@@ -79,7 +88,7 @@ def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
 
 
 def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
-    """Of everything that does not have a decoder inside, each choosing its own lengths and sizes."""
+    """Of all drafters without a decoder inside. Each chooses its own lengths and sizes."""
     target, drafters = parts.target.model, {"lookup": LookupDrafter(None)}
     if parts.small:
         drafters["sequential"] = SequentialDrafter(parts.small, None)
@@ -94,19 +103,21 @@ def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
 def report_methods(args: argparse.Namespace) -> dict:
     """Every method in every precision on the same prompts, and next to them `autoregressive` of the bf16
     target: see `compare`. Texts of --prompt_file end where the model ends them, others at the budget."""
-    results, paths = {}, chosen_paths(args)
-    for precision in split(args.precisions):
-        parts = load_parts(precision, paths, args.device)
-        prompts = fitting_prompts(parts, args)
-        print(f"{precision}, {len(prompts)} prompts", flush=True)
-        decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
-        over = BASE if precision == "bf16" else None
-        if over is None and not is_quantized(paths.target):
-            reference, over = load_model(paths.target, "bf16", args.device), REFERENCE
-            decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
-        stop_ids = parts.target.stop_ids if args.prompt_file else ()
-        results[precision] = compare(decoders, prompts, args, stop_ids, over)
-    return results
+    return in_each_precision(partial(methods_in, args, chosen_paths(args)), args)
+
+
+def methods_in(args: argparse.Namespace, paths: Paths, precision: str) -> dict[str, dict]:
+    """Every method in one precision."""
+    parts = load_parts(precision, paths, args.device)
+    prompts = fitting_prompts(parts, args)
+    print(f"{precision}, {len(prompts)} prompts", flush=True)
+    decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
+    over = BASE if precision == "bf16" else None
+    if over is None and not is_quantized(paths.target):
+        reference, over = load_model(paths.target, "bf16", args.device), REFERENCE
+        decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
+    stop_ids = parts.target.stop_ids if args.prompt_file else ()
+    return compare(decoders, prompts, args, stop_ids, over)
 
 
 def is_quantized(path: str | Path) -> bool:
@@ -115,8 +126,8 @@ def is_quantized(path: str | Path) -> bool:
 
 
 def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
-    """`auto`, and what it is measured against: every method but hierarchies, which take minutes to compile
-    and lose here (see `methods`), and trees of 8, the size that is best most of the time."""
+    """`auto`, and its rivals: every method but hierarchies, which take minutes to compile and lose here (see
+    `methods`), and trees of 8, the size that is best most of the time."""
     drafters = every_method(parts, args)
     if parts.head:
         shape = (args.tree_depth, args.tree_topk)
@@ -140,9 +151,12 @@ def report_auto(args: argparse.Namespace) -> dict:
 
 
 def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """--repeats turns over the prompts; within a turn the decoders take turns prompt by prompt or, in a
-    batch, after so many that rows are refilled twice. A turn's speed is that of all its texts together,
-    without prefill; speedups are the turns' ratios to `autoregressive` (quartiles)."""
+    """--repeats turns over the prompts.
+
+    Within a turn the decoders alternate after every prompt, or, with a batch, after three batches of prompts,
+    so that rows are refilled twice. A turn's speed is that of all its texts together, without prefill.
+    Speedups are the turns' ratios to `autoregressive` (quartiles).
+    """
     prompts = fitting_prompts(parts, args)
     prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
     decoders = build_decoders(parts.target.model, flat_methods(parts, args), prompts, args, batch_size)
@@ -179,15 +193,15 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
 
 
 def verdict(row: dict[str, Any], least: float) -> dict[str, float | bool]:
-    """Is `auto` at least this share as fast as a method, or, where the turns differ by more, by that spread
-    (interquartile range) of it?"""
+    """Does `auto` reach at least this share of a method's speed? Where the turns spread by more than the rest
+    (interquartile range over median), the spread is allowed instead."""
     low, middle, high = row["against_auto"]
     spread = (high - low) / middle
     return {"ratio": middle, "spread": spread, "within": middle >= min(least, 1 - spread)}
 
 
 def best_fixed(methods: dict[str, dict]) -> str:
-    """The fastest fixed method, by its median; known only in hindsight."""
+    """The fixed method with the best median, which is known only in hindsight."""
     return max((name for name in methods if name != "auto"), key=lambda name: methods[name]["speedup"][1])
 
 

@@ -1,4 +1,12 @@
-"""DOC"""
+"""quality.py: what a precision or a quantizer costs in quality.
+
+    python bench.py quality
+    python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
+    python bench.py perplexity
+
+The one idea: every precision is measured on the same held-out text as bf16, by loss and by the greedy choices
+that it changes.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +63,8 @@ def report_quality(args: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> Tensor:
-    """The most probable token after every one of about `tokens`, int64: the same share of every text, in rows
-    of up to 512, as for `mean_loss`."""
+    """The most probable token after each of about `tokens` positions, int64: the same share of every text, in
+    rows of up to 512, as for `mean_loss`."""
     share, choices = max(tokens // len(texts), 1), []
     for text in texts:
         for begin in range(0, min(share, len(text)), 512):
@@ -67,7 +75,7 @@ def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> T
 
 def count_solved(parts: Parts, args: argparse.Namespace) -> dict[str, int]:
     """How many problems of --prompt_file are decoded, greedily, to the number behind the #### of their
-    answer: the last one in the text counts."""
+    answer. The last number of the text counts."""
     prompts = fitting_prompts(parts, args)
     if not all("####" in prompt.answer for prompt in prompts):
         raise BadInput(f"--prompt_file: {args.prompt_file} has no answers with #### and a number")
@@ -81,7 +89,7 @@ def count_solved(parts: Parts, args: argparse.Namespace) -> dict[str, int]:
 
 
 def last_number(text: str) -> str:
-    """The last number in a text without what only formats it: "... is 1,234.50." -> "1234.5"; or nothing."""
+    """The last number in a text, without its formatting: "... is 1,234.50." -> "1234.5"; "" if none."""
     found = re.findall(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?", text)
     number = found[-1].replace(",", "") if found else ""
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,4 +1,10 @@
-"""DOC"""
+"""rotation.py: do drafters of an unrotated target still fit after the target was rotated?
+
+    python bench.py rotation
+
+The one idea: a rotation does not change the function of a model, apart from rounding, so accepted lengths
+should be the same on both.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ from quantize import lower_precisions, precision_of, share_weights
 
 
 def report_rotation(args: argparse.Namespace) -> dict:
-    """What rotating the target does to its drafters, which were made for the unrotated one.
+    """The effect of rotating the target on its drafters, which were made for the unrotated one.
 
     Mean accepted length a of every method (draft tokens kept in a step, root and bonus not counted), and
     texts that are not the autoregressive ones of the same target: none should be. Uncompiled, batches of 4.

@@ -1,4 +1,10 @@
-"""DOC"""
+"""shapes.py: models of random weights, in the shapes of real ones.
+
+    model = random_model(SHAPES["llama-3.2-1b"], "w4a8")
+
+The one idea: the time of a forward depends on shapes and formats, not on values. A random model has the costs
+of a trained one, needs no download, and is made on its device in the precision that it runs in.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +57,7 @@ def random_rows(
 def packed(
     weight: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What a loaded model has of a weight in rows, which it takes over: as `Linear.pack` leaves it."""
+    """A weight in rows, packed by `Linear.pack` as in a loaded model. The rows must not be used again."""
     with torch.device("meta"):
         linear = Linear(1, 1)
     linear.set_weights(weight, scales, zeros)
@@ -67,7 +73,7 @@ def random_weight(
 
 
 def random_model(config: ModelConfig, precision: str, device: str = "cpu") -> Transformer:
-    """A model of random weights in the given precision; nothing larger than it is ever in memory."""
+    """A model of random weights in the given precision. Memory never holds anything larger."""
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
         if precision in PRECISIONS:
@@ -82,7 +88,7 @@ def random_model(config: ModelConfig, precision: str, device: str = "cpu") -> Tr
 
 
 def fill_randomly(module: CheckpointModule) -> None:
-    """Weights that keep states at about their size, in place, and never others."""
+    """In place: weights that keep states at about their size, the same ones in each call."""
     torch.manual_seed(0)
     device = next(module.parameters()).device
     module.frequencies = rope_frequencies(module.config).to(device)
@@ -111,5 +117,5 @@ def random_parts(target: ModelConfig, small: ModelConfig | None, precision: str,
 
 
 def weights_of_a_step(model: Transformer) -> list[Tensor]:
-    """All that one step reads of a model's weights; of the embedding it is only a few rows."""
+    """The weights that one step reads in full. Of the embedding it reads only a few rows."""
     return [p for module in (model.layers, model.lm_head) for p in module.parameters()]

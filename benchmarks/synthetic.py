@@ -1,17 +1,25 @@
-"""DOC"""
+"""synthetic.py: speculation for models whose trained weights are not here.
+
+    python bench.py synthetic --shape llama-3-8b
+    python bench.py synthetic --shape llama-3-70b --acceptance eagle3-70b
+
+The one idea: the speedup depends on costs and on acceptance. The costs are real, those of random weights in
+the right shape. The acceptance is drawn at published rates.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.common import Parts, Prompt, compiles, split
+from benchmarks.common import Parts, Prompt, compiles, in_each_precision, split
 from benchmarks.compare import compare
 from benchmarks.shapes import SHAPES, SMALLER, random_parts
 from gpt_spec import (
@@ -31,14 +39,14 @@ SYNTHETIC = "synthetic acceptance, random weights"
 
 
 class Acceptance(NamedTuple):
-    """How probable it is that a draft token is accepted if all above it were, by depth; the last one holds
+    """The probability that a draft token is accepted if all above it were, by depth. The last one holds
     for all deeper ones."""
 
     probabilities: tuple[float, ...]
     source: str
 
     def tokens_per_step(self, depth: int) -> float:
-        """tau of drafts so deep."""
+        """tau of drafts of this depth."""
         total, reached = 1.0, 1.0
         for i in range(depth):
             reached *= self.probabilities[min(i, len(self.probabilities) - 1)]
@@ -53,7 +61,7 @@ def from_shares(shares: Iterable[float], source: str) -> Acceptance:
 
 
 def from_mean(tau: float, depth: int, source: str) -> Acceptance:
-    """The constant probability with which drafts so deep yield tau tokens per step, found by bisection."""
+    """The constant probability with which drafts of this depth yield tau tokens per step, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -100,8 +108,8 @@ def read_acceptance(text: str, flag: str) -> Acceptance:
 
 
 class Synthetic:
-    """What turns a level into one whose acceptance is drawn. The model's own choice is computed, at its
-    cost, and then replaced: after each node that has children by the token of the first, which is the best,
+    """Makes the acceptance of a level random. The model's own choice is computed, at its real cost, and then
+    replaced: after each node that has children by the token of the first, which is the best,
     with the probability of its depth, else by one that no node carries.
 
     The draw is a function of seed, `salt` and position. Only first children are ever accepted, so a tree
@@ -146,7 +154,7 @@ class SyntheticLevel(Synthetic, Level):
 
 
 class SyntheticHierarchy(HierarchicalDrafter):
-    """Its middle model accepts what its own drafter proposes as drawn, too."""
+    """The middle model's acceptance of its own drafter's tokens is drawn, too."""
 
     def __init__(self, acceptance: Acceptance, *args, **options):
         super().__init__(*args, **options)
@@ -158,8 +166,11 @@ class SyntheticHierarchy(HierarchicalDrafter):
 
 
 class SureTree(TreeDrafter):
-    """Random heads are sure of nothing, and the best nodes of their trees are all near the root. With logits
-    this sharp the first children form a path of full depth, as in trees of trained heads."""
+    """A tree with a path of full depth, made by a random head.
+
+    Such a head gives all tokens about the same probability, so the best nodes are all near the root. With
+    logits this sharp the first children form a path of full depth, as in trees of trained heads.
+    """
 
     def start(self, level: Level) -> None:
         super().start(level)
@@ -170,7 +181,7 @@ class SureTree(TreeDrafter):
 
 
 def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple[Drafter, list[Acceptance]]]:
-    """Drafters by name, and how what they propose is accepted: by the target, then by what is inside."""
+    """Drafters by name, and the acceptance of their proposals: by the target, then by the middle model."""
     heads = read_acceptance(args.acceptance, "--acceptance")
     chains = read_acceptance(args.middle_acceptance, "--middle_acceptance")
     target, small, shape = parts.target.model, parts.small, (args.tree_depth, args.tree_topk)
@@ -189,30 +200,32 @@ def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple
 
 
 def report_synthetic(args: argparse.Namespace) -> dict:
-    """What speculation would bring on this machine to models that we have no weights of: real forwards of
-    target, middle model and head of --shape, whose acceptance is drawn. See `Synthetic` and `compare`.
+    """What speculation would gain on this machine with models whose weights are not here: real forwards of
+    target, middle model and head of --shape, with drawn acceptance. See `Synthetic` and `compare`.
 
-    The middle model is the next smaller shape, or the first 4 layers of the smallest. Not compiled: see
+    The middle model is the next smaller shape, or the first 4 layers of the smallest. For compilation see
     `compiles`.
     """
-    target, results = SHAPES[args.shape], {}
-    small, generator = (
-        SMALLER.get(args.shape, replace(target, num_layers=4)),
-        torch.Generator().manual_seed(0),
-    )
-    ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
-    for precision in split(args.precisions):
-        parts, decoders = random_parts(target, small, precision, args.device), {}
-        methods = synthetic_methods(parts, args)
-        for name, (drafter, acceptance) in methods.items():
-            settings = {"max_length": 512, "compile": compiles(args)}
-            decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)
-            decoders[name].warm_up()
-        print(f"{args.shape} {precision}: {SYNTHETIC}")
-        rows = compare(decoders, [Prompt(tokens) for tokens in ids], args, effort=(5, 2), note=SYNTHETIC)
-        for name, (_, acceptance) in methods.items():
-            rows[name]["acceptance"] = [level._asdict() for level in acceptance]
-        results[precision] = rows
-    for source in dict.fromkeys(level.source for _, levels in methods.values() for level in levels):
+    results = in_each_precision(partial(synthetic_in, args), args)
+    levels = [level for rows in results.values() for row in rows.values() for level in row["acceptance"]]
+    for source in dict.fromkeys(level["source"] for level in levels):
         print(f"{SYNTHETIC}: {source}")
     return results
+
+
+def synthetic_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
+    """The rows of one precision."""
+    target, generator = SHAPES[args.shape], torch.Generator().manual_seed(0)
+    small = SMALLER.get(args.shape, replace(target, num_layers=4))
+    ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
+    parts, decoders = random_parts(target, small, precision, args.device), {}
+    methods = synthetic_methods(parts, args)
+    for name, (drafter, acceptance) in methods.items():
+        settings = {"max_length": 512, "compile": compiles(args)}
+        decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)
+        decoders[name].warm_up()
+    print(f"{args.shape} {precision}: {SYNTHETIC}")
+    rows = compare(decoders, [Prompt(tokens) for tokens in ids], args, effort=(5, 2), note=SYNTHETIC)
+    for name, (_, acceptance) in methods.items():
+        rows[name]["acceptance"] = [level._asdict() for level in acceptance]
+    return rows

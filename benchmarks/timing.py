@@ -1,4 +1,10 @@
-"""DOC"""
+"""timing.py: clocks that can be compared, on a CPU and on a GPU.
+
+    interleave({"a": f, "b": g}, repeats=7)    # seconds of each, measured in turns
+
+The one idea: functions that are compared take turns, so that all of them meet the machine in the same state,
+and the median counts. A clock is read only when the device has finished.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ def on_gpu(device: str | torch.device) -> bool:
 
 
 def finish(device: str | torch.device) -> None:
-    """Wait for a GPU, so that a clock may be read."""
+    """Wait for a GPU. After that a clock may be read."""
     if on_gpu(device):
         torch.cuda.synchronize(device)
 
@@ -27,10 +33,10 @@ def finish(device: str | torch.device) -> None:
 def interleave(
     functions: dict[Any, Callable[[], object]], repeats: int, burst: int = 1, device: str = "cpu"
 ) -> dict[Any, float]:
-    """Median seconds of each function; they take turns, so that all see the same machine.
+    """Median seconds of each function. They take turns, so that all see the same machine.
 
-    In a turn, `burst` calls follow each other, and the first half only warms the caches up. A call on a GPU
-    has ended when the device has finished.
+    In a turn, `burst` calls follow each other, and the first half only warms up the caches. A call on a GPU
+    ends when the device has finished.
     """
     times = {name: [] for name in functions}
     for turn in range(repeats + 3):
@@ -48,8 +54,11 @@ def interleave(
 def interleave_on_device(
     functions: dict[Any, Callable[[], object]], repeats: int, device: str = "cpu", calls: int = 1
 ) -> dict[Any, float]:
-    """`interleave` for what is shorter than the host's work for it: on a GPU, events around CUDA graphs of so
-    many calls each. All of a turn is queued at once, so that the device never waits for the host."""
+    """`interleave` for calls that take the host longer than the device.
+
+    On a GPU it puts events around CUDA graphs of `calls` calls each. All of a turn is queued at once, so that
+    the device never waits for the host.
+    """
     if not on_gpu(device):
         return interleave(functions, repeats)
     replays = {name: capture(function, calls, str(name)) for name, function in functions.items()}
@@ -68,7 +77,8 @@ def interleave_on_device(
 
 
 def capture(function: Callable[[], object], calls: int, name: str = "") -> Callable[[], object]:
-    """So many calls as a CUDA graph: what replays it. What cannot be captured is called, and it is said."""
+    """Record so many calls as a CUDA graph -> its replay. A function that cannot be captured is called
+    instead, and a line says so."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles and allocates what a graph must not
@@ -87,6 +97,7 @@ def capture(function: Callable[[], object], calls: int, name: str = "") -> Calla
 
 
 def first_line(error: BaseException) -> str:
+    """Type and message of an error, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -101,12 +112,12 @@ def copy_bandwidth(device: str = "cpu", size: int | None = None) -> float:
 
 
 def shares_of_copy(seconds: dict[str, float], nbytes: int, bandwidth: float) -> dict[str, float]:
-    """The share of the copy bandwidth with which so many bytes are read in each of these times."""
+    """Reading `nbytes` in each of these times: which share of the copy bandwidth is that?"""
     return {name: nbytes / value / bandwidth for name, value in seconds.items()}
 
 
 def read_all(tensors: Iterable[Tensor | None]) -> None:
-    """Read every byte and do next to nothing with it: what a kernel cannot beat.
+    """Read every byte and do next to nothing with it: no kernel is faster.
 
     On virtual machines bandwidth is a property of the pages, so it is measured on the very tensors that a
     kernel reads.
@@ -117,9 +128,10 @@ def read_all(tensors: Iterable[Tensor | None]) -> None:
 
 
 def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
     return [statistics.quantiles(values, n=4)[i] for i in (0, 1, 2)] if len(values) > 1 else 3 * values
 
 
 def rotate_names(names: list[str], turn: int) -> list[str]:
-    """Everybody is first once in a while."""
+    """The same names from another one on, so that each comes first in some turn."""
     return names[turn % len(names) :] + names[: turn % len(names)]

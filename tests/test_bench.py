@@ -1,17 +1,19 @@
 """The study: what it reads, what it draws, and the files that the figures are made of. Nothing is timed."""
 
 import contextlib
+import gc
 import gzip
 import json
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
-from benchmarks import common, cost, linears, quality, shapes, synthetic, timing
+from benchmarks import common, cost, exact, linears, quality, shapes, synthetic, timing
 from generate import SHIPPED_TARGET, load_tokenizer
 from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
 
@@ -210,6 +212,43 @@ def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):
     assert list(draw.read_results(path).table) == ["w4a8"]
     table = capsys.readouterr().out.splitlines()
     assert sum(synthetic.SYNTHETIC in line for line in table) > len(rows)
+
+
+@pytest.mark.parametrize("report, module", [("cost", cost), ("synthetic", synthetic)])
+def test_models_of_one_precision_are_gone_before_the_next(tiny_shape, monkeypatch, capsys, report, module):
+    """Decoders and drafters refer to each other: without a collection, two models would be in memory."""
+    made, alive = [], []
+
+    def random_parts(*settings):
+        alive.append(sum(model() is not None for model in made))
+        parts = shapes.random_parts(*settings)
+        made.extend(weakref.ref(model) for model in (parts.target.model, parts.small))
+        return parts
+
+    monkeypatch.setattr(module, "random_parts", random_parts)
+    gc.disable()
+    try:
+        flags = ["--sizes", "1,2", "--repeats", "1", "--prompts", "1", "--max_new_tokens", "4"]
+        assert bench.main([report, "--shape", "tiny", "--precisions", "bf16,w4a16,w4a8", *flags]) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+
+
+def test_exact_saves_every_row_at_once(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        if len(texts) == 2:
+            raise KeyboardInterrupt
+        texts.append([[1, 2], [3, len(texts)]])
+        return texts[-1]
+
+    texts, path = [], tmp_path / "exact.json"
+    monkeypatch.setattr(exact, "decode_entry", interrupted)
+    flags = ["--precisions", "w4a16", "--uncompiled", "--prompts", "2", "--output", str(path)]
+    assert bench.main(["exact", *flags]) == 130
+    file = json.loads(path.read_text())
+    assert list(file["results"].values()) == [{"texts": 2, "different": 0}, {"texts": 2, "different": 1}]
+    assert file["unfinished"] and file["report"] == "exact"
 
 
 def test_shares_of_the_copy_bandwidth(tiny_shape, tmp_path, monkeypatch, capsys):

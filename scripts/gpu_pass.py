@@ -56,6 +56,7 @@ from gpt_spec import ModelConfig, tree_geometry  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
 SIZES = "1,2,4,8,16,32,60"  # n of T(n)
+UNTIMED = {"tests", "checks", "exact"}  # kinds of parts that may run at the same time: nothing is timed
 PAPER = {"autoregressive": 2.78, "tree of 60": 1.31}  # hierarchy over these: SpecMQuant, Llama-3-70B, W4A16
 
 
@@ -65,13 +66,13 @@ PAPER = {"autoregressive": 2.78, "tree of 60": 1.31}  # hierarchy over these: Sp
 
 
 class Part(NamedTuple):
-    """A process: what it is called, its command behind `python`, and the seconds it may take at most."""
+    """A process: its name, its command behind `python`, and the seconds that it may take."""
 
     name: str
     command: list[str]
     seconds: float
-    file: str = ""  # that it writes into the folder of --output
-    least: float = 20.0  # with fewer seconds left it is not begun
+    file: str = ""  # its results in the folder of --output
+    least: float = 20.0  # with fewer seconds left it is skipped
 
     @property
     def kind(self) -> str:
@@ -89,69 +90,105 @@ def precisions_of(shape: str) -> str:
 def plan(shapes: list[str], device: str) -> list[Part]:
     """All parts, the most important first."""
     where, ours = ["--device", device], ",".join(["bf16", *quantize.PRECISIONS, "torch bf16", "torch int4"])
-    exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--max_new_tokens", "64", *where]
-    alone = ["scripts/gpu_pass.py", "--shapes", ",".join(shapes), *where, "--only"]
+    exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--prompts", "8", *where]
+    exact += ["--max_new_tokens", "64"]
     parts = [Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 150)]
-    parts.append(Part("checks", [*alone, "checks"], 90))
+    for shape in shapes:  # a process each: Triton compiles one kernel at a time, on one core
+        parts.append(Part(f"checks {shape}", only("checks", [shape], device), 90))
+    parts.append(Part("exact", [*exact, "--uncompiled"], 150, "gpu_exact.json"))
 
     def add(report: str, seconds: float, shape: str, flags: list[str], name: str = "") -> None:
         short = shape.removeprefix("llama-3-").removeprefix("llama-")
         file = f"gpu_{name or report}_{short}.json"
         parts.append(Part(f"{name or report} {shape}", ["bench.py", report, *flags, *where], seconds, file))
 
-    def synthetic(shape: str) -> None:
-        add("synthetic", 90, shape, ["--shape", shape, "--precisions", precisions_of(shape)])
-
     for shape in shapes:
         add("kernels", 80, shape, ["--shapes", shape, "--repeats", "3", "--contestants", ours])
     for shape in shapes:
         flags = ["--shape", shape, "--precisions", precisions_of(shape), "--sizes", SIZES, "--repeats", "2"]
         add("cost", 80, shape, flags)
-    synthetic(shapes[-1])  # the largest, if they are in order
-    parts.append(Part("exact", [*exact, "--uncompiled"], 150, "gpu_exact.json"))
-    for shape in shapes[:-1]:
-        synthetic(shape)
+    for shape in [shapes[-1], *shapes[:-1]]:  # the largest first, if they are in order
+        add("synthetic", 90, shape, ["--shape", shape, "--precisions", precisions_of(shape)])
     if importlib.util.find_spec("gemlite"):
         for shape in shapes:
             flags = ["--shapes", shape, "--repeats", "3", "--contestants", "w4a16,gemlite int4"]
             add("kernels", 100, shape, flags, "gemlite")
-    compiled = [*exact, "--compiled", "--prompts", "8"]
-    parts.append(Part("compiled", compiled, 300, "gpu_exact_compiled.json", least=60))
-    return [*parts, Part("tune", [*alone, "tune"], 500)]
+    parts.append(Part("compiled", [*exact, "--compiled"], 300, "gpu_exact_compiled.json", least=60))
+    return [*parts, Part("tune", only("tune", shapes, device), 500)]
 
 
-def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
-    """What became of it: status, results (one of its last lines is JSON) and its last other lines."""
-    seconds, begin = min(seconds, part.seconds), time.monotonic()
-    command = [sys.executable, *part.command]
-    command += ["--output", str(folder / part.file)] if part.file else []
-    command += ["--seconds", f"{seconds - 10:.0f}"] if "--only" in part.command else []
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        code = wait_for(command, log, seconds)
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if line.strip()]
-    results = next((r for line in lines[:-6:-1] if (r := read_json(line)) is not None), None)
-    lines = [anonymous(line) for line in lines if not line.startswith("{")]
-    status = {0: "ok", None: "timed out"}.get(code, "failed")
-    shown = "python " + " ".join(f'"{word}"' if " " in word else word for word in part.command)
-    outcome = {"command": shown, "status": status, "exit_status": code, "results": results}
-    return outcome | {"seconds": round(time.monotonic() - begin, 1), "last_lines": lines[-60:]}
+def only(part: str, shapes: list[str], device: str) -> list[str]:
+    """The command of a part that is in this file."""
+    return ["scripts/gpu_pass.py", "--shapes", ",".join(shapes), "--device", device, "--only", part]
 
 
-def wait_for(command: list[str], log: Any, seconds: float) -> int | None:
-    """Run it in a group of processes, which ends with it, or when its time is over: then the exit status is
-    None."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, start_new_session=True, **options)
+class Process:
+    """A part while it runs, in a group of processes that ends with it."""
+
+    def __init__(self, part: Part, seconds: float, folder: Path):
+        self.part, self.seconds, self.begin = part, min(seconds, part.seconds), time.monotonic()
+        self.file = folder / part.file
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
+        command = [sys.executable, *part.command]
+        if part.file:
+            self.file.unlink(missing_ok=True)  # results of an earlier run are not those of this one
+            command += ["--output", str(self.file)]
+        command += ["--seconds", f"{self.seconds - 10:.0f}"] if "--only" in part.command else []
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        options = {"cwd": ROOT, "env": environment, "stdout": self.log, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, start_new_session=True, **options)
+
+    def over(self) -> bool:
+        """Has it ended, or is its time up?"""
+        return self.process.poll() is not None or time.monotonic() - self.begin > self.seconds
+
+    def end(self) -> dict[str, Any]:
+        """Its status, its results, and its last lines. The exit status is None if its time was up.
+
+        Results are the JSON among the last lines, or in the file of a part that did not get so far.
+        """
+        code, taken = self.process.poll(), time.monotonic() - self.begin
+        with suppress(OSError):  # the group has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        with self.log:
+            self.log.seek(0)
+            lines = [line for line in self.log.read().splitlines() if line.strip()]
+        results = next((r for line in lines[:-6:-1] if (r := read_json(line)) is not None), None)
+        if results is None and self.file.is_file():
+            results = read_json(self.file.read_text(encoding="utf-8"))
+        lines = [anonymous(line) for line in lines if not line.startswith("{")]
+        status = {0: "ok", None: "timed out"}.get(code, "failed")
+        shown = "python " + " ".join(f'"{word}"' if " " in word else word for word in self.part.command)
+        outcome = {"command": shown, "status": status, "exit_status": code, "results": results}
+        return outcome | {"seconds": round(taken, 1), "last_lines": lines[-60:]}
+
+
+def run_together(parts: list[Part], seconds: float, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Begin all of them -> their outcomes by name, each when it has ended."""
+    running: list[Process] = []
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        for part in parts:
+            running.append(Process(part, seconds, folder))
+        while running:
+            for process in [process for process in running if process.over()]:
+                running.remove(process)
+                yield process.part.name, process.end()
+            time.sleep(0.1)
     finally:
-        with suppress(OSError):  # nobody is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in running:
+            process.end()
+
+
+def batches(parts: list[Part]) -> list[list[Part]]:
+    """The same parts in their order, those together that may run at the same time."""
+    result: list[list[Part]] = []
+    for part in parts:
+        if result and {part.kind, result[-1][-1].kind} <= UNTIMED:
+            result[-1].append(part)
+        else:
+            result.append([part])
+    return result
 
 
 def read_json(line: str) -> Any:
@@ -167,18 +204,26 @@ def anonymous(line: str) -> str:
 
 
 def run_all(parts: list[Part], minutes: float, folder: Path, settings: dict[str, Any]) -> dict[str, dict]:
-    """Every part in its order, as long as there is time -> what became of them, by name."""
+    """Every part in its order, as long as there is time -> their outcomes by name."""
     deadline, outcomes = time.monotonic() + 60 * minutes - 5, {}
-    for part in parts:
-        left = deadline - time.monotonic()
-        if left < part.least:
-            outcomes[part.name] = {"status": "skipped", "reason": f"{max(left, 0):.0f} seconds were left"}
-        else:
-            print(f"---- {part.name}", flush=True)
-            outcomes[part.name] = run_part(part, left, folder)
-            print("\n".join(outcomes[part.name]["last_lines"]), flush=True)
+
+    def add(name: str, outcome: dict[str, Any]) -> None:
+        outcomes[name] = outcome
         report = settings | {"parts": outcomes, "table": table(outcomes)}
         (folder / "gpu_pass.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    for batch in batches(parts):
+        left = deadline - time.monotonic()
+        for part in batch:
+            if left < part.least:
+                add(part.name, {"status": "skipped", "reason": f"{max(left, 0):.0f} seconds were left"})
+        begun = [part for part in batch if left >= part.least]
+        if begun:
+            print(f"---- {', '.join(part.name for part in begun)}", flush=True)
+        for name, outcome in run_together(begun, left, folder):
+            lines = [f"-- {name}"] if len(begun) > 1 else []
+            print("\n".join([*lines, *outcome["last_lines"]]), flush=True)
+            add(name, outcome)
     return outcomes
 
 
@@ -574,12 +619,13 @@ def status_lines(name: str, part: dict[str, Any]) -> list[str]:
 
 def check_lines(outcomes: dict[str, dict]) -> list[str]:
     lines = []
-    for results in found(outcomes, "checks").values():
+    for shape, results in found(outcomes, "checks").items():
         checks = results["checks"]
         wrong, unequal = ([c for c in checks if not c[key]] for key in ("right", "rows_equal"))
         errors = {c["name"]: c["error"] for c in checks if c["error"] is not None}
         worst = max(errors, key=errors.__getitem__, default="")
-        lines.append(f"checks: {len(checks) - len(wrong)} of {len(checks)} right ({results['bodies']})")
+        title = f"checks {shape}".strip()
+        lines.append(f"{title}: {len(checks) - len(wrong)} of {len(checks)} right ({results['bodies']})")
         lines[-1] += f", rows differ in {len(unequal)}, {results['not_reached']} not reached; largest error "
         lines[-1] += f"{errors.get(worst, math.nan):.1e} ({worst})"
         for c in wrong[:12]:

@@ -1,4 +1,4 @@
-"""synthetic.py: speculation for models whose trained weights are not here.
+"""synthetic.py: speculation for models without their trained weights.
 
     python bench.py synthetic --shape llama-3-8b
     python bench.py synthetic --shape llama-3-70b --acceptance eagle3-70b
@@ -200,8 +200,8 @@ def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple
 
 
 def report_synthetic(args: argparse.Namespace) -> dict:
-    """What speculation would gain on this machine with models whose weights are not here: real forwards of
-    target, middle model and head of --shape, with drawn acceptance. See `Synthetic` and `compare`.
+    """What speculation would gain on this machine with models that are not here: real forwards of target,
+    middle model and head of --shape, with drawn acceptance. See `Synthetic` and `compare`.
 
     The middle model is the next smaller shape, or the first 4 layers of the smallest. For compilation see
     `compiles`.

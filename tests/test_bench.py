@@ -289,8 +289,7 @@ def test_a_contestant_that_does_not_run_is_named(tiny_shape, monkeypatch, capsys
 
 @pytest.fixture
 def pretended_gpu(monkeypatch) -> list[str]:
-    """What CUDA graphs and events are asked for: every graph takes 8 ms; one whose function says no cannot be
-    recorded."""
+    """The calls of CUDA graphs and events. A graph takes 8 ms, and a function named no cannot be recorded."""
     log, events = [], types.SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 8.0)
 
     @contextlib.contextmanager

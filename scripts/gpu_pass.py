@@ -44,13 +44,19 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bench  # noqa: E402
 import kernels  # noqa: E402
 import quantize  # noqa: E402
+from benchmarks.common import BASE  # noqa: E402
+from benchmarks.linears import LARGER_THAN_CACHE, Entry  # noqa: E402
+from benchmarks.machine import kernels_in_use, machine  # noqa: E402
+from benchmarks.shapes import SHAPES, linears_of, packed, random_rows  # noqa: E402
+from benchmarks.synthetic import SYNTHETIC  # noqa: E402
+from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu, shares_of_copy  # noqa: E402
 from gpt_spec import ModelConfig, tree_geometry  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
 SIZES = "1,2,4,8,16,32,60"  # n of T(n)
+UNTIMED = {"tests", "checks", "exact"}  # kinds of parts that may run at the same time: nothing is timed
 PAPER = {"autoregressive": 2.78, "tree of 60": 1.31}  # hierarchy over these: SpecMQuant, Llama-3-70B, W4A16
 
 
@@ -60,13 +66,13 @@ PAPER = {"autoregressive": 2.78, "tree of 60": 1.31}  # hierarchy over these: Sp
 
 
 class Part(NamedTuple):
-    """A process: what it is called, its command behind `python`, and the seconds it may take at most."""
+    """A process: its name, its command behind `python`, and the seconds that it may take."""
 
     name: str
     command: list[str]
     seconds: float
-    file: str = ""  # that it writes into the folder of --output
-    least: float = 20.0  # with fewer seconds left it is not begun
+    file: str = ""  # its results in the folder of --output
+    least: float = 20.0  # with fewer seconds left it is skipped
 
     @property
     def kind(self) -> str:
@@ -75,8 +81,8 @@ class Part(NamedTuple):
 
 def precisions_of(shape: str) -> str:
     """bf16 where its weights leave room for a smaller model and heads."""
-    c = bench.SHAPES[shape]
-    layer = sum(out * inputs for out, inputs in bench.linears_of(c).values())
+    c = SHAPES[shape]
+    layer = sum(out * inputs for out, inputs in linears_of(c).values())
     fits = 2 * (c.num_layers * layer + 2 * c.vocab_size * c.hidden_size) < 60e9
     return "bf16,w4a16,w4a8" if fits else "w4a16,w4a8"
 
@@ -84,69 +90,105 @@ def precisions_of(shape: str) -> str:
 def plan(shapes: list[str], device: str) -> list[Part]:
     """All parts, the most important first."""
     where, ours = ["--device", device], ",".join(["bf16", *quantize.PRECISIONS, "torch bf16", "torch int4"])
-    exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--max_new_tokens", "64", *where]
-    alone = ["scripts/gpu_pass.py", "--shapes", ",".join(shapes), *where, "--only"]
+    exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--prompts", "8", *where]
+    exact += ["--max_new_tokens", "64"]
     parts = [Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 150)]
-    parts.append(Part("checks", [*alone, "checks"], 90))
+    for shape in shapes:  # a process each: Triton compiles one kernel at a time, on one core
+        parts.append(Part(f"checks {shape}", only("checks", [shape], device), 90))
+    parts.append(Part("exact", [*exact, "--uncompiled"], 150, "gpu_exact.json"))
 
     def add(report: str, seconds: float, shape: str, flags: list[str], name: str = "") -> None:
         short = shape.removeprefix("llama-3-").removeprefix("llama-")
         file = f"gpu_{name or report}_{short}.json"
         parts.append(Part(f"{name or report} {shape}", ["bench.py", report, *flags, *where], seconds, file))
 
-    def synthetic(shape: str) -> None:
-        add("synthetic", 90, shape, ["--shape", shape, "--precisions", precisions_of(shape)])
-
     for shape in shapes:
         add("kernels", 80, shape, ["--shapes", shape, "--repeats", "3", "--contestants", ours])
     for shape in shapes:
         flags = ["--shape", shape, "--precisions", precisions_of(shape), "--sizes", SIZES, "--repeats", "2"]
         add("cost", 80, shape, flags)
-    synthetic(shapes[-1])  # the largest, if they are in order
-    parts.append(Part("exact", [*exact, "--uncompiled"], 150, "gpu_exact.json"))
-    for shape in shapes[:-1]:
-        synthetic(shape)
+    for shape in [shapes[-1], *shapes[:-1]]:  # the largest first, if they are in order
+        add("synthetic", 90, shape, ["--shape", shape, "--precisions", precisions_of(shape)])
     if importlib.util.find_spec("gemlite"):
         for shape in shapes:
             flags = ["--shapes", shape, "--repeats", "3", "--contestants", "w4a16,gemlite int4"]
             add("kernels", 100, shape, flags, "gemlite")
-    compiled = [*exact, "--compiled", "--prompts", "8"]
-    parts.append(Part("compiled", compiled, 300, "gpu_exact_compiled.json", least=60))
-    return [*parts, Part("tune", [*alone, "tune"], 500)]
+    parts.append(Part("compiled", [*exact, "--compiled"], 300, "gpu_exact_compiled.json", least=60))
+    return [*parts, Part("tune", only("tune", shapes, device), 500)]
 
 
-def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
-    """What became of it: status, results (one of its last lines is JSON) and its last other lines."""
-    seconds, begin = min(seconds, part.seconds), time.monotonic()
-    command = [sys.executable, *part.command]
-    command += ["--output", str(folder / part.file)] if part.file else []
-    command += ["--seconds", f"{seconds - 10:.0f}"] if "--only" in part.command else []
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        code = wait_for(command, log, seconds)
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if line.strip()]
-    results = next((r for line in lines[:-6:-1] if (r := read_json(line)) is not None), None)
-    lines = [anonymous(line) for line in lines if not line.startswith("{")]
-    status = {0: "ok", None: "timed out"}.get(code, "failed")
-    shown = "python " + " ".join(f'"{word}"' if " " in word else word for word in part.command)
-    outcome = {"command": shown, "status": status, "exit_status": code, "results": results}
-    return outcome | {"seconds": round(time.monotonic() - begin, 1), "last_lines": lines[-60:]}
+def only(part: str, shapes: list[str], device: str) -> list[str]:
+    """The command of a part that is in this file."""
+    return ["scripts/gpu_pass.py", "--shapes", ",".join(shapes), "--device", device, "--only", part]
 
 
-def wait_for(command: list[str], log: Any, seconds: float) -> int | None:
-    """Run it in a group of processes, which ends with it, or when its time is over: then the exit status is
-    None."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, start_new_session=True, **options)
+class Process:
+    """A part while it runs, in a group of processes that ends with it."""
+
+    def __init__(self, part: Part, seconds: float, folder: Path):
+        self.part, self.seconds, self.begin = part, min(seconds, part.seconds), time.monotonic()
+        self.file = folder / part.file
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
+        command = [sys.executable, *part.command]
+        if part.file:
+            self.file.unlink(missing_ok=True)  # results of an earlier run are not those of this one
+            command += ["--output", str(self.file)]
+        command += ["--seconds", f"{self.seconds - 10:.0f}"] if "--only" in part.command else []
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        options = {"cwd": ROOT, "env": environment, "stdout": self.log, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, start_new_session=True, **options)
+
+    def over(self) -> bool:
+        """Has it ended, or is its time up?"""
+        return self.process.poll() is not None or time.monotonic() - self.begin > self.seconds
+
+    def end(self) -> dict[str, Any]:
+        """Its status, its results, and its last lines. The exit status is None if its time was up.
+
+        Results are the JSON among the last lines, or in the file of a part that did not get so far.
+        """
+        code, taken = self.process.poll(), time.monotonic() - self.begin
+        with suppress(OSError):  # the group has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        with self.log:
+            self.log.seek(0)
+            lines = [line for line in self.log.read().splitlines() if line.strip()]
+        results = next((r for line in lines[:-6:-1] if (r := read_json(line)) is not None), None)
+        if results is None and self.file.is_file():
+            results = read_json(self.file.read_text(encoding="utf-8"))
+        lines = [anonymous(line) for line in lines if not line.startswith("{")]
+        status = {0: "ok", None: "timed out"}.get(code, "failed")
+        shown = "python " + " ".join(f'"{word}"' if " " in word else word for word in self.part.command)
+        outcome = {"command": shown, "status": status, "exit_status": code, "results": results}
+        return outcome | {"seconds": round(taken, 1), "last_lines": lines[-60:]}
+
+
+def run_together(parts: list[Part], seconds: float, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Begin all of them -> their outcomes by name, each when it has ended."""
+    running: list[Process] = []
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        for part in parts:
+            running.append(Process(part, seconds, folder))
+        while running:
+            for process in [process for process in running if process.over()]:
+                running.remove(process)
+                yield process.part.name, process.end()
+            time.sleep(0.1)
     finally:
-        with suppress(OSError):  # nobody is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in running:
+            process.end()
+
+
+def batches(parts: list[Part]) -> list[list[Part]]:
+    """The same parts in their order, those together that may run at the same time."""
+    result: list[list[Part]] = []
+    for part in parts:
+        if result and {part.kind, result[-1][-1].kind} <= UNTIMED:
+            result[-1].append(part)
+        else:
+            result.append([part])
+    return result
 
 
 def read_json(line: str) -> Any:
@@ -162,18 +204,26 @@ def anonymous(line: str) -> str:
 
 
 def run_all(parts: list[Part], minutes: float, folder: Path, settings: dict[str, Any]) -> dict[str, dict]:
-    """Every part in its order, as long as there is time -> what became of them, by name."""
+    """Every part in its order, as long as there is time -> their outcomes by name."""
     deadline, outcomes = time.monotonic() + 60 * minutes - 5, {}
-    for part in parts:
-        left = deadline - time.monotonic()
-        if left < part.least:
-            outcomes[part.name] = {"status": "skipped", "reason": f"{max(left, 0):.0f} seconds were left"}
-        else:
-            print(f"---- {part.name}", flush=True)
-            outcomes[part.name] = run_part(part, left, folder)
-            print("\n".join(outcomes[part.name]["last_lines"]), flush=True)
+
+    def add(name: str, outcome: dict[str, Any]) -> None:
+        outcomes[name] = outcome
         report = settings | {"parts": outcomes, "table": table(outcomes)}
         (folder / "gpu_pass.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    for batch in batches(parts):
+        left = deadline - time.monotonic()
+        for part in batch:
+            if left < part.least:
+                add(part.name, {"status": "skipped", "reason": f"{max(left, 0):.0f} seconds were left"})
+        begun = [part for part in batch if left >= part.least]
+        if begun:
+            print(f"---- {', '.join(part.name for part in begun)}", flush=True)
+        for name, outcome in run_together(begun, left, folder):
+            lines = [f"-- {name}"] if len(begun) > 1 else []
+            print("\n".join([*lines, *outcome["last_lines"]]), flush=True)
+            add(name, outcome)
     return outcomes
 
 
@@ -235,7 +285,7 @@ FOUR_BITS = FORMS[:3]
 def neighbours(name: str, config: ModelConfig, device: str, turned: bool) -> dict[str, Any]:
     """What stands next to this linear in a model, as arguments of `kernels.linear`. With `turned`, also what
     only some models have: a rotation, or a bias and another order of the inputs."""
-    out, inputs = bench.linears_of(config)[name]
+    out, inputs = linears_of(config)[name]
     around: dict[str, Any] = {"residual": torch.randn(CHECKED, out, device=device).bfloat16()}
     if name in ("qkv", "gate_up"):
         around = {"norm": torch.rand(inputs, device=device).bfloat16(), "eps": 1e-5}
@@ -258,8 +308,8 @@ def reference(x: Tensor, weights: tuple, out: int, bits: int, wide: bool, around
 def check_linear(
     out: int, inputs: int, form: Form, around: dict[str, Any], device: str, wide: bool = False
 ) -> Check:
-    rows = bench.random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
-    weights = bench.packed(*(None if t is None else t.clone() for t in rows))
+    rows = random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
+    weights = packed(*(None if t is None else t.clone() for t in rows))
     x = torch.randn(CHECKED, inputs * (2 if around.get("gated") else 1), device=device).bfloat16()
     bits = 16 if form.precision == "bf16" else quantize.PRECISIONS[form.precision][1]
 
@@ -401,7 +451,7 @@ def linear_checks(
     def check(name: str, form: Form) -> Check:
         return check_linear(*linears[name], form, neighbours(name, config, device, turned), device)
 
-    linears = bench.linears_of(config)
+    linears = linears_of(config)
     for name in names:
         for form in forms:
             if form.precision[:2] != "w4" or linears[name][1] % form.group == 0:
@@ -444,11 +494,11 @@ def run_checks(configs: dict[str, ModelConfig], device: str, seconds: float) -> 
         try:
             check = replace(how(), name=name)
         except Exception as error:  # of whatever kind: the report is what this is for
-            check = Check(name, math.nan, 0.0, False, bench.first_line(error))
+            check = Check(name, math.nan, 0.0, False, first_line(error))
         checks.append(check)
         verdict = "" if check.right else "   WRONG " + (check.reason or f"(rows equal: {check.rows_equal})")
         print(f"{name:60} {check.error:.1e}{verdict}", flush=True)
-    bodies = bench.kernels_in_use(device)
+    bodies = kernels_in_use(device)
     return {"bodies": bodies, "not_reached": missed, "checks": [check.as_json() for check in checks]}
 
 
@@ -472,7 +522,7 @@ def multiply_with(plan: Any, words: list[tuple], x: Tensor, out: int) -> Callabl
     import kernels_cuda  # needs Triton
 
     extras = (None, None, None, 0.0, False, None, 1, 1, None, out, 16, False)  # nothing before, nothing after
-    return bench.Entry(words, lambda x, w: kernels_cuda.linear(x, *w, *extras, plan), 0).in_turn(x)
+    return Entry(words, lambda x, w: kernels_cuda.linear(x, *w, *extras, plan), 0).in_turn(x)
 
 
 def working(plans: list[Any], words: list[tuple], x: Tensor, out: int) -> dict[str, Callable[[], Tensor]]:
@@ -482,11 +532,11 @@ def working(plans: list[Any], words: list[tuple], x: Tensor, out: int) -> dict[s
         function = multiply_with(plan, words, x, out)
         try:
             y = function()
-            bench.finish(x.device)
+            finish(x.device)
         except Exception as error:  # it needs too much of something, for one
             if not functions:  # then there is nothing to compare with
                 raise
-            print(f"    {plan}: {bench.first_line(error)}", flush=True)
+            print(f"    {plan}: {first_line(error)}", flush=True)
             continue
         first = first if functions else y
         functions |= {str(plan): function} if difference(y, first) < 1e-2 else {}
@@ -498,15 +548,15 @@ def tune_linear(out: int, inputs: int, device: str, rows: tuple[int, ...] = TUNE
     """Seconds with all tiles that work, by number of rows; and which are used."""
     import kernels_cuda  # needs Triton
 
-    weight, scales, _ = bench.random_rows(out, inputs, "w4a16", device)
+    weight, scales, _ = random_rows(out, inputs, "w4a16", device)
     pair, size = (kernels.pack_words(weight), scales.T.contiguous()), weight.nbytes + scales.nbytes
-    copies = int(bench.LARGER_THAN_CACHE["cuda"] / size) if bench.on_gpu(device) else 0
+    copies = int(LARGER_THAN_CACHE["cuda"] / size) if on_gpu(device) else 0
     words = [pair, *(tuple(t.clone() for t in pair) for _ in range(copies))]
     plans, seconds = candidates(kernels_cuda.tiles(out, inputs, 4)), {}
     for n in rows:
         x = torch.randn(n, inputs, device=device).bfloat16()
         functions = working(plans, [(*pair, None) for pair in words], x, out)
-        seconds[str(n)] = bench.interleave_on_device(functions, 3, device, max(len(words), 32))
+        seconds[str(n)] = interleave_on_device(functions, 3, device, max(len(words), 32))
     return {"used": str(plans[0]), "seconds": seconds}
 
 
@@ -519,7 +569,7 @@ def best_for_all(seconds: dict[str, dict[str, float]]) -> str:
 def run_tuning(configs: dict[str, ModelConfig], device: str, seconds: float) -> dict[str, Any]:
     begin, results = time.monotonic(), {}
     for shape, config in configs.items():
-        for name, (out, inputs) in bench.linears_of(config).items():
+        for name, (out, inputs) in linears_of(config).items():
             if time.monotonic() - begin > seconds:
                 return results
             row = tune_linear(out, inputs, device)
@@ -569,12 +619,13 @@ def status_lines(name: str, part: dict[str, Any]) -> list[str]:
 
 def check_lines(outcomes: dict[str, dict]) -> list[str]:
     lines = []
-    for results in found(outcomes, "checks").values():
+    for shape, results in found(outcomes, "checks").items():
         checks = results["checks"]
         wrong, unequal = ([c for c in checks if not c[key]] for key in ("right", "rows_equal"))
         errors = {c["name"]: c["error"] for c in checks if c["error"] is not None}
         worst = max(errors, key=errors.__getitem__, default="")
-        lines.append(f"checks: {len(checks) - len(wrong)} of {len(checks)} right ({results['bodies']})")
+        title = f"checks {shape}".strip()
+        lines.append(f"{title}: {len(checks) - len(wrong)} of {len(checks)} right ({results['bodies']})")
         lines[-1] += f", rows differ in {len(unequal)}, {results['not_reached']} not reached; largest error "
         lines[-1] += f"{errors.get(worst, math.nan):.1e} ({worst})"
         for c in wrong[:12]:
@@ -624,7 +675,7 @@ def share_lines(outcomes: dict[str, dict]) -> list[str]:
         rows = [entry["linears"] for entry in content.values() if isinstance(entry, dict)]
         for kind, times in seconds.items():
             nbytes = sum(row[kind]["bytes"] for row in rows)
-            shares = bench.shares_of_copy(times, nbytes, content["copy_bandwidth"])
+            shares = shares_of_copy(times, nbytes, content["copy_bandwidth"])
             cells = "".join(f"{shares[n]:7.2f}" for n in ("1", "8", "16", "64"))
             lines.append(f"    {shape:14} {kind:24}{cells}")
         for name, entry in content.items():
@@ -653,14 +704,14 @@ def method_lines(outcomes: dict[str, dict]) -> list[str]:
     for shape, results in found(outcomes, "synthetic").items():
         for precision, rows in results["results"].items():
             speeds = {name: row["speedup"][1] for name, row in rows.items()}
-            cells = "  ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if name != bench.BASE)
+            cells = "  ".join(f"{name} {speed:.2f}" for name, speed in speeds.items() if name != BASE)
             lines.append(f"    {shape} {precision}: {cells}")
             if "hierarchical" in speeds and "tree of 60" in speeds:
                 over = speeds["hierarchical"] / speeds["tree of 60"]
                 ours = f"{speeds['hierarchical']:.2f} over autoregressive, {over:.2f} over the tree of 60"
                 paper = "SpecMQuant, Llama-3-70B W4A16: {autoregressive}, {tree of 60}".format_map(PAPER)
                 lines.append(f"        hierarchical: {ours} ({paper})")
-    title = f"speedups over {bench.BASE} ({bench.SYNTHETIC})"
+    title = f"speedups over {BASE} ({SYNTHETIC})"
     return [title, *lines] if lines else []
 
 
@@ -686,7 +737,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     p.add_argument("--parts", help="which, with commas (default: all but tune)")
     p.add_argument("--tune", action="store_true", help="tune, too")
-    p.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(bench.SHAPES)}, with commas")
+    p.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"of {', '.join(SHAPES)}, with commas")
     p.add_argument("--device", default="cuda", help="cuda; cpu to try it out")
     p.add_argument("--only", choices=("checks", "tune"), help="this part, in this process; JSON comes last")
     p.add_argument("--seconds", type=float, default=1e9, help="--only: begin nothing after so many")
@@ -694,7 +745,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_only(args: argparse.Namespace) -> int:
-    configs = {shape: bench.SHAPES[shape] for shape in args.shapes.split(",")}
+    configs = {shape: SHAPES[shape] for shape in args.shapes.split(",")}
     run = run_checks if args.only == "checks" else run_tuning
     results = run(configs, args.device, args.seconds)
     print(json.dumps(results))
@@ -705,10 +756,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     shapes = args.shapes.split(",")
-    unknown = set(shapes) - set(bench.SHAPES)
+    unknown = set(shapes) - set(SHAPES)
     if unknown:
-        parser.error(f"--shapes: {', '.join(unknown)} is none of {', '.join(bench.SHAPES)}")
-    if bench.on_gpu(args.device) and not torch.cuda.is_available():
+        parser.error(f"--shapes: {', '.join(unknown)} is none of {', '.join(SHAPES)}")
+    if on_gpu(args.device) and not torch.cuda.is_available():
         print("gpu_pass.py: there is no GPU here, so nothing is run")
         return 0
     if args.only:
@@ -724,7 +775,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"report": "gpu_pass", "settings": {"minutes": args.minutes, "shapes": shapes}}
-    settings |= bench.machine(args.device)
+    settings |= machine(args.device)
     outcomes = run_all([part for part in parts if part.kind in chosen], args.minutes, folder, settings)
     print("\n" + "\n".join(table(outcomes)), flush=True)
     return int(went_wrong(outcomes))

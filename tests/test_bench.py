@@ -1,20 +1,21 @@
 """The study: what it reads, what it draws, and the files that the figures are made of. Nothing is timed."""
 
 import contextlib
+import gc
 import gzip
 import json
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
-from costs import Stats
+from benchmarks import common, cost, exact, linears, quality, shapes, synthetic, timing
 from generate import SHIPPED_TARGET, load_tokenizer
-from gpt_spec import SequentialDrafter
-from model import BadInput, ModelConfig
+from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -30,17 +31,17 @@ TINY = ModelConfig(256, 128, 256, 2, 2, 1, 64, 1024)
     + [("eagle3-70b", 5.63, 8), ("sequential", 1 + 0.72 + 0.72**2, 2), ("qspec", 1.96, 1)],
 )
 def test_presets_give_the_tokens_per_step_they_claim(name, tau, depth):
-    preset = bench.PRESETS[name]
+    preset = synthetic.PRESETS[name]
     assert preset.tokens_per_step(depth) == pytest.approx(tau, abs=1e-6)
     assert all(0 < p < 1 for p in preset.probabilities) and preset.source
 
 
 def test_acceptance_by_name_and_by_list():
-    assert bench.read_acceptance("qspec", "--acceptance") is bench.PRESETS["qspec"]
-    assert bench.read_acceptance("0.8,0.7", "--acceptance").probabilities == (0.8, 0.7)
+    assert synthetic.read_acceptance("qspec", "--acceptance") is synthetic.PRESETS["qspec"]
+    assert synthetic.read_acceptance("0.8,0.7", "--acceptance").probabilities == (0.8, 0.7)
     for wrong in ("0.8,x", "1.5", "", "eagle9"):
         with pytest.raises(BadInput, match="--acceptance"):
-            bench.read_acceptance(wrong, "--acceptance")
+            synthetic.read_acceptance(wrong, "--acceptance")
 
 
 def conditional(stats: Stats, depth: int) -> list[float]:
@@ -50,10 +51,10 @@ def conditional(stats: Stats, depth: int) -> list[float]:
 
 
 def decode_synthetic(drafter, probabilities: tuple[float, ...], target) -> Stats:
-    acceptance, stats = bench.Acceptance(probabilities, "test"), Stats()
+    acceptance, stats = synthetic.Acceptance(probabilities, "test"), Stats()
     options = {"max_length": 512, "batch_size": 8, "compile": False}
-    decoder = bench.SyntheticDecoder(acceptance, 2**40, target, drafter, **options)
-    bench.decode_all(decoder, random_prompts(list(range(5, 21))), 150, stats)
+    decoder = synthetic.SyntheticDecoder(acceptance, 2**40, target, drafter, **options)
+    common.decode_all(decoder, random_prompts(list(range(5, 21))), 150, stats)
     return stats
 
 
@@ -66,16 +67,16 @@ def test_chains_are_accepted_at_the_rates_given():
 @pytest.mark.parametrize("nodes", [8, 16])
 def test_trees_are_accepted_at_the_rates_given(nodes):
     target = random_model()
-    tree = bench.SureTree(guessing_head(target), nodes, 4, 4)
+    tree = synthetic.SureTree(guessing_head(target), nodes, 4, 4)
     stats = decode_synthetic(tree, (0.9, 0.7, 0.8), target)  # the last one holds for the fourth, too
     assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.8, 0.8], abs=0.07)
 
 
 def test_hierarchies_are_accepted_at_the_rates_given_on_both_levels():
     target, middle = random_model(), random_model(seed=1, num_layers=1)
-    inside = bench.Acceptance((0.8, 0.6), "test")
-    tree = bench.SureTree(guessing_head(middle), 8, 3, 3)
-    stats = decode_synthetic(bench.SyntheticHierarchy(inside, middle, tree, 4), (0.9, 0.7), target)
+    inside = synthetic.Acceptance((0.8, 0.6), "test")
+    tree = synthetic.SureTree(guessing_head(middle), 8, 3, 3)
+    stats = decode_synthetic(synthetic.SyntheticHierarchy(inside, middle, tree, 4), (0.9, 0.7), target)
     assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.7, 0.7], abs=0.07)
     assert conditional(stats.inside, 3) == pytest.approx([0.8, 0.6, 0.6], abs=0.07)
 
@@ -94,7 +95,7 @@ def test_certain_acceptance_is_certain(p, expected):
     + [("-5", "-5"), ("9-5", "5"), ("$1,000,000!", "1000000"), ("1,2", "2"), ("#### 72\n", "72")],
 )
 def test_last_number(text, number):
-    assert bench.last_number(text) == number
+    assert quality.last_number(text) == number
 
 
 def test_prompt_files_of_three_layouts(tmp_path):
@@ -104,11 +105,11 @@ def test_prompt_files_of_three_layouts(tmp_path):
     (tmp_path / "plain.jsonl").write_text(text)
     (tmp_path / "small.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("plain.jsonl", "small.jsonl.gz"):
-        first, second, third = bench.read_prompt_file(tmp_path / name, tokenizer, 10)
+        first, second, third = common.read_prompt_file(tmp_path / name, tokenizer, 10)
         assert first == (tokenizer.encode("a = 1"), "math", "")
         assert second == (tokenizer.encode("b"), "", "so\n#### 2")
         assert third == (tokenizer.encode("c"), "", "")
-        assert bench.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
+        assert common.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_prompt_files_of_three_layouts(tmp_path):
 def test_bad_prompt_files(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=f"(?s)--prompt_file: .*{name}.*{reason}"):
-        bench.read_prompt_file(tmp_path / name, load_tokenizer(SHIPPED_TARGET), 10)
+        common.read_prompt_file(tmp_path / name, load_tokenizer(SHIPPED_TARGET), 10)
     with pytest.raises(BadInput, match="cannot be read"):
-        bench.read_prompt_file(tmp_path / "missing", None, 10)
+        common.read_prompt_file(tmp_path / "missing", None, 10)
 
 
 def test_the_study_makes_all_that_figures_are_drawn_from():
@@ -182,8 +183,8 @@ def test_bad_flags_end_in_one_line(capsys, flags, reason):
 
 @pytest.fixture
 def tiny_shape(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
-    monkeypatch.setitem(bench.SMALLER, "tiny", TINY)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(shapes.SMALLER, "tiny", TINY)
 
 
 def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys):
@@ -207,18 +208,56 @@ def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):
     assert bench.main(["synthetic", *flags, "--output", str(path)]) == 0
     rows = json.loads(path.read_text())["results"]["w4a8"]
     assert {"hierarchical", "tree of 60", "tree of 16", "qspec w4a4 K=3"} < set(rows)
-    assert all(row["note"] == bench.SYNTHETIC and row["acceptance"] for row in rows.values())
+    assert all(row["note"] == synthetic.SYNTHETIC and row["acceptance"] for row in rows.values())
     assert list(draw.read_results(path).table) == ["w4a8"]
     table = capsys.readouterr().out.splitlines()
-    assert sum(bench.SYNTHETIC in line for line in table) > len(rows)
+    assert sum(synthetic.SYNTHETIC in line for line in table) > len(rows)
+
+
+@pytest.mark.parametrize("report, module", [("cost", cost), ("synthetic", synthetic)])
+def test_models_of_one_precision_are_gone_before_the_next(tiny_shape, monkeypatch, capsys, report, module):
+    """Decoders and drafters refer to each other: without a collection, two models would be in memory."""
+    made, alive = [], []
+
+    def random_parts(*settings):
+        alive.append(sum(model() is not None for model in made))
+        parts = shapes.random_parts(*settings)
+        made.extend(weakref.ref(model) for model in (parts.target.model, parts.small))
+        return parts
+
+    monkeypatch.setattr(module, "random_parts", random_parts)
+    gc.disable()
+    try:
+        flags = ["--sizes", "1,2", "--repeats", "1", "--prompts", "1", "--max_new_tokens", "4"]
+        assert bench.main([report, "--shape", "tiny", "--precisions", "bf16,w4a16,w4a8", *flags]) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+
+
+def test_exact_saves_every_row_at_once(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        if len(texts) == 2:
+            raise KeyboardInterrupt
+        texts.append([[1, 2], [3, len(texts)]])
+        return texts[-1]
+
+    texts, path = [], tmp_path / "exact.json"
+    monkeypatch.setattr(exact, "decode_entry", interrupted)
+    flags = ["--precisions", "w4a16", "--uncompiled", "--prompts", "2", "--output", str(path)]
+    assert bench.main(["exact", *flags]) == 130
+    file = json.loads(path.read_text())
+    assert list(file["results"].values()) == [{"texts": 2, "different": 0}, {"texts": 2, "different": 1}]
+    assert file["unfinished"] and file["report"] == "exact"
 
 
 def test_shares_of_the_copy_bandwidth(tiny_shape, tmp_path, monkeypatch, capsys):
     """Bytes of the weights over seconds over what copying moves in a second, for steps and for linears."""
-    assert bench.shares_of_copy({"1": 2.0, "8": 4.0}, 12, 3.0) == {"1": 2.0, "8": 1.0}
-    assert bench.copy_bandwidth(size=2**16) > 1e6
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 5e9)
-    monkeypatch.setattr(bench, "LARGER_THAN_CACHE", {"cpu": 0})
+    assert timing.shares_of_copy({"1": 2.0, "8": 4.0}, 12, 3.0) == {"1": 2.0, "8": 1.0}
+    assert timing.copy_bandwidth(size=2**16) > 1e6
+    for module in (cost, linears):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda device: 5e9)
+    monkeypatch.setattr(linears, "LARGER_THAN_CACHE", {"cpu": 0})
     path = tmp_path / "cost.json"
     flags = ["--shape", "tiny", "--sizes", "1,3", "--precisions", "w4a8", "--repeats", "1"]
     assert bench.main(["cost", *flags, "--output", str(path)]) == 0
@@ -239,19 +278,18 @@ def test_shares_of_the_copy_bandwidth(tiny_shape, tmp_path, monkeypatch, capsys)
 
 
 def test_a_contestant_that_does_not_run_is_named(tiny_shape, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "LARGER_THAN_CACHE", {"cpu": 0})
-    makers = bench.contestants(64, 128) | {"another": lambda: (None, lambda x, w: x @ w)}
-    monkeypatch.setattr(bench, "contestants", lambda *shape: makers)
-    rows, failed = bench.measure_linear(64, 128, [1, 2], 1, "cpu", 1e9, ["w8a8", "another"])
+    monkeypatch.setattr(linears, "LARGER_THAN_CACHE", {"cpu": 0})
+    makers = linears.contestants(64, 128) | {"another": lambda: (None, lambda x, w: x @ w)}
+    monkeypatch.setattr(linears, "contestants", lambda *shape: makers)
+    rows, failed = linears.measure_linear(64, 128, [1, 2], 1, "cpu", 1e9, ["w8a8", "another"])
     assert set(rows) == {"w8a8"} and failed["another"].startswith("TypeError: ")
-    bench.print_linear("x", {"out": 64, "in": 128, "linears": rows, "failed": failed})
+    linears.print_linear("x", {"out": 64, "in": 128, "linears": rows, "failed": failed})
     assert "another           does not run here: TypeError" in capsys.readouterr().out
 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch) -> list[str]:
-    """What CUDA graphs and events are asked for: every graph takes 8 ms; one whose function says no cannot be
-    recorded."""
+    """The calls of CUDA graphs and events. A graph takes 8 ms, and a function named no cannot be recorded."""
     log, events = [], types.SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 8.0)
 
     @contextlib.contextmanager
@@ -272,7 +310,7 @@ def pretended_gpu(monkeypatch) -> list[str]:
 
 def test_graphs_take_turns_and_are_timed_by_events(pretended_gpu, capsys):
     functions = {name: lambda name=name: pretended_gpu.append(name) for name in ("yes", "no")}
-    seconds = bench.interleave_on_device(functions, 3, "cuda", calls=4)
+    seconds = timing.interleave_on_device(functions, 3, "cuda", calls=4)
     assert seconds == {"yes": 8e-3 / 4, "no": 8e-3 / 4}
     begin = pretended_gpu.index("no")
     assert pretended_gpu[:begin] == ["yes", "yes", "wait", "capture", *4 * ["yes"]]
@@ -285,11 +323,11 @@ def test_graphs_take_turns_and_are_timed_by_events(pretended_gpu, capsys):
 
 
 def test_a_clock_waits_for_the_gpu(pretended_gpu):
-    bench.interleave({"a": lambda: pretended_gpu.append("a")}, 1, device="cuda")
+    timing.interleave({"a": lambda: pretended_gpu.append("a")}, 1, device="cuda")
     assert pretended_gpu == 4 * ["wait", "a", "wait"]
 
 
 def test_reports_for_the_cpu_refuse_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(bench.generate, "check_device", lambda name: None)
+    monkeypatch.setattr(bench, "check_device", lambda name: None)
     assert bench.main(["tree", "--device", "cuda"]) == 2
     assert "--device: tree runs on the CPU" in capsys.readouterr().err

@@ -91,6 +91,39 @@ def test_parts_fail_and_end_by_themselves(tmp_path, capsys):
     assert "FileNotFoundError" in table and "skipped" in table and "timed out in 1 s  begun" in table
 
 
+def test_untimed_parts_run_together_and_timings_alone(tmp_path, capsys):
+    """Each of the first two ends only when it has seen the other begin; a timing finds them both ended."""
+    meet = (
+        "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+        "print(mine.name)"
+    )
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    together = [Part("checks a", ["-c", meet, *paths], 20), Part("exact", ["-c", meet, *paths[::-1]], 20)]
+    other = Part("tests", ["-c", "print('never')"], 20, least=1000)
+    timings = [Part(f"cost {name}", ["-c", "print(1)"], 20) for name in ("a", "b")]
+    parts = [*together, other, *timings]
+    assert gpu_pass.batches(parts) == [[*together, other], timings[:1], timings[1:]]
+    outcomes = run(parts, tmp_path)
+    assert {name: part["status"] for name, part in outcomes.items()} == {
+        "tests": "skipped",
+        **dict.fromkeys(("checks a", "exact", "cost a", "cost b"), "ok"),
+    }
+    assert outcomes["checks a"]["last_lines"] == ["a"] and outcomes["exact"]["last_lines"] == ["b"]
+    assert list(outcomes)[-2:] == ["cost a", "cost b"]
+
+
+def test_rows_of_a_part_that_ran_out_of_time_are_kept(tmp_path, capsys):
+    rows = {"results": {"w4a16 tree": {"texts": 8, "different": 0}}}
+    write = f"import pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text({json.dumps(rows)!r})"
+    slow = Part("exact", ["-c", f"{write}; time.sleep(60)"], 2, "gpu_exact.json")
+    (tmp_path / "gpu_exact.json").write_text('{"results": "of an earlier run"}')
+    outcomes = run([slow, Part("compiled", ["-c", "1 / 0"], 20, "gpu_exact.json")], tmp_path)
+    assert outcomes["exact"]["status"] == "timed out" and outcomes["exact"]["results"] == rows
+    assert outcomes["compiled"]["status"] == "failed" and outcomes["compiled"]["results"] is None
+    assert "exact: 0 of 8 texts differ" in "\n".join(gpu_pass.table(outcomes))
+
+
 def test_folders_of_the_machine_are_not_recorded():
     line = 'File "/home/me/a-b/lib.py", line 3: see https://example.com/a/b or /tmp/x.so, 3/4 of it and a / b'
     short = 'File "lib.py", line 3: see https://example.com/a/b or x.so, 3/4 of it and a / b'
@@ -102,6 +135,12 @@ def test_the_commands_of_all_parts_are_understood():
     assert len({part.name for part in parts}) == len(parts)
     files = [part.file for part in parts if part.file]
     assert len(set(files)) == len(files) and all(name.startswith("gpu_") for name in files)
+    assert [part.name for part in gpu_pass.batches(parts)[0]] == [
+        "tests",
+        "checks llama-3-8b",
+        "checks llama-3-70b",
+        "exact",
+    ]
     reports = set()
     for part in parts:
         script, *flags = part.command

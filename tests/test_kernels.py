@@ -10,12 +10,10 @@ import pytest
 import torch
 from conftest import NEEDS_EQUAL_ROWS, ROOT
 
-import bench
 import kernels
-from gpt_spec import Draft, extend, tree_geometry
-from model import KVCache, ModelConfig
+from benchmarks import shapes
+from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
 from quantize import hadamard
-from runtime import Runtime
 
 FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
 # out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups
@@ -552,7 +550,7 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
     """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a
     chain and spread out over a tree, alone and in a batch of eight."""
     torch.manual_seed(2)
-    model = bench.random_model(config, precision)
+    model = shapes.random_model(config, precision)
     text = torch.randint(config.vocab_size, (1, PAST + 64))
 
     def run(tokens, positions, slots, ancestors, length, keys, values):
@@ -562,7 +560,7 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
 
     device = torch.device("cpu")
     # The same kernels, called from Python: seven graphs for each precision take half the time to compile.
-    forward = Runtime(compile=True, device=device, cpp_wrapper=False).compiled(run)
+    forward = Setup(Sampling(), 1, 0, compile=True, device=device, cpp_wrapper=False).compiled(run)
     start = KVCache.allocate(config, 1, 256, model.norm.weight)
     extend(model, start, text[:, :PAST], torch.tensor([0]))
 

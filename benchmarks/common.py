@@ -1,0 +1,277 @@
+"""common.py: what every report needs: prompts, models with their drafters, and decoding that is timed.
+
+    parts = load_parts("w4a8", SHIPPED)
+    decoders = build_decoders(parts.target.model, {"autoregressive": Drafter()}, held_out_prompts(4), args)
+
+The one idea: `Parts` holds the models of one precision, loaded or made of random weights. A report adds only
+the drafters that it makes of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import quantize
+from benchmarks.timing import on_gpu
+from generate import (
+    HEAD_FLAG,
+    MODELS,
+    SHIPPED_HEAD,
+    SHIPPED_SMALL,
+    SHIPPED_TARGET,
+    SMALL_HEAD,
+    Target,
+    find_checkpoint,
+    load_draft_model,
+    load_head,
+    load_target,
+    load_tokenizer,
+    read_json,
+    read_line,
+)
+from gpt_spec import BadInput, Decoder, Drafter, EagleHead, Sampling, Stats, Transformer, cache_length
+
+HELD_OUT = MODELS / "held_out.jsonl"
+BASE = "autoregressive"  # what all methods are compared with
+
+
+def split(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in split(text)]
+
+
+class Prompt(NamedTuple):
+    tokens: list[int]
+    category: str = ""
+    answer: str = ""  # the right one, if the file has it
+
+
+def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
+    """`count` prompts, evenly spread over the lines of a file: JSON objects with "prompt", "question" (GSM8K)
+    or "turns" (Spec-Bench), gzipped or not. Raises BadInput for a file or a line that is something else."""
+    try:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompt_file: {path} cannot be read: {error}") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise BadInput(f"--prompt_file: {path} has no lines")
+    count, settings = min(count, len(lines)), argparse.Namespace(chat=chat, system=None, checkpoint_path=path)
+    prompts = []
+    for number, line in (lines[i * len(lines) // count] for i in range(count)):
+        try:
+            tokens, entry = read_line(line, settings, tokenizer), json.loads(line)
+        except BadInput as error:
+            raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
+        prompts.append(Prompt(tokens, str(entry.get("category", "")), str(entry.get("answer", ""))))
+    return prompts
+
+
+def held_out_prompts(count: int) -> list[Prompt]:
+    """`count` prompts of held-out modules in the tokens of the shipped models."""
+    return read_prompt_file(HELD_OUT, load_tokenizer(SHIPPED_TARGET), count)
+
+
+def read_prompts(count: int) -> list[list[int]]:
+    """The same, tokens alone."""
+    return [prompt.tokens for prompt in held_out_prompts(count)]
+
+
+def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; the number of
+    the others is printed. A file's prompts go into the chat template of a model that has one."""
+    tokenizer = parts.target.tokenizer
+    chat = bool(args.prompt_file and tokenizer and tokenizer.template)
+    prompts = read_prompt_file(args.prompt_file or HELD_OUT, tokenizer, args.prompts, chat)
+    models = [parts.target.model] + ([parts.small] if parts.small else [])
+    room = min(model.config.max_context for model in models) - args.max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= room]
+    if len(fitting) < len(prompts):
+        print(f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are left out: over {room} tokens")
+    if not fitting:
+        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: no prompt leaves room for so many")
+    return fitting
+
+
+class Paths(NamedTuple):
+    """Checkpoint directories; None where there is none."""
+
+    target: str | Path
+    small: str | Path | None = None
+    head: str | Path | None = None  # of the target
+    small_head: str | Path | None = None
+
+
+SHIPPED = Paths(SHIPPED_TARGET, SHIPPED_SMALL, SHIPPED_HEAD, SMALL_HEAD)
+SHIPPED_ALONE = Paths(SHIPPED_SMALL, head=SMALL_HEAD)
+
+
+@dataclass
+class Parts:
+    """What methods are made of, in one precision; None where there is none."""
+
+    target: Target
+    small: Transformer | None = None
+    head: Callable[[Transformer], EagleHead] | None = None  # makes one for the target or its twin
+    small_head: Callable[[Transformer], EagleHead] | None = None
+
+
+def chosen_paths(args: argparse.Namespace) -> Paths:
+    """Those of the flags, or the shipped ones. A head belongs to the model with its hidden size."""
+    if args.checkpoint_path is None:
+        return SHIPPED
+    paths = Paths(args.checkpoint_path, args.draft_checkpoint_path, args.eagle_checkpoint_path)
+    if paths.small and paths.head:
+        named = zip(paths, ("--checkpoint_path", "--draft_checkpoint_path", HEAD_FLAG))
+        target, small, head = (
+            read_json(find_checkpoint(str(path), flag) / "config.json") for path, flag in named
+        )
+        width = head.get("target_hidden_size", head.get("hidden_size"))
+        if width == small.get("hidden_size") != target.get("hidden_size"):
+            return Paths(paths.target, paths.small, small_head=paths.head)
+    return paths
+
+
+def load_parts(precision: str, paths: Paths, device: str = "cpu") -> Parts:
+    flags = {"precision": precision, "draft_precision": None, "device": device, "ignore_eos": False}
+    args = argparse.Namespace(checkpoint_path=paths.target, **flags)
+    target = load_target(args)
+    small = load_draft_model(str(paths.small), args, target) if paths.small else None
+    heads = (partial(load_head, path) if path else None for path in (paths.head, paths.small_head))
+    return Parts(target, small, *heads)
+
+
+def shipped(precision: str) -> tuple[Transformer, Transformer]:
+    """The shipped target and the shipped small model."""
+    parts = load_parts(precision, SHIPPED)
+    return parts.target.model, parts.small
+
+
+@contextmanager
+def quantized_target(flags: list[str]) -> Iterator[str]:
+    """A temporary directory with the shipped target, quantized by quantize.py with these flags."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = f"{scratch}/quantized"
+        quantize.run(
+            quantize.build_parser().parse_args(
+                ["--checkpoint_path", str(SHIPPED_TARGET), "--output", output, *flags]
+            )
+        )
+        yield output
+
+
+def recording_only() -> AbstractContextManager:
+    """CUDA graphs are recorded, and nothing is compiled: from here on, or until the end of a `with`.
+
+    On a GPU, `compile` stands for CUDA graphs as well. Without them the host is slower than the device.
+    """
+    return torch.compiler.set_stance("force_eager")
+
+
+def compiles(args: argparse.Namespace) -> bool:
+    """The `compile` argument of a report's decoders.
+
+    A --shape takes minutes to compile, and its steps take tens of milliseconds on a CPU. They run uncompiled
+    there, and on a GPU they are only recorded.
+    """
+    if args.shape and on_gpu(args.device):
+        recording_only()
+        return not args.uncompiled
+    return not (args.shape or args.uncompiled)
+
+
+def in_each_precision(measure: Callable[[str], dict], args: argparse.Namespace) -> dict[str, dict]:
+    """What `measure` returns, for each of --precisions.
+
+    All models of a precision must be local to `measure`. Decoders and drafters refer to each other, so they
+    are collected here, before the models of the next precision are made: both together may not fit a GPU.
+    """
+    results = {}
+    for precision in split(args.precisions):
+        results[precision] = measure(precision)
+        gc.collect()
+        if on_gpu(args.device):
+            torch.cuda.empty_cache()
+    return results
+
+
+def build_decoders(
+    target: Transformer,
+    drafters: dict[str, Drafter],
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    batch_size: int = 1,
+) -> dict[str, Decoder]:
+    """A warm decoder for every drafter, with room for the longest prompt."""
+    longest = max(len(prompt.tokens) for prompt in prompts) + args.max_new_tokens
+    settings = (cache_length(target.config, longest), batch_size, not args.uncompiled)
+    sampling = Sampling(args.temperature, top_p=args.top_p)
+    decoders = {name: Decoder(target, drafter, sampling, *settings) for name, drafter in drafters.items()}
+    for decoder in decoders.values():
+        decoder.warm_up()
+    return decoders
+
+
+def freeze(decoder: Decoder) -> Decoder:
+    """Put 200 tokens into its caches. From then on each repetition of a step does the same work."""
+    vocabulary = decoder.model.config.vocab_size
+    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], seed=0)
+    decoder.state.active.fill_(False)
+    return decoder
+
+
+def decode_all(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    tokens: int,
+    stats: Stats | None = None,
+    stop_ids: Iterable[int] = (),
+) -> list[list[int]]:
+    """The new tokens of each prompt."""
+    texts = [[] for _ in prompts]
+    for emissions in decoder.run(prompts, tokens, stop_ids, stats=stats):
+        for emission in emissions:
+            texts[emission.prompt_index] += emission.tokens
+    return texts
+
+
+class Run(NamedTuple):
+    """What decoding some prompts came to."""
+
+    texts: list[list[int]]
+    tokens: int  # without the first one of each text, which prefill yields
+    steps: int  # of the target, counted for each text
+    seconds: float  # of decoding
+    prefill_seconds: float  # of target and drafter
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def timed(
+    decoder: Decoder, prompts: list[list[int]], tokens: int, total: Stats, stop_ids: Iterable[int] = ()
+) -> Run:
+    """Decode some prompts, and count it in `total`, too."""
+    before = replace(total)
+    texts = decode_all(decoder, prompts, tokens, total, stop_ids)
+    names = ("new_tokens", "target_forwards", "decode_seconds", "prefill_seconds")
+    new, steps, *seconds = (getattr(total, name) - getattr(before, name) for name in names)
+    return Run(texts, new - len(prompts), steps, *seconds)

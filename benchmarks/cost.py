@@ -1,0 +1,112 @@
+"""cost.py: T(n), the time of one forward over n tokens, and the time of the units that drafts are made of.
+
+    python bench.py cost
+    python bench.py cost --shape llama-3-8b --device cuda
+
+The one idea: these costs do not depend on what is drafted, so they are measured on frozen decoders, which
+repeat the same step, and without any text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.common import Parts, chosen_paths, compiles, freeze, in_each_precision, load_parts, numbers
+from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
+from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
+from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, Transformer, TreeDrafter
+from quantize import lower_precisions, share_weights
+
+
+def report_cost(args: argparse.Namespace) -> dict:
+    """T(n) of the shipped target, or of --checkpoint_path, and what drafts are made of: see `measure_cost`.
+
+    With --shape, all weights are random: the target, the next smaller shape as small model, and a head. They
+    are not compiled: see `compiles`.
+
+    `memory` and `share_of_copy` give how fast a step reads the target's weights: see bench.py.
+    """
+    return in_each_precision(partial(cost_in, args, copy_bandwidth(args.device)), args)
+
+
+def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[str, dict]:
+    """The costs in one precision, printed as well."""
+    if args.shape:
+        parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
+    else:
+        parts = load_parts(precision, chosen_paths(args), args.device)
+    # Calls in bursts bring what fits into the cache there first. The weights of a shape never fit.
+    effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
+    costs = measure_cost(parts, numbers(args.sizes), *effort)
+    nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
+    costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
+    for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
+        costs |= {shares: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
+    print_cost(precision, costs)
+    return costs
+
+
+def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile: bool) -> dict[str, dict]:
+    """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name.
+    All take turns, with 200 tokens in the caches.
+
+    A token of the small model is a third of a draft of 3. A level of the head is the difference between trees
+    of depth 6 and 2, divided by the 4 levels between them.
+    """
+    target = parts.target.model
+
+    def decoder(drafter: Drafter | None = None, model: Transformer = target) -> Decoder:
+        return freeze(Decoder(model, drafter, max_length=512, compile=compile))
+
+    device = target.norm.weight.device
+    tokens = [torch.randint(3, target.config.vocab_size, (1, n), device=device) for n in sizes]
+    drafts = [Draft.chain(some) for some in tokens]
+    plain, drafters = decoder(), {}
+    functions: dict[Any, Callable] = {n: partial(plain.commit, draft) for n, draft in zip(sizes, drafts)}
+    for lower in lower_precisions(parts.target.precision):
+        twin = decoder(model=share_weights(target, lower))
+        functions[f"a token in {lower}"] = partial(twin.commit, Draft.chain(drafts[0].tokens[:, :1]))
+    if parts.small:
+        drafters["a token of the small model"] = SequentialDrafter(parts.small, 3)
+    if parts.head:
+        head = parts.head(target)
+        drafters |= {"shallow": TreeDrafter(head, 8, 2), "deep": TreeDrafter(head, 8, 6)}
+    for name, drafter in drafters.items():
+        functions[name] = partial(drafter.propose, decoder(drafter).state)
+    with torch.no_grad():
+        seconds = interleave(functions, turns, burst, device)
+    drafting = {name: value for name, value in seconds.items() if str(name).startswith("a token in")}
+    if parts.small:
+        drafting["a token of the small model"] = seconds["a token of the small model"] / 3
+    if parts.head:
+        drafting["a level of the EAGLE head"] = (seconds["deep"] - seconds["shallow"]) / 4
+    costs = {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
+    return costs | ({"on_device": measure_graphs(plain, drafts, turns)} if on_gpu(device) else {})
+
+
+@torch.no_grad()
+def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[str, float]:
+    """T(n) without the host's share: seconds of a CUDA graph of all work that `commit` gives the GPU."""
+    functions = {str(draft.tokens.shape[1]): partial(decoder.keep, draft) for draft in drafts}
+    return interleave_on_device(functions, turns, decoder.setup.device)
+
+
+def print_cost(precision: str, cost: dict[str, dict]) -> None:
+    first, memory = cost["verification"]["1"], cost["memory"]
+    rows = {"T(n) / T(1)": {n: seconds / first for n, seconds in cost["verification"].items()}}
+    rows["of copying"] = cost["share_of_copy"]
+    if "on_device" in cost:
+        rows["device, T(1)"] = {n: seconds / first for n, seconds in cost["on_device"].items()}
+        rows["of copying"] = cost["share_of_copy_on_device"]
+    weights, copying = f"{memory['weight_bytes'] / 1e6:.0f} MB", f"{memory['copy_bandwidth'] / 1e9:.1f} GB/s"
+    print(f"{precision:6} T(1) is {first * 1e3:.3f} ms, weights {weights}, copying {copying}")
+    print(f"    {'n':12}" + "".join(f"{n:>7}" for n in cost["verification"]))
+    for name, values in rows.items():
+        print(f"    {name:12}" + "".join(f"{value:7.2f}" for value in values.values()))
+    for name, seconds in cost["drafting"].items():
+        print(f"    {name:28} {seconds * 1e3:9.3f} ms   {seconds / first:6.2f} T(1)", flush=True)

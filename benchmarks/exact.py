@@ -1,0 +1,103 @@
+"""exact.py: is every text the one that autoregressive decoding yields?
+
+    python bench.py exact
+    python bench.py exact --uncompiled --precisions w4a16 --output exact.json
+
+The one idea: speculation must not change a single token, so texts are compared as they are, in every method,
+precision and temperature, and the right number of differences is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from benchmarks.common import SHIPPED, decode_all, load_parts, read_prompts, recording_only, split
+from benchmarks.timing import on_gpu
+from gpt_spec import (
+    Decoder,
+    Drafter,
+    HierarchicalDrafter,
+    LookupDrafter,
+    Sampling,
+    SequentialDrafter,
+    Transformer,
+    TreeDrafter,
+)
+from quantize import lower_precisions, share_weights
+
+
+def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
+    """Texts that differ from the autoregressive one, by method, precision and temperature: none should.
+
+    Compiled ones are compared with compiled ones. Batches of methods other than qspec, and hierarchies, run
+    uncompiled, to save hours of compilation; --uncompiled leaves out the others, and --compiled these. On a
+    GPU, uncompiled methods are recorded as CUDA graphs, except for the one that they are compared with.
+
+    `save` is given all rows so far after each new one, so that a time limit does not lose them.
+    """
+    rows, prompts = {}, read_prompts(args.prompts)
+    for precision in split(args.precisions):
+        target, compiled, uncompiled = exact_contestants(precision, args.device)
+        for temperature in (0.0, 1.0):
+            kinds = {True: {} if args.uncompiled else compiled, False: {} if args.compiled else uncompiled}
+            for compile, entries in kinds.items():
+                expected = None
+                for name, entry in entries.items():
+                    records = not compile and expected is not None and on_gpu(args.device)
+                    settings = (Sampling(temperature), compile, records, args.max_new_tokens)
+                    texts = decode_entry(target, entry, prompts, *settings)
+                    expected = expected or texts
+                    different = sum(ours != base for ours, base in zip(texts, expected))
+                    how = "compiled" if compile else "recorded" if records else "uncompiled"
+                    name = f"{precision} T={temperature} {name}, {how}"
+                    rows[name] = {"texts": len(texts), "different": different}
+                    print(f"{name:60} {different} of {len(texts)} differ", flush=True)
+                    save(rows)
+    total = sum(row["texts"] for row in rows.values()), sum(row["different"] for row in rows.values())
+    print("{} texts, of which {} differ".format(*total))
+    return rows
+
+
+def decode_entry(
+    target: Transformer,
+    entry: tuple[Drafter, int],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    compile: bool,
+    records: bool,
+    tokens: int,
+) -> list[list[int]]:
+    """The texts of one drafter and batch size; `records`: with CUDA graphs, but nothing compiled."""
+    drafter, batch_size = entry
+    with recording_only() if records else nullcontext():
+        decoder = Decoder(target, drafter, sampling, 1024, batch_size, compile or records)
+        decoder.warm_up()
+        return decode_all(decoder, prompts, tokens)
+
+
+def exact_contestants(precision: str, device: str = "cpu") -> tuple[Transformer, dict, dict]:
+    """The shipped target, and drafters with batch sizes by name, to run compiled and uncompiled. The first of
+    each kind is the one that the others are compared with."""
+    parts = load_parts(precision, SHIPPED, device)
+    target, small = parts.target.model, parts.small
+    inner = TreeDrafter(parts.small_head(small))
+    flat = {
+        "autoregressive": Drafter(),
+        "lookup": LookupDrafter(4),
+        "sequential": SequentialDrafter(small, 4),
+        "tree": TreeDrafter(parts.head(target)),
+    }
+    qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
+    for lower in lower_precisions(precision):
+        twin = share_weights(target, lower)
+        own = TreeDrafter(parts.head(twin))
+        qspecs[f"qspec {lower}"] = SequentialDrafter(twin, 3, shares_cache=True)
+        more[f"hierarchical, {lower} self"] = HierarchicalDrafter(twin, own, shares_cache=True)
+    one, eight = ", batch of 1", ", batch of 8"
+    compiled = {name + one: (drafter, 1) for name, drafter in (flat | qspecs).items()}
+    compiled |= {name + eight: (drafter, 8) for name, drafter in qspecs.items()}
+    uncompiled = {"autoregressive" + one: (Drafter(), 1)}
+    uncompiled |= {name + eight: (drafter, 8) for name, drafter in (flat | qspecs | more).items()}
+    return target, compiled, uncompiled

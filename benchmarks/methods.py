@@ -1,0 +1,224 @@
+"""methods.py: every method, and `auto` against each of them.
+
+    python bench.py methods
+    python bench.py auto --batch_sizes 1,8
+
+The one idea: all drafters are made of the same `Parts`, so the methods differ in nothing but how they draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.common import (
+    BASE,
+    SHIPPED,
+    SHIPPED_ALONE,
+    Parts,
+    Paths,
+    build_decoders,
+    chosen_paths,
+    fitting_prompts,
+    in_each_precision,
+    load_parts,
+    numbers,
+    split,
+    timed,
+)
+from benchmarks.compare import compare, count_different
+from benchmarks.timing import quartiles, rotate_names
+from generate import find_checkpoint, load_model, open_checkpoint
+from gpt_spec import (
+    AutoDrafter,
+    BadInput,
+    Drafter,
+    HierarchicalDrafter,
+    LookupDrafter,
+    SequentialDrafter,
+    Stats,
+    TreeDrafter,
+)
+from quantize import lower_precisions, share_weights
+
+REFERENCE = "autoregressive in bf16"  # rows of other precisions are compared with it, too
+
+
+class FixedTree(TreeDrafter):
+    """The n best nodes of the trees that `auto` grows, so that both run the same compiled graphs."""
+
+    def __init__(self, head, n: int, *shape: int):
+        super().__init__(head, None, *shape)
+        self.n, self.needs_costs = n, False
+
+    def draft_sizes(self) -> list[int]:
+        return [self.n]
+
+    def choose(self, mean: Tensor) -> int:
+        return self.n
+
+
+def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
+    """All drafters that these parts allow, by name."""
+    target, shape = parts.target.model, (args.tree_depth, args.tree_topk)
+    drafters = {"autoregressive": Drafter(), "lookup K=3": LookupDrafter(3), "lookup K=7": LookupDrafter(7)}
+    if parts.small:
+        drafters["sequential K=3"] = SequentialDrafter(parts.small, 3)
+    if parts.head:
+        head = parts.head(target)
+        largest = min(60, 1 + args.tree_topk + (args.tree_depth - 1) * args.tree_topk**2)
+        drafters[f"tree of {largest}"] = TreeDrafter(head, largest, *shape)
+        drafters["tree"] = TreeDrafter(head, None, *shape)
+    if parts.small and parts.small_head:
+        inner = TreeDrafter(parts.small_head(parts.small), args.tree_size, *shape)
+        drafters["hierarchical"] = HierarchicalDrafter(parts.small, inner, args.min_draft_length)
+    for i, lower in enumerate(lower_precisions(parts.target.precision)):
+        twin = share_weights(target, lower)
+        if parts.head and i == 0:
+            own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
+            middle = HierarchicalDrafter(twin, own, args.min_draft_length, shares_cache=True)
+            drafters["hierarchical, own middle"] = middle
+        drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
+    return drafters | {"auto": auto_drafter(parts, args)}
+
+
+def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
+    """Of all drafters without a decoder inside. Each chooses its own lengths and sizes."""
+    target, drafters = parts.target.model, {"lookup": LookupDrafter(None)}
+    if parts.small:
+        drafters["sequential"] = SequentialDrafter(parts.small, None)
+    if parts.head:
+        drafters["tree"] = TreeDrafter(parts.head(target), None, args.tree_depth, args.tree_topk)
+    for lower in lower_precisions(parts.target.precision)[:1]:
+        twin = share_weights(target, lower)
+        drafters["qspec"] = SequentialDrafter(twin, None, shares_cache=True)
+    return AutoDrafter(drafters)
+
+
+def report_methods(args: argparse.Namespace) -> dict:
+    """Every method in every precision on the same prompts, and next to them `autoregressive` of the bf16
+    target: see `compare`. Texts of --prompt_file end where the model ends them, others at the budget."""
+    return in_each_precision(partial(methods_in, args, chosen_paths(args)), args)
+
+
+def methods_in(args: argparse.Namespace, paths: Paths, precision: str) -> dict[str, dict]:
+    """Every method in one precision."""
+    parts = load_parts(precision, paths, args.device)
+    prompts = fitting_prompts(parts, args)
+    print(f"{precision}, {len(prompts)} prompts", flush=True)
+    decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
+    over = BASE if precision == "bf16" else None
+    if over is None and not is_quantized(paths.target):
+        reference, over = load_model(paths.target, "bf16", args.device), REFERENCE
+        decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
+    stop_ids = parts.target.stop_ids if args.prompt_file else ()
+    return compare(decoders, prompts, args, stop_ids, over)
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Does the checkpoint hold 4-bit or 8-bit weights, so that there is no bf16 model to compare with?"""
+    return open_checkpoint(find_checkpoint(str(path))).quantization is not None
+
+
+def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
+    """`auto`, and its rivals: every method but hierarchies, which take minutes to compile and lose here (see
+    `methods`), and trees of 8, the size that is best most of the time."""
+    drafters = every_method(parts, args)
+    if parts.head:
+        shape = (args.tree_depth, args.tree_topk)
+        drafters["tree of 8"] = FixedTree(parts.head(parts.target.model), 8, *shape)
+    return {name: d for name, d in drafters.items() if not isinstance(d, HierarchicalDrafter)}
+
+
+def report_auto(args: argparse.Namespace) -> dict:
+    """`auto` against every fixed method that fits, for both shipped targets, every precision and batch size:
+    see `measure_auto`."""
+    targets, results = {"python-7m": SHIPPED, "python-1m": SHIPPED_ALONE}, {}
+    if args.checkpoint_path:
+        targets = {Path(args.checkpoint_path).name: chosen_paths(args)}
+    for name, paths in targets.items():
+        for precision in split(args.precisions):
+            for batch_size in numbers(args.batch_sizes):
+                key = f"{name} {precision} batch {batch_size}"
+                results[key] = measure_auto(load_parts(precision, paths, args.device), batch_size, args)
+                print_auto(key, results[key])
+    return results
+
+
+def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """--repeats turns over the prompts.
+
+    Within a turn the decoders alternate after every prompt, or, with a batch, after three batches of prompts,
+    so that rows are refilled twice. A turn's speed is that of all its texts together, without prefill.
+    Speedups are the turns' ratios to `autoregressive` (quartiles).
+    """
+    prompts = fitting_prompts(parts, args)
+    prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
+    decoders = build_decoders(parts.target.model, flat_methods(parts, args), prompts, args, batch_size)
+    stats, different = {name: Stats() for name in decoders}, dict.fromkeys(decoders, 0)
+    some = 1 if batch_size == 1 else 3 * batch_size
+    speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), some)
+    stop_ids = parts.target.stop_ids if args.prompt_file else ()
+    for turn in range(args.repeats):
+        runs = {name: [] for name in decoders}
+        for i, begin in enumerate(begins):
+            tokens = [prompt.tokens for prompt in prompts[begin : begin + some]]
+            for name in rotate_names(list(decoders), turn + i):
+                runs[name].append(timed(decoders[name], tokens, args.max_new_tokens, stats[name], stop_ids))
+        if not all(run.tokens for mine in runs.values() for run in mine):
+            raise BadInput("--prompt_file: prompts that are answered with one token cannot be timed")
+        for name, mine in runs.items():
+            speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
+            different[name] += count_different(mine, runs[BASE])
+    methods = {
+        name: {
+            "speedup": quartiles([a / b for a, b in zip(speeds[name], speeds[BASE])]),
+            "against_auto": quartiles([a / b for a, b in zip(speeds["auto"], speeds[name])]),
+            "tokens_per_second": median(speeds[name]),
+            "tokens_per_step": stats[name].tokens_per_step,
+            "different_texts": different[name],
+        }
+        for name in decoders
+    }
+    fixed, plain = (
+        verdict(methods[name], share) for name, share in ((best_fixed(methods), 0.95), (BASE, 0.97))
+    )
+    verdicts = {"against_best_fixed": fixed, "against_autoregressive": plain}
+    return verdicts | {"methods": methods, "chosen": stats["auto"].drafter_histogram}
+
+
+def verdict(row: dict[str, Any], least: float) -> dict[str, float | bool]:
+    """Does `auto` reach at least this share of a method's speed? Where the turns spread by more than the rest
+    (interquartile range over median), the spread is allowed instead."""
+    low, middle, high = row["against_auto"]
+    spread = (high - low) / middle
+    return {"ratio": middle, "spread": spread, "within": middle >= min(least, 1 - spread)}
+
+
+def best_fixed(methods: dict[str, dict]) -> str:
+    """The fixed method with the best median, which is known only in hindsight."""
+    return max((name for name in methods if name != "auto"), key=lambda name: methods[name]["speedup"][1])
+
+
+def print_auto(key: str, result: dict[str, Any]) -> None:
+    methods, total = result["methods"], sum(result["chosen"].values())
+    print(
+        f"{key}\n{'':20}tokens/s     tau  speedup (quartiles)    auto / this (quartiles)  texts that differ"
+    )
+    for name, row in methods.items():
+        ratios = [f"{b:.2f} ({a:.2f} to {c:.2f})" for a, b, c in (row["speedup"], row["against_auto"])]
+        print(
+            f"{name:18}{row['tokens_per_second']:10.0f}{row['tokens_per_step']:8.2f}  {ratios[0]:23}"
+            f"{ratios[1]:25}{row['different_texts']}"
+        )
+    shares = ", ".join(f"{name} {count / total:.0%}" for name, count in result["chosen"].items())
+    for key, name in (("against_best_fixed", best_fixed(methods)), ("against_autoregressive", BASE)):
+        row = result[key]
+        print(f"auto is {row['ratio']:.2f} of {name} (spread {row['spread']:.2f}): ", end="")
+        print("within the tolerance" if row["within"] else "NOT within the tolerance")
+    print(f"it chose {shares}\n", flush=True)

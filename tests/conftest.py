@@ -22,8 +22,8 @@ if not torch.cuda.is_available():  # Triton looks once, when it is imported: ker
 
 import kernels  # noqa: E402
 import quantize  # noqa: E402
-from generate import load_tokenizer  # noqa: E402
 from gpt_spec import BadInput, EagleHead, ModelConfig, Sampling, Transformer, generate  # noqa: E402
+from text import load_tokenizer  # noqa: E402
 
 NEEDS_EQUAL_ROWS = pytest.mark.skipif(
     kernels.PATH == "reference", reason="the reference is not row-invariant"

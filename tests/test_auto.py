@@ -39,7 +39,7 @@ from gpt_spec import (
     TextIndex,
     TreeDrafter,
 )
-from quantize import share_weights
+from packing import share_weights
 
 PROMPTS = random_prompts([5, 1, 17, 9, 30])
 

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
-from generate import SHIPPED_TARGET, load_tokenizer
+from checkpoints import SHIPPED_TARGET
 from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
+from text import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -24,7 +24,7 @@ from conftest import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generate import load_head, load_model
+from checkpoints import load_head, load_model
 from gpt_spec import (
     ALL,
     AutoDrafter,
@@ -49,7 +49,7 @@ from gpt_spec import (
     generate,
     tree_geometry,
 )
-from quantize import PRECISIONS, share_weights
+from packing import PRECISIONS, share_weights
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 WARM = Sampling(temperature=0.7, top_p=0.95, seed=8)

@@ -18,7 +18,7 @@ from conftest import (
 )
 from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
-from generate import load_head, load_model
+from checkpoints import load_head, load_model
 from gpt_spec import (
     BadInput,
     Decoder,
@@ -32,7 +32,7 @@ from gpt_spec import (
     extend,
     pick,
 )
-from quantize import share_weights
+from packing import share_weights
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 

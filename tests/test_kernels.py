@@ -13,7 +13,7 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT
 import bench
 import kernels
 from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
-from quantize import hadamard
+from rotation import hadamard
 
 FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
 # out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model, random_prompts
 
-from generate import load_model
+from checkpoints import load_model
 from gpt_spec import BadInput, ModelConfig, Transformer, cache_length, generate, rope_frequencies
 
 SIZES = {

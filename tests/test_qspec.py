@@ -17,7 +17,7 @@ from conftest import (
 )
 from test_decoding import qspec
 
-from generate import load_model, weight_bytes
+from checkpoints import load_model, weight_bytes
 from gpt_spec import (
     BadInput,
     Decoder,
@@ -29,7 +29,7 @@ from gpt_spec import (
     Stats,
     prefill,
 )
-from quantize import share_weights
+from packing import share_weights
 
 
 @pytest.fixture(scope="module")

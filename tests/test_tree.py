@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT, guessing_head, random_model, random_prompts
 from safetensors.torch import save_file
 
-from generate import load_head
+from checkpoints import load_head
 from gpt_spec import (
     BadInput,
     Decoder,

@@ -89,6 +89,7 @@ def tree_size(text: str) -> int | str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of generate.py."""
     p = OneLineParser(
         prog="generate.py",
         description="Decode text with a Llama-family model and speculative decoding.",
@@ -397,6 +398,7 @@ class Output:
     error: str | None = None
 
     def add(self, emission: Emission) -> None:
+        """Append the tokens of a step."""
         self.token_ids += emission.tokens
         self.steps += emission.draft is not None
         self.drafted += [i < emission.accepted for i in range(len(emission.tokens))]
@@ -404,6 +406,7 @@ class Output:
             self.finish(emission.finish_reason)
 
     def finish(self, reason: str) -> None:
+        """End the output, for `reason`."""
         self.finish_reason = reason
         self.stream.finish()
 
@@ -412,6 +415,7 @@ class Output:
         return (len(self.token_ids) - 1) / self.steps if self.steps else None
 
     def as_json(self) -> dict[str, Any]:
+        """What --json prints as one of `outputs`."""
         has_text = self.stream.tokenizer is not None and self.finish_reason != "error"
         return {
             "prompt_ids": self.prompt_ids,
@@ -501,6 +505,7 @@ class Screen:
 
     @classmethod
     def legend(cls) -> str:
+        """What the colours mean."""
         return f"{cls.DRAFTED}proposed by the drafter{cls.PLAIN}, {cls.OWN}the target's own{cls.PLAIN}"
 
     def update(self) -> None:
@@ -669,6 +674,7 @@ LEVEL_FIELDS = [
 def stats_json(
     stats: Stats, models: list[torch.nn.Module], device: str, method: str, outputs: list[Output]
 ) -> dict[str, Any]:
+    """What --json prints as `stats`."""
     memory = {"peak_memory_bytes": peak_memory(device), "weight_bytes": weight_bytes(models)}
     names = STATS_FIELDS + (TREE_FIELDS if method == "tree" else [])
     more = {"levels": levels_json(stats)} if stats.inside else {}
@@ -867,6 +873,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line -> exit status."""
     try:
         return run(build_parser().parse_args(argv))
     except BadInput as error:

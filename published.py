@@ -27,6 +27,8 @@ READABLE = "AutoAWQ gemm, GPTQ and compressed-tensors pack-quantized, of 4 bits,
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds column 0, 1, ... of eight
 IN_ORDER = tuple(range(8))
 
+Forms = dict[str, list[tuple[str, tuple[int, ...]]]]  # (kind, shape) that a tensor may have, by suffix
+
 
 def nibbles(words: Tensor, order: tuple[int, ...] = IN_ORDER) -> Tensor:
     """int32 [..., n] -> uint8 [..., 8 n]: number j of a word is its nibble order[j], from the lowest bits."""
@@ -38,9 +40,9 @@ def nibbles(words: Tensor, order: tuple[int, ...] = IN_ORDER) -> Tensor:
 
 @dataclass
 class Layout:
-    """How one kind of published checkpoint stores a 4-bit linear; a subclass for each.
+    """How one kind of published checkpoint stores a 4-bit linear. Each kind is a subclass.
 
-    w = (q - zero) * scale in all of them; they differ in the names, the shapes and the order of nibbles.
+    All of them say w = (q - zero) * scale. They differ in names, shapes and the order of nibbles.
     """
 
     group: int  # inputs that share a scale; -1: a whole row
@@ -51,8 +53,8 @@ class Layout:
     integers, scales, zeros, index = "qweight", "scales", "qzeros", "g_idx"  # suffixes of the tensors
     optional = ("g_idx",)
 
-    def forms(self, out: int, inputs: int, groups: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-        """(kind, shape) that a tensor may have, by suffix."""
+    def forms(self, out: int, inputs: int, groups: int) -> Forms:
+        """What the tensors of a linear may look like."""
         raise NotImplementedError
 
     def read_integers(self, stored: Tensor) -> Tensor:
@@ -64,31 +66,31 @@ class Layout:
         return stored.T
 
     def read_zeros(self, stored: Tensor, out: int) -> Tensor:
-        """-> uint8 [out, groups], as they are stored"""
+        """-> uint8 [out, groups], before `zero_offset` is added"""
         return nibbles(stored).T
 
 
 class AwqLayout(Layout):
     name = "AutoAWQ gemm"
 
-    def forms(self, out, inputs, groups):
+    def forms(self, out: int, inputs: int, groups: int) -> Forms:
         return {
             "qweight": [("I32", (inputs, out // 8))],
             "qzeros": [("I32", (groups, out // 8))],
             "scales": [(kind, (groups, out)) for kind in FLOAT_TYPES],
         }
 
-    def read_integers(self, stored):
+    def read_integers(self, stored: Tensor) -> Tensor:
         return nibbles(stored, AWQ_ORDER).T
 
-    def read_zeros(self, stored, out):
+    def read_zeros(self, stored: Tensor, out: int) -> Tensor:
         return nibbles(stored, AWQ_ORDER).T
 
 
 class GptqLayout(Layout):
     name = "GPTQ"
 
-    def forms(self, out, inputs, groups):
+    def forms(self, out: int, inputs: int, groups: int) -> Forms:
         return {
             "qweight": [("I32", (inputs // 8, out))],
             "qzeros": [("I32", (groups, out // 8))],
@@ -96,7 +98,7 @@ class GptqLayout(Layout):
             "g_idx": [("I32", (inputs,))],
         }
 
-    def read_integers(self, stored):
+    def read_integers(self, stored: Tensor) -> Tensor:
         return nibbles(stored.T)
 
 
@@ -105,7 +107,7 @@ class CompressedLayout(Layout):
     integers, scales, zeros, index = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     optional = ("weight_zero_point", "weight_g_idx", "weight_shape")
 
-    def forms(self, out, inputs, groups):
+    def forms(self, out: int, inputs: int, groups: int) -> Forms:
         return {
             "weight_packed": [("I32", (out, inputs // 8))],
             "weight_scale": [(kind, (out, groups)) for kind in FLOAT_TYPES],
@@ -114,13 +116,13 @@ class CompressedLayout(Layout):
             "weight_shape": [("I64", (2,)), ("I32", (2,))],
         }
 
-    def read_integers(self, stored):
+    def read_integers(self, stored: Tensor) -> Tensor:
         return nibbles(stored)
 
-    def read_scales(self, stored):
+    def read_scales(self, stored: Tensor) -> Tensor:
         return stored
 
-    def read_zeros(self, stored, out):
+    def read_zeros(self, stored: Tensor, out: int) -> Tensor:
         if stored.dtype == torch.int8:  # of older files: signed, and not packed
             return (stored + 8).to(torch.uint8)
         return nibbles(stored.T)[:, :out].T
@@ -132,7 +134,7 @@ class CompressedLayout(Layout):
 
 
 def find_layout(raw: dict[str, Any], where: str) -> Layout:
-    """The layout that a `quantization_config` describes. Raises BadInput for those we do not read."""
+    """The layout that a `quantization_config` describes. Raises BadInput for layouts that cannot be read."""
     method = raw.get("quant_method")
     readers = {"awq": awq_layout, "gptq": gptq_layout, "compressed-tensors": compressed_layout}
     if not isinstance(method, str) or method not in readers:
@@ -151,10 +153,12 @@ def find_layout(raw: dict[str, Any], where: str) -> Layout:
 
 
 def refuse(where: str, what: str) -> NoReturn:
+    """Raise BadInput for a format that this file does not read."""
     raise BadInput(f"{where}: {what} is not supported; {READABLE}")
 
 
 def awq_layout(raw: dict[str, Any], where: str) -> Layout:
+    """`find_layout` for AutoAWQ."""
     bits = raw.get("bits", raw.get("w_bit"))
     if bits != 4:
         refuse(where, f"AutoAWQ of {bits} bits")
@@ -165,6 +169,7 @@ def awq_layout(raw: dict[str, Any], where: str) -> Layout:
 
 
 def gptq_layout(raw: dict[str, Any], where: str) -> Layout:
+    """`find_layout` for GPTQ, as AutoGPTQ and GPTQModel write it."""
     form = "marlin" if raw.get("is_marlin_format") else raw.get("checkpoint_format") or "gptq"
     if raw.get("bits") != 4:
         refuse(where, f"GPTQ of {raw.get('bits')} bits")
@@ -180,6 +185,7 @@ def gptq_layout(raw: dict[str, Any], where: str) -> Layout:
 
 
 def compressed_layout(raw: dict[str, Any], where: str) -> Layout:
+    """`find_layout` for compressed-tensors. All groups of modules must have one group size."""
     groups = [group for group in raw["config_groups"].values() if group.get("weights")]
     if not groups:
         refuse(where, "compressed-tensors without quantized weights")
@@ -202,7 +208,7 @@ def compressed_layout(raw: dict[str, Any], where: str) -> Layout:
 
 
 def wanted_activations(groups: list[dict[str, Any]], where: str) -> int:
-    """What compressed-tensors says of activations: 8 for int8 tokens; a line for what we do not have."""
+    """The bits of activations: 8 for int8 tokens, else 16. A line is printed for what is not implemented."""
     wanted = [group.get("input_activations") for group in groups]
     ours = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
     if all(a and all(a.get(key) == value for key, value in ours.items()) for a in wanted):
@@ -219,7 +225,7 @@ def wanted_activations(groups: list[dict[str, Any]], where: str) -> int:
 
 @dataclass
 class PublishedLinear:
-    """One 4-bit linear of a published checkpoint. Raises BadInput, naming file and tensor."""
+    """One 4-bit linear of a published checkpoint. Methods raise BadInput, naming file and tensor."""
 
     layout: Layout
     module: str
@@ -232,7 +238,7 @@ class PublishedLinear:
         return self.tensors[f"{self.module}.{suffix}"].read()
 
     def wrong(self, suffix: str, what: str) -> BadInput:
-        """Of a tensor that is there."""
+        """The error about a tensor that is there."""
         name = f"{self.module}.{suffix}"
         return BadInput(f"{self.tensors[name].where}: {name} {what}")
 
@@ -241,7 +247,7 @@ class PublishedLinear:
         return f"{self.module}.{self.layout.zeros}" in self.tensors
 
     def check(self) -> None:
-        """Is everything there, in a form that it may have?"""
+        """Raise BadInput if a tensor is missing, or has a form that its layout does not have."""
         name, integers = self.layout.name, self.layout.integers
         if self.out % 8 and not isinstance(self.layout, CompressedLayout):
             raise self.wrong(integers, f"has {self.out} outputs by config.json, but {name} packs by eight")
@@ -262,7 +268,7 @@ class PublishedLinear:
     def order(self) -> Tensor | None:
         """The input of every column int64 [in], so that groups are neighbours; None for their own order.
 
-        What counts is what `g_idx` says, whatever the configuration says about act-order.
+        `g_idx` decides, whatever the configuration says about act-order.
         """
         if f"{self.module}.{self.layout.index}" not in self.tensors:
             return None
@@ -282,23 +288,25 @@ class PublishedLinear:
         return self.layout.read_zeros(stored, self.out)
 
     def packed(self) -> Tensor:
+        """uint8 [out, in / 2], in `order`"""
         q, order = self.layout.read_integers(self.read(self.layout.integers)), self.order()
         return pack_nibbles(q if order is None else q[:, order])
 
     def half_scales(self) -> Tensor:
-        """Exact for float16, and for bf16 from 2^-17 on; what is below 2^-25 becomes 0."""
+        """float16 [out, groups]. Exact for float16, and for bf16 from 2^-17 on; 0 below 2^-25."""
         scales = self.layout.read_scales(self.read(self.layout.scales)).half()
         if not scales.isfinite().all():
             raise self.wrong(self.layout.scales, "does not fit into float16")
         return scales
 
     def half_zeros(self) -> Tensor:
+        """float16 [out, groups]"""
         if not self.has_zeros:
             return torch.full((self.out, self.inputs // self.group), 8.0, dtype=torch.float16)
         return ((self.stored_zeros() + self.layout.zero_offset) & 15).half()
 
     def view(self, symmetric: bool) -> dict[str, Stored]:
-        """What stands for this linear in our format."""
+        """The tensors of this linear in our format."""
         groups = (self.out, self.inputs // self.group)
         where = self.tensors[f"{self.module}.{self.layout.integers}"].where
         view = {
@@ -317,8 +325,8 @@ def translate(
 ) -> tuple[dict[str, Stored], Quantization]:
     """A published checkpoint as one of ours: its tensors, and what its metadata would say.
 
-    Headers, zeros and group indices are read for that, weights are not. What is quantized is decided by the
-    tensors that are there, whatever lists of modules the configuration has. Raises BadInput.
+    Headers, zeros and group indices are read for that, weights are not. The tensors that are there decide
+    what is quantized, whatever lists of modules the configuration has. Raises BadInput.
     """
     shapes, biases = {}, set()  # [out, in] by module path; biases that the model does not have
     for path, linear in named_linears(model):
@@ -349,10 +357,10 @@ def translate(
 
 
 def zeros_are_symmetric(layout: Layout, linears: list[PublishedLinear], where: str) -> bool:
-    """Is every zero of a checkpoint 8?
+    """True if every zero of a checkpoint is 8.
 
-    A GPTQ file stores them less one, or does not (version 2), and the label that says which is often wrong
-    where all are the same: then they are 8, since no quantizer finds a zero of 7, or of 9, everywhere.
+    A GPTQ file stores zeros less one, or as they are (version 2). The label that says which is often wrong
+    if all zeros are the same. Then they are 8, since no quantizer finds a zero of 7, or of 9, everywhere.
     """
     values = set()
     for linear in linears:

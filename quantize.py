@@ -198,7 +198,7 @@ class LayerRun:
         """The mean of x^T x over all that a linear of the layer multiplies with, float32 [in, in]."""
         total = torch.zeros(linear.in_features, linear.in_features)
 
-        def add(_, inputs: tuple, options: dict[str, Any]) -> None:
+        def add(_: Linear, inputs: tuple, options: dict[str, Any]) -> None:
             x = linear.prepare(*inputs, **options).flatten(0, 1)  # [tokens, in]
             total.addmm_(x.T, x)
 
@@ -351,11 +351,13 @@ class ShardWriter:
         self.total = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors, and write a file when they fill it."""
         self.pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
         if sum(tensor.nbytes for tensor in self.pending.values()) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
+        """Write a file under a name that is not final: their number is not known yet."""
         from safetensors.torch import save_file
 
         save_file(self.pending, self.directory / f"shard-{len(self.shards)}", metadata=self.metadata)
@@ -364,6 +366,7 @@ class ShardWriter:
         self.pending = {}
 
     def close(self) -> None:
+        """Write the rest, name the files, and write their index."""
         if self.pending:
             self.flush()
         count = len(self.shards)
@@ -430,6 +433,7 @@ def copy_small_files(source: Path, goal: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of quantize.py."""
     p = OneLineParser(
         "quantize.py",
         description="Quantize a checkpoint, or convert a published 4-bit one.",
@@ -553,6 +557,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line -> exit status."""
     try:
         run(build_parser().parse_args(argv))
     except BadInput as error:

@@ -1,8 +1,8 @@
 """auto.py: drafters that choose by cost: how long a lookup should be, and which drafter should be in charge.
 
-`AdaptiveLookup` drafts as many tokens as pay, or none. `AutoDrafter` (`--method auto`) puts that drafter in charge
-which promises the most tokens per second. Both go by the costs and the acceptance of late (`costs.py`), and
-neither can change a text. Nothing here knows how another drafter works inside.
+`AdaptiveLookup` drafts as many tokens as pay, or none. `AutoDrafter` (`--method auto`) puts that drafter in
+charge which promises the most tokens per second. Both go by the costs and the acceptance of late
+(`costs.py`), and neither can change a text. Nothing here knows how another drafter works inside.
 
     drafters = {"lookup": AdaptiveLookup(), "tree": TreeDrafter(head)}
     generate(target, prompt_ids, drafter=AutoDrafter(drafters))
@@ -79,9 +79,9 @@ class AdaptiveLookup(LookupDrafter):
         return self.pace.best({1: 0.0} | worth)
 
     def rate(self, state: State) -> float:
-        """Tokens per second, had it been in charge: of late, since a text that has begun to repeat itself goes
-        on with it; or in the long run, if that is more, since a text that has not may begin soon. What several
-        texts would have shared is not known."""
+        """Tokens per second, had it been in charge: of late, since a text that has begun to repeat itself
+        goes on with it; or in the long run, if that is more, since a text that has not may begin soon. What
+        several texts would have shared is not known."""
         if len(self.indices) > 1:
             return self.pace.rate
         self.update(state)

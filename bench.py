@@ -64,8 +64,10 @@ from benchmarks.rotation import report_rotation
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import read_acceptance, report_synthetic
 from benchmarks.timing import on_gpu
+from eagle import TREE_DEPTH, TREE_TOPK
 from generate import ALL_PRECISIONS, HEAD_FLAG, OneLineParser, check_device, load_kernels
-from gpt_spec import MIN_DRAFT_LENGTH, TREE_DEPTH, TREE_TOPK, BadInput
+from gpt_spec import MIN_DRAFT_LENGTH
+from model import BadInput
 from quantize import PRECISIONS
 
 REPORTS = {

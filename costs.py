@@ -1,8 +1,9 @@
 """costs.py: what steps cost and what they bring.
 
 `Stats` counts a run, for people. `Pace` estimates, for drafters: the seconds of a step with n nodes, and the
-tokens per second of late. A drafter that sizes its drafts asks its `Pace` which number of nodes pays best, and
-`AutoDrafter` (auto.py) compares the paces of several drafters. `measure_costs` fills them before decoding.
+tokens per second of late. A drafter that sizes its drafts asks its `Pace` which number of nodes pays best,
+and `AutoDrafter` (auto.py) compares the paces of several drafters. `measure_costs` fills them before
+decoding.
 
 The one idea: a step of n nodes is worth its expected tokens less what its time would bring elsewhere,
 E(n) - rate * T(n). Nothing in this file can change a text. It knows numbers and clocks, and no tensors: what
@@ -207,8 +208,8 @@ class Pace:
             self.correct(nodes, seconds)
 
     def correct(self, nodes: int, seconds: float) -> None:
-        """Raise the cost of a step that is slower than its neighbours, each relative to its own cost. One step
-        says little on a busy machine, so the cost moves by a fraction of the difference."""
+        """Raise the cost of a step that is slower than its neighbours, each relative to its own cost. One
+        step says little on a busy machine, so the cost moves by a fraction of the difference."""
         surprise = self.clock.surprise((id(self), nodes), seconds / self.seconds[nodes])
         first, later = self.TRUST
         weight = min(first + self.corrections.get(nodes, 0), later)

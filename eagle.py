@@ -1,8 +1,8 @@
 """eagle.py: EAGLE heads, and the trees that they grow.
 
 A head is one decoder layer that guesses a target's next feature from its last one (EAGLE-1, EAGLE-2), or from
-three of its states (EAGLE-3). `TreeDrafter` has the head guess level by level, where it is sure, and proposes the
-best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
+three of its states (EAGLE-3). `TreeDrafter` has the head guess level by level, where it is sure, and proposes
+the best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
 
     head = load_head("DIR", target)  # from checkpoints.py
     generate(target, prompt_ids, drafter=TreeDrafter(head, tree_size=16))

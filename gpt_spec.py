@@ -248,9 +248,8 @@ class Drafter:
     """Proposes what the target will verify. This one proposes nothing: autoregressive decoding.
 
     A drafter of your own overrides `propose` and sets `max_nodes`; if its drafts come in several sizes,
-    `draft_sizes` too, and `max_depth` where they are no chains. All the rest has a default that is right for a
-    drafter without a model and without a memory. docs/hacking.md adds one from start to end.
-    """
+    `draft_sizes` too, and `max_depth` where they are no chains. All the rest has a default that is right for
+    a drafter without a model and without a memory. docs/hacking.md adds one from start to end."""
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
@@ -664,8 +663,8 @@ class Decoder(Level):
         return emission
 
     def may_go_on(self, step: Step, rows: list[Row | None]) -> bool:
-        """May the next step begin before this one is read? Not where this one may use up a row's budget or its
-        room. A text that meets a stop token now is decoded a step too far, which nothing reads."""
+        """May the next step begin before this one is read? Not where this one may use up a row's budget or
+        its room. A text that meets a stop token now is decoded a step too far, which nothing reads."""
         most = step.draft.max_depth + 1
         return self.runs_ahead and all(row is None or row.budget > most for row in rows)
 
@@ -1149,7 +1148,8 @@ class HierarchicalDrafter(Drafter):
 
 
 def __getattr__(name: str) -> Any:
-    """`from gpt_spec import TreeDrafter` works, although `eagle.py` is built on this file and not below it."""
+    """`from gpt_spec import TreeDrafter` works, although `eagle.py` is built on this file and not below
+    it."""
     if name != "TreeDrafter":
         raise AttributeError(f"module 'gpt_spec' has no attribute {name!r}")
     return importlib.import_module("eagle").TreeDrafter

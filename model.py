@@ -1,9 +1,9 @@
 """model.py: a Llama-family decoder and its static KV cache.
 
 Configuration, transformer, cache, in this order. The forward is a function of tensors: tokens, positions, and
-`attend`, which decides what a token sees. How weights are stored (16, 8 or 4 bits) is the business of `Linear`
-and of the kernels below it. Nothing here knows how tokens are chosen (`gpt_spec.py`) or where weights come from
-(`checkpoints.py`).
+`attend`, which decides what a token sees. How weights are stored (16, 8 or 4 bits) is the business of
+`Linear` and of the kernels below it. Nothing here knows how tokens are chosen (`gpt_spec.py`) or where
+weights come from (`checkpoints.py`).
 
     model = Transformer(ModelConfig.from_dict(json.load(open("config.json"))))
     features, _ = model(tokens, positions, causal_attention)  # [B, n] -> [B, n, hidden]
@@ -430,11 +430,10 @@ class Transformer(CheckpointModule):
         `taps`: tap i is the input of layer i, or the feature itself where there is no such layer; all of them
         side by side, [B, n, len(taps) * hidden].
         """
-        cos, sin = self.rope(positions)
-        x, tapped = self.embed(tokens), {}
-        for i, layer in enumerate(self.layers):
+        rope, x, tapped = self.rope(positions), self.embed(tokens), {}
+        for i in range(len(self.layers)):
             tapped |= {i: self.unrotated(x)} if i in taps else {}  # others are not kept
-            x = layer(x, cos, sin, partial(attend, i))
+            x = self.run_layer(i, x, rope, attend)
         tapped[len(self.layers)] = self.norm(self.unrotated(x))
         states = torch.cat([tapped[i] for i in taps], dim=-1) if taps else x[..., :0]
         return tapped[len(self.layers)], states
@@ -443,6 +442,10 @@ class Transformer(CheckpointModule):
         """The state that enters the first layer: int64 [B, n] -> [B, n, hidden]."""
         x = self.embed_tokens(tokens)
         return x if self.rotation is None else self.rotation(x)
+
+    def run_layer(self, i: int, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
+        """What layer i makes of a state [B, n, hidden]. `rope`: of its positions."""
+        return self.layers[i](x, *rope, partial(attend, i))
 
     def unrotated(self, x: Tensor) -> Tensor:
         """A state between layers as a model without rotation has it, which norm, lm_head and heads read."""

@@ -70,8 +70,8 @@ class Runtime:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Python may collect an abandoned decoder at any allocation, which destroys its CUDA graphs. CUDA does not
-    allow that while another graph is being recorded: the recording becomes invalid, without a word."""
+    """Python may collect an abandoned decoder at any allocation, which destroys its CUDA graphs. CUDA does
+    not allow that while another graph is being recorded: the recording becomes invalid, without a word."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -82,14 +82,13 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 class Recorded:
-    """A function of tensors, and of anything else that stays the same, as CUDA graphs: a step of a small model
-    is hundreds of launches, which take the host longer than the GPU.
+    """A function of tensors, and of anything else that stays the same, as CUDA graphs: a step of a small
+    model is hundreds of launches, which take the host longer than the GPU.
 
     Called with tensors of new shapes, or other new arguments, it runs as it is, which compiles what is in it.
     The next time it is recorded, and from then on replayed, on copies of the tensors that it is called with.
-    Its results, a tuple of tensors, are copies, too. A function that is called while another is being recorded
-    becomes part of that one.
-    """
+    Its results, a tuple of tensors, are copies, too. A function that is called while another is being
+    recorded becomes part of that one."""
 
     def __init__(self, function: Callable, pool: tuple[int, int]):
         self.function, self.pool, self.compiled = function, pool, set()

@@ -26,6 +26,8 @@ import torch
 
 import quantize
 from benchmarks.timing import on_gpu
+from costs import Stats
+from eagle import EagleHead
 from generate import (
     HEAD_FLAG,
     MODELS,
@@ -42,7 +44,8 @@ from generate import (
     read_json,
     read_line,
 )
-from gpt_spec import BadInput, Decoder, Drafter, EagleHead, Sampling, Stats, Transformer, cache_length
+from gpt_spec import Decoder, Drafter, Sampling, cache_length
+from model import BadInput, Transformer
 
 HELD_OUT = MODELS / "held_out.jsonl"
 BASE = "autoregressive"  # what all methods are compared with

@@ -18,8 +18,10 @@ import torch
 
 from benchmarks.common import Prompt, Run, build_decoders, freeze, held_out_prompts, timed
 from benchmarks.timing import interleave, on_gpu, quartiles, rotate_names
+from costs import Stats
 from generate import levels_json
-from gpt_spec import BadInput, Decoder, Drafter, Stats, Transformer
+from gpt_spec import Decoder, Drafter
+from model import BadInput, Transformer
 
 
 def compare_drafters(
@@ -65,7 +67,7 @@ def compare(
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
     rows, first = {}, sum(run.seconds for run in runs[base]) / sum(run.steps for run in runs[base])
-    if on_gpu(decoders[base].setup.device):
+    if on_gpu(decoders[base].setup.runtime.device):
         print("drafting is what the host sees of it, without waiting for the GPU; predicted follows from it")
     slowness = first / cost[base][1]
     for name in decoders:
@@ -172,7 +174,7 @@ def measure_verification(
         for n in decoder.drafter.draft_sizes():
             functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
     with torch.no_grad():
-        device = next(iter(decoders.values())).setup.device
+        device = next(iter(decoders.values())).setup.runtime.device
         # In bursts, because a decoder in use finds its own data in the caches.
         seconds = interleave(functions, turns, burst, device)
     return {

@@ -19,7 +19,9 @@ import torch
 from benchmarks.common import Parts, chosen_paths, compiles, freeze, in_each_precision, load_parts, numbers
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
-from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, Transformer, TreeDrafter
+from eagle import TreeDrafter
+from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, speculate
+from model import Transformer
 from quantize import lower_precisions, share_weights
 
 
@@ -92,8 +94,8 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
 @torch.no_grad()
 def measure_graphs(decoder: Decoder, drafts: list[Draft], turns: int) -> dict[str, float]:
     """T(n) without the host's share: seconds of a CUDA graph of all work that `commit` gives the GPU."""
-    functions = {str(draft.tokens.shape[1]): partial(decoder.keep, draft) for draft in drafts}
-    return interleave_on_device(functions, turns, decoder.setup.device)
+    functions = {str(draft.tokens.shape[1]): partial(speculate, decoder, draft) for draft in drafts}
+    return interleave_on_device(functions, turns, decoder.setup.runtime.device)
 
 
 def print_cost(precision: str, cost: dict[str, dict]) -> None:

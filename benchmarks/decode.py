@@ -18,7 +18,8 @@ import kernels
 from benchmarks.common import decode_all
 from benchmarks.shapes import SHAPES, random_model, weights_of_a_step
 from benchmarks.timing import read_all
-from gpt_spec import Decoder, Stats
+from costs import Stats
+from gpt_spec import Decoder
 
 
 def report_decode(args: argparse.Namespace) -> dict:

@@ -19,18 +19,11 @@ from benchmarks.common import decode_all, read_prompts, shipped
 from benchmarks.compare import compare_drafters
 from benchmarks.methods import FixedTree
 from benchmarks.timing import quartiles
+from costs import Stats
+from eagle import TreeDrafter
 from generate import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
-from gpt_spec import (
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    Level,
-    Sampling,
-    SequentialDrafter,
-    Stats,
-    Transformer,
-    TreeDrafter,
-)
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Level, Sampling, SequentialDrafter
+from model import Transformer
 from quantize import lower_precisions, share_weights
 
 

@@ -15,16 +15,9 @@ from contextlib import nullcontext
 
 from benchmarks.common import SHIPPED, decode_all, load_parts, read_prompts, recording_only, split
 from benchmarks.timing import on_gpu
-from gpt_spec import (
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    LookupDrafter,
-    Sampling,
-    SequentialDrafter,
-    Transformer,
-    TreeDrafter,
-)
+from eagle import TreeDrafter
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
+from model import Transformer
 from quantize import lower_precisions, share_weights
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from auto import AdaptiveLookup, AutoDrafter
 from benchmarks.common import (
     BASE,
     SHIPPED,
@@ -33,17 +34,11 @@ from benchmarks.common import (
 )
 from benchmarks.compare import compare, count_different
 from benchmarks.timing import quartiles, rotate_names
+from costs import Stats
+from eagle import TreeDrafter
 from generate import find_checkpoint, load_model, open_checkpoint
-from gpt_spec import (
-    AutoDrafter,
-    BadInput,
-    Drafter,
-    HierarchicalDrafter,
-    LookupDrafter,
-    SequentialDrafter,
-    Stats,
-    TreeDrafter,
-)
+from gpt_spec import Drafter, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from model import BadInput
 from quantize import lower_precisions, share_weights
 
 REFERENCE = "autoregressive in bf16"  # rows of other precisions are compared with it, too
@@ -59,7 +54,7 @@ class FixedTree(TreeDrafter):
     def draft_sizes(self) -> list[int]:
         return [self.n]
 
-    def choose(self, mean: Tensor) -> int:
+    def choose_size(self, mean: Tensor) -> int:
         return self.n
 
 
@@ -89,7 +84,7 @@ def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
 
 def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
     """Of all drafters without a decoder inside. Each chooses its own lengths and sizes."""
-    target, drafters = parts.target.model, {"lookup": LookupDrafter(None)}
+    target, drafters = parts.target.model, {"lookup": AdaptiveLookup()}
     if parts.small:
         drafters["sequential"] = SequentialDrafter(parts.small, None)
     if parts.head:

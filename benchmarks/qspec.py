@@ -17,8 +17,10 @@ import torch
 from benchmarks.common import numbers, quantized_target, read_prompts, timed
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import quartiles, rotate_names
+from costs import Stats
 from generate import SHIPPED_TARGET, load_model
-from gpt_spec import Decoder, Drafter, Sampling, SequentialDrafter, Stats, Transformer
+from gpt_spec import Decoder, Drafter, Sampling, SequentialDrafter
+from model import Transformer
 from quantize import lower_precisions, share_weights
 
 

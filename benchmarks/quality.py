@@ -30,7 +30,8 @@ from benchmarks.common import (
     split,
 )
 from generate import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
-from gpt_spec import BadInput, Drafter, Transformer
+from gpt_spec import Drafter
+from model import BadInput, Transformer
 from quantize import PRECISIONS, held_out_tokens, mean_loss
 
 

@@ -11,18 +11,11 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import decode_all, quantized_target, read_prompts
+from costs import Stats
+from eagle import TreeDrafter
 from generate import SHIPPED_HEAD, SHIPPED_SMALL, SMALL_HEAD, load_head, load_model
-from gpt_spec import (
-    Decoder,
-    Drafter,
-    HierarchicalDrafter,
-    LookupDrafter,
-    Sampling,
-    SequentialDrafter,
-    Stats,
-    Transformer,
-    TreeDrafter,
-)
+from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
+from model import Transformer
 from quantize import lower_precisions, precision_of, share_weights
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Parts
+from eagle import EagleHead
 from generate import Target
-from gpt_spec import CheckpointModule, EagleHead, Linear, ModelConfig, Transformer, rope_frequencies
+from model import CheckpointModule, Linear, ModelConfig, Transformer, rope_frequencies
 from quantize import PRECISIONS, default_quantization, reshape, set_precision
 
 SHAPES = {

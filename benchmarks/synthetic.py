@@ -22,17 +22,9 @@ import kernels
 from benchmarks.common import Parts, Prompt, compiles, in_each_precision, split
 from benchmarks.compare import compare
 from benchmarks.shapes import SHAPES, SMALLER, random_parts
-from gpt_spec import (
-    BadInput,
-    Decoder,
-    Draft,
-    Drafter,
-    HierarchicalDrafter,
-    Level,
-    SequentialDrafter,
-    State,
-    TreeDrafter,
-)
+from eagle import TreeDrafter
+from gpt_spec import Decoder, Draft, Drafter, HierarchicalDrafter, Level, SequentialDrafter
+from model import BadInput
 from quantize import lower_precisions, share_weights
 
 SYNTHETIC = "synthetic acceptance, random weights"
@@ -121,15 +113,15 @@ class Synthetic:
         super().__init__(*args, **options)
         self.probabilities = torch.tensor(acceptance.probabilities, device=self.state.length.device)
 
-    def choose(self, logits: Tensor, positions: Tensor, draft: Draft, state: State) -> Tensor:
-        """int64 [B, n]; `positions` [B, n] are those of the tokens chosen, each one behind its node."""
-        choice, n = super().choose(logits, positions, draft, state), draft.tokens.shape[1]
+    def pick(self, logits: Tensor, positions: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
+        """int64 [B, n]; `positions` [B, n] are those of the tokens picked, each one behind its node."""
+        choice, n, state = super().pick(logits, positions, tokens, parent), tokens.shape[1], self.state
         node = torch.arange(n, device=choice.device)
-        is_child = draft.parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
+        is_child = parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
         first = torch.where(is_child, node, n).amin(dim=2)  # [B, n]; n where there is none
-        guess = draft.tokens.gather(1, first.clamp(max=n - 1))
-        unused = unused_token(draft.tokens)[:, None]
-        taken = (choice[..., None] == draft.tokens[:, None]).any(dim=2)
+        guess = tokens.gather(1, first.clamp(max=n - 1))
+        unused = unused_token(tokens)[:, None]
+        taken = (choice[..., None] == tokens[:, None]).any(dim=2)
         other = torch.where(taken, unused, choice)
         depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
         drawn = kernels.uniform(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_spec import no_garbage_collection
+from runtime import no_garbage_collection
 
 
 def on_gpu(device: str | torch.device) -> bool:

@@ -52,7 +52,8 @@ from benchmarks.machine import kernels_in_use, machine  # noqa: E402
 from benchmarks.shapes import SHAPES, linears_of, packed, random_rows  # noqa: E402
 from benchmarks.synthetic import SYNTHETIC  # noqa: E402
 from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu, shares_of_copy  # noqa: E402
-from gpt_spec import ModelConfig, tree_geometry  # noqa: E402
+from gpt_spec import tree_geometry  # noqa: E402
+from model import ModelConfig  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
 SIZES = "1,2,4,8,16,32,60"  # n of T(n)

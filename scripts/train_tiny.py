@@ -34,7 +34,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from gpt_spec import EagleHead, ModelConfig, Transformer  # noqa: E402
+from eagle import EagleHead  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 STATE = ROOT / ".training"

@@ -23,9 +23,9 @@ if not torch.cuda.is_available():  # Triton looks once, when it is imported: ker
 import kernels  # noqa: E402
 import quantize  # noqa: E402
 from eagle import EagleHead  # noqa: E402
-from generate import load_tokenizer  # noqa: E402
 from gpt_spec import Sampling, generate  # noqa: E402
 from model import BadInput, ModelConfig, Transformer  # noqa: E402
+from text import load_tokenizer  # noqa: E402
 
 NEEDS_EQUAL_ROWS = pytest.mark.skipif(
     kernels.PATH == "reference", reason="the reference is not row-invariant"

@@ -26,7 +26,7 @@ from costs import Acceptance, Clock, Pace, Stats, set_costs
 from eagle import TreeDrafter
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, State
 from model import BadInput
-from quantize import share_weights
+from packing import share_weights
 
 PROMPTS = random_prompts([5, 1, 17, 9, 30])
 

@@ -14,8 +14,10 @@ from conftest import ROOT, guessing_head, noisy_copy, random_model, random_promp
 
 import bench
 from benchmarks import common, cost, exact, linears, quality, shapes, synthetic, timing
+from costs import Stats
 from generate import SHIPPED_TARGET, load_tokenizer
-from gpt_spec import BadInput, ModelConfig, SequentialDrafter, Stats
+from gpt_spec import SequentialDrafter
+from model import BadInput, ModelConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, edit_config, edit_weights, random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from generate import find_checkpoint, load_model, stop_ids
+from checkpoints import find_checkpoint, load_model, stop_ids
 from model import BadInput
 
 

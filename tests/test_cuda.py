@@ -19,9 +19,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import kernels
 import kernels_cuda
-import quantize
+import packing
 from gpt_spec import extend
 from model import KVCache, Linear
+from rotation import paley
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -84,7 +85,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def weights_4bit(out: int, inputs: int, group: int, symmetric: bool) -> tuple[tuple, tuple]:
     """In rows, for the reference; and as the GPU wants them."""
     weight = torch.randn(out, inputs) / inputs**0.5
-    rows = [t if t is None else t.to(DEVICE) for t in quantize.quantize_4_bit(weight, group, symmetric)]
+    rows = [t if t is None else t.to(DEVICE) for t in packing.quantize_4_bit(weight, group, symmetric)]
     weight, *others = rows
     return rows, (kernels.pack_words(weight), *(t if t is None else t.T.contiguous() for t in others))
 
@@ -134,7 +135,7 @@ def test_many_rows(bits, group):
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("inputs", [256, 200])
 def test_linear_8bit(bits, inputs):
-    weight, scales = (t.to(DEVICE) for t in quantize.quantize_8_bit(torch.randn(70, inputs) / inputs**0.5))
+    weight, scales = (t.to(DEVICE) for t in packing.quantize_8_bit(torch.randn(70, inputs) / inputs**0.5))
     x, given = randn(3, inputs), (weight, scales, None, None, None, *EXTRAS, 70, bits, True)
     assert close(kernels_cuda.linear(x, *given), kernels.linear_reference(x, *given), 5e-3)
 
@@ -154,7 +155,7 @@ def test_what_stands_before_and_after_a_linear(bits, case):
     inputs, out = 384, 70
     x = randn(1, 3, 2 * inputs if case == "gated" else inputs)
     norm = randn(inputs) if case == "norm" else None
-    hadamard = quantize.paley(12).float().to(DEVICE) if case == "rotation" else None
+    hadamard = paley(12).float().to(DEVICE) if case == "rotation" else None
     order = torch.randperm(inputs).int().to(DEVICE) if case == "permutation" else None
     extras = (norm, 1e-5, case == "gated", hadamard, 32 if case == "rotation" else 1, 1, order)
     rows, words = weights_4bit(out, inputs, 128, True)
@@ -187,7 +188,7 @@ def test_rms_norm(size):
 @pytest.mark.parametrize(("k", "power", "stride", "blocks"), [(1, 512, 1, 1), (1, 8, 16, 2), (12, 16, 4, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rotate(k, power, stride, blocks, dtype):
-    matrix = (quantize.paley(k).float() if k > 1 else torch.ones(1, 1)).to(DEVICE)
+    matrix = (paley(k).float() if k > 1 else torch.ones(1, 1)).to(DEVICE)
     x = randn(3, blocks * k * power * stride, dtype=dtype)
     ours, reference = (f(x, matrix, power, stride) for f in (kernels_cuda.rotate, kernels.rotate_reference))
     assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 5e-3)
@@ -283,7 +284,7 @@ def test_a_whole_model(monkeypatch):
     model = random_model(hidden_size=128, intermediate_size=192, head_dim=32).bfloat16().requires_grad_(False)
     linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
     for linear in linears:
-        linear.set_weights(*quantize.quantize_4_bit(linear.weight.float(), 32, True))
+        linear.set_weights(*packing.quantize_4_bit(linear.weight.float(), 32, True))
     model, tokens = model.to(DEVICE), torch.randint(0, 61, (2, 9), device=DEVICE)
     expected = model.lm_head(model.recompute(tokens))
     for linear in linears:

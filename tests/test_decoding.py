@@ -25,9 +25,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from auto import ALL, AdaptiveLookup, AutoDrafter
+from checkpoints import load_head, load_model
 from costs import Stats
 from eagle import TreeDrafter
-from generate import load_head, load_model
 from gpt_spec import (
     Decoder,
     Draft,
@@ -44,7 +44,7 @@ from gpt_spec import (
     tree_geometry,
 )
 from model import BadInput, Transformer, causal_attention
-from quantize import PRECISIONS, share_weights
+from packing import PRECISIONS, share_weights
 from runtime import Recorded, Runtime
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)

@@ -18,6 +18,7 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_SMALL, SHIPPED_TARGET, rand
 from safetensors.torch import load_file, save_file
 
 import generate
+from packing import precision_of
 
 SMALL_HEAD = generate.MODELS / "python-1m-eagle"
 FIELDS = {
@@ -134,9 +135,9 @@ def test_the_precision_that_qspec_drafts_in(precision, asked, draft):
     args = generate.build_parser().parse_args(flags + (["--draft_precision", asked] if asked else []))
     target = generate.load_target(args)
     method, drafter = generate.build_drafter(args, target)
-    assert (method, generate.quantize.precision_of(drafter.model)) == ("qspec", draft)
+    assert (method, precision_of(drafter.model)) == ("qspec", draft)
     assert (drafter.max_nodes, drafter.draft_confidence, drafter.shares_cache) == (8, 0.2, True)
-    assert generate.quantize.precision_of(target.model) == precision
+    assert precision_of(target.model) == precision
 
 
 def test_statistics_of_a_batch(capsys, tmp_path):

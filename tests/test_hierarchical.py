@@ -18,12 +18,12 @@ from conftest import (
 )
 from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
+from checkpoints import load_head, load_model
 from costs import Stats
 from eagle import TreeDrafter
-from generate import load_head, load_model
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, extend, pick
 from model import BadInput, KVCache
-from quantize import share_weights
+from packing import share_weights
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 

@@ -12,8 +12,10 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT
 
 import kernels
 from benchmarks import shapes
-from gpt_spec import Draft, KVCache, ModelConfig, Sampling, Setup, extend, tree_geometry
-from quantize import hadamard
+from gpt_spec import Draft, extend, tree_geometry
+from model import KVCache, ModelConfig
+from rotation import hadamard
+from runtime import Runtime
 
 FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
 # out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups
@@ -560,7 +562,7 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
 
     device = torch.device("cpu")
     # The same kernels, called from Python: seven graphs for each precision take half the time to compile.
-    forward = Setup(Sampling(), 1, 0, compile=True, device=device, cpp_wrapper=False).compiled(run)
+    forward = Runtime(compile=True, device=device, cpp_wrapper=False).compiled(run)
     start = KVCache.allocate(config, 1, 256, model.norm.weight)
     extend(model, start, text[:, :PAST], torch.tensor([0]))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model, random_prompts
 
-from generate import load_model
+from checkpoints import load_model
 from gpt_spec import cache_length, generate
 from model import BadInput, ModelConfig, Transformer, rope_frequencies
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 import generate
 import kernels
 import quantize
+from checkpoints import load_model, open_checkpoint
 from model import BadInput, Linear
+from packing import precision_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_layers": 1}
 SHUFFLED = torch.randperm(96, generator=torch.Generator().manual_seed(3))
@@ -140,7 +142,7 @@ def publish(tmp_path, form, group=32, symmetric=False, order=None, **changes):
 
 
 def read_all(directory) -> dict[str, torch.Tensor]:
-    return {name: stored.read() for name, stored in generate.open_checkpoint(directory).tensors.items()}
+    return {name: stored.read() for name, stored in open_checkpoint(directory).tensors.items()}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_act_order(tmp_path, form):
     for name, tensor in model.checkpoint_tensors().items():
         module = name.removesuffix(".weight")
         tensor.copy_(linears[module].weight if module in linears else tensors[name])
-    exact, loaded = logits(model), generate.load_model(directory)
+    exact, loaded = logits(model), load_model(directory)
     assert (logits(loaded) - exact).norm() < 0.02 * exact.norm()
     for path, linear in loaded.named_modules():
         assert not isinstance(linear, Linear) or linear.wide or linear.permutation is not None, path
@@ -248,10 +250,10 @@ def test_modules_that_stayed_16_bit_and_a_quantized_head(tmp_path):
         tensors.update({f"lm_head.{name}": t for name, t in write_compressed(head, True, False).items()})
 
     edit_weights(directory, change)
-    checkpoint = generate.open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     assert checkpoint.quantization.modules_16_bit == ("model.layers.0.mlp.down_proj",)
     assert checkpoint.quantization.lm_head_bits == 4 and checkpoint.precision == "w4a16"
-    model = generate.load_model(directory)
+    model = load_model(directory)
     assert torch.equal(kernels.dequantize(model.lm_head.weight, model.lm_head.scales)[:61], head.weight)
     down = model.layers[0].mlp.down_proj.weight
     assert torch.equal(kernels.unpack(down) if down.dim() == 4 else down, weight)
@@ -280,7 +282,7 @@ def test_models_of_other_kinds(tmp_path, form):
     directory, linears = publish(tmp_path, form, 128, True, tied_embeddings=True, qkv_bias=True)
     edit_config(directory, tie_word_embeddings=True, model_type="qwen2")
     edit_weights(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    model = generate.load_model(directory)
+    model = load_model(directory)
     assert model.lm_head.weight is model.embed_tokens.weight and model.config.qkv_bias
     model = random_model(**SIZES, tied_embeddings=True, qkv_bias=True)
     tensors = read_all(directory)
@@ -288,7 +290,7 @@ def test_models_of_other_kinds(tmp_path, form):
         module = name.removesuffix(".weight")
         tensor.copy_(linears[module].weight if module in linears else tensors[name])
     exact = logits(model)
-    assert (logits(generate.load_model(directory)) - exact).norm() < 0.02 * exact.norm()
+    assert (logits(load_model(directory)) - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_quantized_head_with_a_second_one_is_refused(tmp_path):
@@ -296,9 +298,9 @@ def test_a_quantized_head_with_a_second_one_is_refused(tmp_path):
     head = write("gptq", known_linear(64, 64, 32, True, None), True)
     edit_weights(directory, lambda t: t.update({f"lm_head.{name}": tensor for name, tensor in head.items()}))
     with pytest.raises(BadInput, match="unexpected tensor lm_head.weight"):
-        generate.load_model(directory)
+        load_model(directory)
     edit_weights(directory, lambda tensors: tensors.pop("lm_head.weight"))
-    assert generate.load_model(directory).lm_head.scales is not None
+    assert load_model(directory).lm_head.scales is not None
 
 
 def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path):
@@ -317,10 +319,10 @@ def test_activations_that_the_file_asks_for(tmp_path, capsys):
     eight = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
     raw["config_groups"]["group_0"]["input_activations"] = eight
     edit_config(directory, quantization_config=raw)
-    assert quantize.precision_of(generate.load_model(directory)) == "w4a8"
+    assert precision_of(load_model(directory)) == "w4a8"
     eight["type"] = "float"
     edit_config(directory, quantization_config=raw)
-    assert quantize.precision_of(generate.load_model(directory)) == "w4a16"
+    assert precision_of(load_model(directory)) == "w4a16"
     assert "asks for activations that we do not have; 16 bits it is" in capsys.readouterr().err
 
 
@@ -333,7 +335,7 @@ def test_converting_keeps_every_number(tmp_path, capsys):
     before, after = read_all(directory), read_all(tmp_path / "ours")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert torch.equal(logits(generate.load_model(directory)), logits(generate.load_model(tmp_path / "ours")))
+    assert torch.equal(logits(load_model(directory)), logits(load_model(tmp_path / "ours")))
     for flags in (["--rotate"], ["--group_size", "32"], ["--quantizer", "gptq"], ["--lm_head_bits", "8"]):
         arguments = ["--checkpoint_path", str(directory), "--output", str(tmp_path / "again"), *flags]
         assert quantize.main(arguments) == 2
@@ -390,7 +392,7 @@ def test_other_formats_are_refused_by_name(tmp_path, form, changes, message):
     directory, _ = publish(tmp_path, form)
     edit_config(directory, quantization_config=settings(form, 32, False) | changes)
     with pytest.raises(BadInput, match=message) as error:
-        generate.open_checkpoint(directory)
+        open_checkpoint(directory)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -405,7 +407,7 @@ def test_compressed_weights_of_other_widths_are_refused(tmp_path):
         raw["config_groups"]["group_0"]["weights"] |= changes
         edit_config(directory, quantization_config=raw)
         with pytest.raises(BadInput, match=message):
-            generate.open_checkpoint(directory)
+            open_checkpoint(directory)
 
 
 UP = "model.layers.0.mlp.up_proj"
@@ -431,7 +433,7 @@ def test_malformed_tensors_are_named(tmp_path, form, damage, message):
     directory, _ = publish(tmp_path, form)
     edit_weights(directory, damage)
     with pytest.raises(BadInput, match=message) as error:
-        generate.load_model(directory)
+        load_model(directory)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -440,12 +442,12 @@ def test_a_permutation_of_ours_that_is_none_is_refused(tmp_path):
     directory, _ = publish(tmp_path, "gptq", order=SHUFFLED)
     assert quantize.main(["--checkpoint_path", str(directory), "--output", str(tmp_path / "q")]) == 0
     path, name = tmp_path / "q" / "model.safetensors", "model.layers.0.mlp.down_proj.permutation"
-    q, tensors = generate.open_checkpoint(tmp_path / "q").quantization, load_file(path)
+    q, tensors = open_checkpoint(tmp_path / "q").quantization, load_file(path)
     for value in (10**6, -1, 5):
         tensors[name][3] = value
         save_file(tensors, path, {"gpt_spec": json.dumps(asdict(q))})
         with pytest.raises(BadInput, match=f"{name} is no permutation of 96 inputs"):
-            generate.load_model(tmp_path / "q")
+            load_model(tmp_path / "q")
 
 
 # ---- files written by the package compressed-tensors -----------------------------------------------------

@@ -17,11 +17,11 @@ from conftest import (
 )
 from test_decoding import qspec
 
+from checkpoints import load_model, weight_bytes
 from costs import Stats
-from generate import load_model, weight_bytes
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, prefill
 from model import BadInput, KVCache
-from quantize import share_weights
+from packing import share_weights
 
 
 @pytest.fixture(scope="module")

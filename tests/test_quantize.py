@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import generate
 import kernels
+import packing
 import quantize
+from checkpoints import load_model, open_checkpoint, weight_bytes
 from model import BadInput, causal_attention
-from quantize import PRECISIONS, Quantization
+from packing import PRECISIONS, Quantization, precision_of
+from text import load_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
@@ -37,14 +40,14 @@ def quantized(directory, output, *flags) -> int:
 def test_four_bits_hold_what_fits_and_err_by_half_a_step_elsewhere(group, symmetric):
     torch.manual_seed(0)
     weight = torch.randn(20, 192) * torch.rand(20, 1)
-    packed, scales, zeros = quantize.quantize_4_bit(weight, group, symmetric)
+    packed, scales, zeros = packing.quantize_4_bit(weight, group, symmetric)
     assert packed.dtype == torch.uint8 and packed.shape == (20, 96) and scales.shape == (20, 192 // group)
     assert scales.dtype == torch.float16 and (zeros is None) == symmetric
     back = kernels.dequantize(packed, scales, zeros)
     steps = scales.float().repeat_interleave(group, dim=1)
     clipped = (back - weight).abs() > 0.51 * steps
     assert clipped.float().mean() < 0.2  # only what the search decided to clip errs by more
-    again, scales_again, zeros_again = quantize.quantize_4_bit(back, group, symmetric)
+    again, scales_again, zeros_again = packing.quantize_4_bit(back, group, symmetric)
     assert (kernels.dequantize(again, scales_again, zeros_again) - back).norm() < 2e-2 * back.norm()
 
 
@@ -52,24 +55,24 @@ def test_four_bits_hold_what_fits_and_err_by_half_a_step_elsewhere(group, symmet
 def test_the_clip_search_is_never_worse_than_rounding(monkeypatch, symmetric):
     torch.manual_seed(0)
     weight = torch.randn(64, 128) ** 3
-    searched = kernels.dequantize(*quantize.quantize_4_bit(weight, 64, symmetric))
-    monkeypatch.setattr(quantize, "SHRINK", [1.0])
-    rounded = kernels.dequantize(*quantize.quantize_4_bit(weight, 64, symmetric))
+    searched = kernels.dequantize(*packing.quantize_4_bit(weight, 64, symmetric))
+    monkeypatch.setattr(packing, "SHRINK", [1.0])
+    rounded = kernels.dequantize(*packing.quantize_4_bit(weight, 64, symmetric))
     groups = [(w - weight).view(-1, 64).square().sum(dim=1) for w in (searched, rounded)]
     assert (groups[0] <= groups[1] * (1 + 1e-5)).all() and groups[0].sum() < 0.97 * groups[1].sum()
 
 
 def test_the_search_does_not_depend_on_how_rows_are_cut_into_chunks(monkeypatch):
     weight = torch.randn(50, 64)
-    whole = quantize.quantize_4_bit(weight, 32)
-    monkeypatch.setattr(quantize, "CHUNK", 7 * 64)
-    for ours, theirs in zip(quantize.quantize_4_bit(weight, 32)[:2], whole):
+    whole = packing.quantize_4_bit(weight, 32)
+    monkeypatch.setattr(packing, "CHUNK", 7 * 64)
+    for ours, theirs in zip(packing.quantize_4_bit(weight, 32)[:2], whole):
         assert torch.equal(ours, theirs)
 
 
 def test_eight_bits():
     weight = torch.randn(20, 64)
-    q, scales = quantize.quantize_8_bit(weight)
+    q, scales = packing.quantize_8_bit(weight)
     assert q.dtype == torch.int8 and scales.shape == (20, 1) and int(q.abs().max()) == 127
     assert ((kernels.dequantize(q, scales) - weight).abs() <= 0.51 * scales.float()).all()
 
@@ -77,9 +80,9 @@ def test_eight_bits():
 @pytest.mark.parametrize("value", [0.0, 1e-7, -1e-9])
 def test_weights_of_nothing_stay_finite(value):
     weight = torch.full((16, 32), value)
-    for tensors in (quantize.quantize_4_bit(weight, 32), quantize.quantize_4_bit(weight, 32, False)):
+    for tensors in (packing.quantize_4_bit(weight, 32), packing.quantize_4_bit(weight, 32, False)):
         assert (kernels.dequantize(*tensors) - weight).abs().max() < 1e-6
-    assert (kernels.dequantize(*quantize.quantize_8_bit(weight)) - weight).abs().max() < 1e-6
+    assert (kernels.dequantize(*packing.quantize_8_bit(weight)) - weight).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
@@ -88,8 +91,8 @@ def test_the_error_does_not_depend_on_the_size_of_the_weights(size, shift):
     """Not for small weights, whose scales are subnormal, nor for groups that lie far from 0."""
     torch.manual_seed(0)
     weight = size * (torch.randn(16, 64) + shift)
-    results = {"8": quantize.quantize_8_bit(weight)}
-    results |= {"4": quantize.quantize_4_bit(weight, 32), "4z": quantize.quantize_4_bit(weight, 32, False)}
+    results = {"8": packing.quantize_8_bit(weight)}
+    results |= {"4": packing.quantize_4_bit(weight, 32), "4z": packing.quantize_4_bit(weight, 32, False)}
     error = {
         form: float((kernels.dequantize(*q) - weight).norm() / weight.norm()) for form, q in results.items()
     }
@@ -101,9 +104,9 @@ def test_weights_that_are_not_finite_are_refused():
     for weight in weights.values():
         for q in (Quantization(4, 32), Quantization(8)):
             with pytest.raises(BadInput, match="infinities, NaN or huge"):
-                quantize.quantize_weight("some.module", weight, q)
+                packing.quantize_weight("some.module", weight, q)
     kept = Quantization(4, 32, modules_16_bit=("some.module",))
-    assert quantize.quantize_weight("some.module", weights["nan"], kept).keys() == {"some.module.weight"}
+    assert packing.quantize_weight("some.module", weights["nan"], kept).keys() == {"some.module.weight"}
 
 
 # ---- HQQ and GPTQ ----------------------------------------------------------------------------------------
@@ -113,8 +116,8 @@ def test_hqq_moves_zeros_to_where_most_weights_are_right():
     torch.manual_seed(0)
     w = torch.randn(200, 64) + torch.rand(200, 1)
     w[::3, 5] *= 6
-    scale, zero = quantize.fit_groups(w, symmetric=False)
-    refined = quantize.refine_zeros(w, scale, zero)
+    scale, zero = packing.fit_groups(w, symmetric=False)
+    refined = packing.refine_zeros(w, scale, zero)
 
     def size(zero):  # what HQQ minimizes
         q = (w / scale + zero).round().clamp(0, 15)
@@ -128,7 +131,7 @@ def naive_gptq(weight, hessian, group, symmetric):
     """Optimal brain quantization, one input at a time, with the inverse Hessian of those left."""
     size = hessian.diagonal()
     w, importance = weight.view(-1, group), size.expand_as(weight).reshape(-1, group)
-    scale, zero = (t.view(len(weight), -1) for t in quantize.fit_groups(w, symmetric, importance))
+    scale, zero = (t.view(len(weight), -1) for t in packing.fit_groups(w, symmetric, importance))
     inverse = torch.linalg.inv(hessian + 0.01 * size.mean() * torch.eye(len(hessian)))
     w, rounded = weight.clone(), torch.zeros_like(weight)
     for i in size.argsort(descending=True).tolist():
@@ -149,7 +152,7 @@ def test_gptq_against_its_slow_twin(monkeypatch, symmetric, block):
     fitted = kernels.dequantize(*quantize.gptq_weight(weight, hessian, 32, symmetric))
     expected = naive_gptq(weight, hessian, 32, symmetric)
     torch.testing.assert_close(fitted.double(), expected, atol=1e-6, rtol=1e-6)
-    plain = kernels.dequantize(*quantize.quantize_4_bit(weight, 32, symmetric))
+    plain = kernels.dequantize(*packing.quantize_4_bit(weight, 32, symmetric))
     loss = [(x @ (w.double() - weight).T).square().sum() for w in (fitted, plain)]
     assert loss[0] < 0.7 * loss[1]
 
@@ -158,7 +161,7 @@ def test_gptq_of_independent_inputs_is_rounding():
     """And inputs that are never there cost nothing."""
     torch.manual_seed(0)
     weight = torch.randn(16, 64)
-    fitted, plain = quantize.gptq_weight(weight, torch.eye(64), 32, True), quantize.quantize_4_bit(weight, 32)
+    fitted, plain = quantize.gptq_weight(weight, torch.eye(64), 32, True), packing.quantize_4_bit(weight, 32)
     assert torch.equal(fitted[0], plain[0]) and torch.equal(fitted[1], plain[1])
     hessian = torch.eye(64)
     hessian[5, 5] = 0
@@ -193,8 +196,8 @@ def test_gptq_is_better_on_what_it_saw(tmp_path, rotate):
     assert quantized(directory, tmp_path / "gptq", *flags, *more) == 0
     names = {name: set(load_file(tmp_path / name / "model.safetensors")) for name in ("rtn", "gptq")}
     assert names["rtn"] == names["gptq"]
-    exact = logits(generate.load_model(directory, "fp32"))
-    error = {name: (logits(generate.load_model(tmp_path / name)) - exact).norm() for name in names}
+    exact = logits(load_model(directory, "fp32"))
+    error = {name: (logits(load_model(tmp_path / name)) - exact).norm() for name in names}
     assert error["gptq"] < 0.9 * error["rtn"]
 
 
@@ -209,8 +212,8 @@ def test_hqq_from_the_command_line(tmp_path, rotate):
     for name, tensor in rtn.items():
         same = not name.endswith((".zeros", ".packed"))
         assert torch.equal(tensor, hqq[name]) == same, name
-    exact = logits(generate.load_model(directory))
-    assert (logits(generate.load_model(tmp_path / "hqq")) - exact).norm() < 0.3 * exact.norm()
+    exact = logits(load_model(directory))
+    assert (logits(load_model(tmp_path / "hqq")) - exact).norm() < 0.3 * exact.norm()
 
 
 def test_what_a_rotated_model_keeps_in_16_bits_stays_in_16_bits(tmp_path):
@@ -219,8 +222,8 @@ def test_what_a_rotated_model_keeps_in_16_bits_stays_in_16_bits(tmp_path):
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16, torch.float16}
     assert "model.layers.0.mlp.down_proj.weight" in tensors
-    exact = logits(generate.load_model(directory))
-    assert (logits(generate.load_model(tmp_path / "q")) - exact).norm() < 0.3 * exact.norm()
+    exact = logits(load_model(directory))
+    assert (logits(load_model(tmp_path / "q")) - exact).norm() < 0.3 * exact.norm()
 
 
 def test_gptq_writes_its_own_text(tmp_path):
@@ -234,7 +237,7 @@ def test_gptq_writes_its_own_text(tmp_path):
     assert "model.layers.0.mlp.down_proj.weight" in a
     rows = quantize.own_texts(directory, None, 3, 40)
     assert rows.shape == (3, 40) and len(rows.unique(dim=0)) == 3 and len(rows[:, 0].unique()) > 1
-    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    tokenizer = load_tokenizer(SHIPPED_TARGET)
     rows = quantize.own_texts(SHIPPED_TARGET, tokenizer, 18, 30)  # more than are written side by side
     assert rows.shape == (18, 30) and (rows[:, 0] == 1).all() and len(rows.unique(dim=0)) == 18
 
@@ -291,23 +294,23 @@ def test_a_file_nibble_by_nibble(tmp_path):
 def test_a_file_and_quantizing_while_loading_are_the_same_model(tmp_path, precision, tied):
     directory = source(tmp_path, tied_embeddings=tied)
     assert quantized(directory, tmp_path / "q", "--precision", precision) == 0
-    from_file = generate.load_model(tmp_path / "q", precision)
-    while_loading = generate.load_model(directory, precision)
-    assert quantize.precision_of(from_file) == quantize.precision_of(while_loading) == precision
+    from_file = load_model(tmp_path / "q", precision)
+    while_loading = load_model(directory, precision)
+    assert precision_of(from_file) == precision_of(while_loading) == precision
     assert torch.equal(logits(from_file), logits(while_loading))
-    exact = logits(generate.load_model(directory))
+    exact = logits(load_model(directory))
     difference = (logits(from_file) - exact).norm() / exact.norm()
     assert 0 < difference < (0.05 if precision.startswith("w8") else 0.5)
-    assert generate.weight_bytes([from_file]) < generate.weight_bytes([generate.load_model(directory)])
+    assert weight_bytes([from_file]) < weight_bytes([load_model(directory)])
 
 
 def test_files_say_their_own_precision_and_activations_are_a_choice(tmp_path):
     assert quantized(source(tmp_path), tmp_path / "q", "--precision", "w4a4") == 0
-    assert quantize.precision_of(generate.load_model(tmp_path / "q")) == "w4a16"
-    assert quantize.precision_of(generate.load_model(tmp_path / "q", "w4a8")) == "w4a8"
+    assert precision_of(load_model(tmp_path / "q")) == "w4a16"
+    assert precision_of(load_model(tmp_path / "q", "w4a8")) == "w4a8"
     for wrong in ("bf16", "w8a16"):
         with pytest.raises(BadInput, match="has 4-bit weights; use w4a16 or w4a8 or w4a4, not"):
-            generate.load_model(tmp_path / "q", wrong)
+            load_model(tmp_path / "q", wrong)
 
 
 def test_several_files_and_an_index(tmp_path, monkeypatch):
@@ -318,9 +321,7 @@ def test_several_files_and_an_index(tmp_path, monkeypatch):
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
-    assert torch.equal(
-        logits(generate.load_model(tmp_path / "q")), logits(generate.load_model(directory, "w4a16"))
-    )
+    assert torch.equal(logits(load_model(tmp_path / "q")), logits(load_model(directory, "w4a16")))
 
 
 def test_modules_that_stay_16_bit(tmp_path):
@@ -336,8 +337,8 @@ def test_modules_that_stay_16_bit(tmp_path):
         "model.layers.1.mlp.down_proj.weight",
     } <= names
     assert "model.layers.1.mlp.up_proj.packed" in names
-    exact, some = logits(generate.load_model(directory)), logits(generate.load_model(tmp_path / "q"))
-    every = logits(generate.load_model(directory, "w4a16"))
+    exact, some = logits(load_model(directory)), logits(load_model(tmp_path / "q"))
+    every = logits(load_model(directory, "w4a16"))
     assert (some - exact).norm() < (every - exact).norm()
 
 
@@ -402,7 +403,7 @@ def test_damaged_metadata_is_refused(tmp_path, damage, message):
         metadata = json.loads(file.metadata()["gpt_spec"]) | damage
     save_file(load_file(path), path, {"gpt_spec": json.dumps(metadata)})
     with pytest.raises(BadInput, match=message):
-        generate.load_model(tmp_path / "q")
+        load_model(tmp_path / "q")
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
@@ -419,13 +420,13 @@ def test_a_directory_that_looks_like_a_leftover_is_left_alone(tmp_path):
 
 def test_unknown_precisions_are_refused():
     with pytest.raises(BadInput, match="precision 'w4a9' is none of fp32, bf16, w8a16"):
-        generate.load_model(SHIPPED_TARGET, "w4a9")
+        load_model(SHIPPED_TARGET, "w4a9")
 
 
 def test_the_precision_of_a_model_with_only_its_head_quantized(tmp_path):
     flags = ("--precision", "w8a8", "--keep_16_bit", "layers")
     assert quantized(source(tmp_path), tmp_path / "q", *flags) == 0
-    assert quantize.precision_of(generate.load_model(tmp_path / "q", "w8a8")) == "w8a8"
+    assert precision_of(load_model(tmp_path / "q", "w8a8")) == "w8a8"
 
 
 @pytest.mark.parametrize("shift", ["qkv_bias", "qk_norm", "tied_embeddings", "o_bias", "mlp_bias"])
@@ -436,11 +437,11 @@ def test_every_kind_of_model_can_be_quantized(shift):
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
     exact, places = logits(model), {name: t.clone() for name, t in model.checkpoint_tensors().items()}
-    linears, q = quantize.linear_names(model), Quantization(8, lm_head_bits=8)
-    quantize.reshape(model.to(torch.bfloat16), q)
+    linears, q = packing.linear_names(model), Quantization(8, lm_head_bits=8)
+    packing.reshape(model.to(torch.bfloat16), q)
     goals = model.checkpoint_tensors()
     for name, tensor in places.items():
-        for part, value in quantize.convert(name, tensor, q, linears, shift == "tied_embeddings").items():
+        for part, value in packing.convert(name, tensor, q, linears, shift == "tied_embeddings").items():
             goals[part].copy_(value)
     in_rows = logits(model)
     in_blocks = logits(model.pack())
@@ -455,10 +456,10 @@ def test_damaged_tensors_are_refused(tmp_path):
     name, tensors = "model.layers.1.mlp.up_proj", load_file(path)
     save_file(tensors | {f"{name}.scales": tensors[f"{name}.scales"].float()}, path, metadata)
     with pytest.raises(BadInput, match="up_proj.scales is F32; the format has F16"):
-        generate.load_model(tmp_path / "q")
+        load_model(tmp_path / "q")
     save_file(tensors, path)
     with pytest.raises(BadInput, match="unexpected tensor .*(packed|quantized)"):
-        generate.load_model(tmp_path / "q")
+        load_model(tmp_path / "q")
 
 
 # ---- the shipped target ----------------------------------------------------------------------------------
@@ -467,7 +468,7 @@ def test_damaged_tensors_are_refused(tmp_path):
 def test_perplexity_of_the_shipped_target(held_out):
     """8-bit activations cost next to nothing, 4-bit weights a little, 4-bit activations more."""
     precisions = ["bf16", *PRECISIONS]
-    loss = {p: quantize.mean_loss(generate.load_model(SHIPPED_TARGET, p), held_out, 8000) for p in precisions}
+    loss = {p: quantize.mean_loss(load_model(SHIPPED_TARGET, p), held_out, 8000) for p in precisions}
     perplexity = {p: torch.tensor(value).exp().item() for p, value in loss.items()}
     assert abs(perplexity["w8a16"] / perplexity["bf16"] - 1) < 0.005
     assert abs(perplexity["w4a8"] / perplexity["w4a16"] - 1) < 0.01
@@ -479,9 +480,9 @@ def test_gptq_without_data_on_the_shipped_target(tmp_path, held_out):
     """Within 3 % of bf16, on text that the model wrote itself, and below round to nearest; groups of 128."""
     flags = ["--quantizer", "gptq", "--calibration_tokens", "8192"]
     assert quantized(SHIPPED_TARGET, tmp_path / "gptq", *flags) == 0
-    assert generate.open_checkpoint(tmp_path / "gptq").quantization == Quantization(4, 128, lm_head_bits=8)
-    models = [generate.load_model(SHIPPED_TARGET, p) for p in ("bf16", "w4a16")]
-    models.append(generate.load_model(tmp_path / "gptq"))
+    assert open_checkpoint(tmp_path / "gptq").quantization == Quantization(4, 128, lm_head_bits=8)
+    models = [load_model(SHIPPED_TARGET, p) for p in ("bf16", "w4a16")]
+    models.append(load_model(tmp_path / "gptq"))
     bf16, rtn, gptq = (quantize.mean_loss(model, held_out, 8000) for model in models)
     assert bf16 < gptq < rtn and gptq - bf16 < math.log(1.03)
 

@@ -18,13 +18,14 @@ from conftest import (
     texts,
 )
 
-import generate
 import kernels
 import quantize
+from checkpoints import load_head, load_model, open_checkpoint
 from eagle import TreeDrafter
 from gpt_spec import HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
 from model import Linear, Rotation, causal_attention
-from quantize import Stored
+from packing import Stored, lower_precisions, share_weights
+from rotation import add_rotations, hadamard, paley, rotated
 
 KINDS = {
     "plain": {},
@@ -55,9 +56,9 @@ def rotate(model):
     """The same model, rotated."""
     turned = copy.deepcopy(model)
     places = turned.checkpoint_tensors()
-    for name, tensor in quantize.rotated(stored(model), model.config).items():
+    for name, tensor in rotated(stored(model), model.config).items():
         places[name].copy_(tensor.read())
-    quantize.add_rotations(turned)
+    add_rotations(turned)
     return turned
 
 
@@ -66,13 +67,13 @@ TOKENS = torch.arange(1, 60)[None]
 
 @pytest.mark.parametrize("order", [4, 12, 20, 28, 36, 44, 60, 76, 108, 140, 148, 200])
 def test_paley_matrices_are_hadamard_matrices(order):
-    matrix = quantize.paley(order)
+    matrix = paley(order)
     assert torch.equal(matrix.abs(), torch.ones(order, order))
     assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
 
 
 def test_orders_that_paley_does_not_reach():
-    assert [order for order in (2, 6, 16, 40, 52, 92, 156, 172) if quantize.paley(order) is not None] == []
+    assert [order for order in (2, 6, 16, 40, 52, 92, 156, 172) if paley(order) is not None] == []
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_orders_that_paley_does_not_reach():
 )  # fmt: skip
 def test_the_sizes_of_published_models(size, order, blocks):
     """Llama, Mistral, Qwen and ours: one matrix for all, or blocks where there is none."""
-    matrix, power = quantize.hadamard(size)
+    matrix, power = hadamard(size)
     assert (len(matrix), size // (len(matrix) * power)) == (order, blocks)
     some = torch.randint(size, (40,)).unique()
     rows = torch.zeros(len(some), size, dtype=torch.float64).scatter(1, some[:, None], 1.0)
@@ -173,7 +174,7 @@ def test_a_rotated_directory(tmp_path, tied):
     source = save_checkpoint(model, tmp_path / "source")
     flags = ["--checkpoint_path", str(source), "--precision", "w8a16", "--rotate"]
     assert quantize.main([*flags, "--output", str(tmp_path / "q")]) == 0
-    checkpoint, loaded = generate.open_checkpoint(tmp_path / "q"), generate.load_model(tmp_path / "q")
+    checkpoint, loaded = open_checkpoint(tmp_path / "q"), load_model(tmp_path / "q")
     assert checkpoint.quantization.rotation == "hadamard" and loaded.rotation is not None
     exact = model.lm_head(model.recompute(TOKENS))
     error = (loaded.lm_head(loaded.recompute(TOKENS)) - exact).norm()
@@ -186,11 +187,11 @@ def test_a_rotated_directory(tmp_path, tied):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a8", "w4a4"])
 def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
     """With heads that were trained on the model before it was rotated; `bench.py exact` takes more texts."""
-    target, small = generate.load_model(rotated_target, precision), generate.load_model(SHIPPED_SMALL)
+    target, small = load_model(rotated_target, precision), load_model(SHIPPED_SMALL)
     prompts = held_out_prompts(2)
-    lower = quantize.share_weights(target, [*quantize.lower_precisions(precision), precision][0])
-    heads = {model: generate.load_head(SHIPPED_HEAD, model) for model in (target, lower)}
-    inner = TreeDrafter(generate.load_head(SMALL_HEAD, small), 12, 3, 4)
+    lower = share_weights(target, [*lower_precisions(precision), precision][0])
+    heads = {model: load_head(SHIPPED_HEAD, model) for model in (target, lower)}
+    inner = TreeDrafter(load_head(SMALL_HEAD, small), 12, 3, 4)
     drafters = {
         "lookup": LookupDrafter(),
         "sequential": SequentialDrafter(small, 4),
@@ -205,6 +206,6 @@ def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
 
 
 def test_rotation_lowers_the_perplexity_of_4_bit_activations(rotated_target, held_out):
-    plain = quantize.mean_loss(generate.load_model(SHIPPED_TARGET, "w4a4"), held_out, 4000)
-    turned = quantize.mean_loss(generate.load_model(rotated_target, "w4a4"), held_out, 4000)
+    plain = quantize.mean_loss(load_model(SHIPPED_TARGET, "w4a4"), held_out, 4000)
+    turned = quantize.mean_loss(load_model(rotated_target, "w4a4"), held_out, 4000)
     assert math.exp(turned - plain) < 0.98

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHIPPED_TARGET
 
-from generate import GPT2_PATTERN, LLAMA3_PATTERN, TextStream, load_tokenizer
 from model import BadInput
+from text import GPT2_PATTERN, LLAMA3_PATTERN, TextStream, load_tokenizer
 
 TEXTS = [
     "Hello, world!",

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import ROOT, guessing_head, random_model, random_prompts
 from safetensors.torch import save_file
 
+from checkpoints import load_head
 from costs import Pace, Stats
 from eagle import Eagle3Head, EagleHead, TreeDrafter
-from generate import load_head
 from gpt_spec import Decoder, Draft, Sampling, Verified, generate, gumbel, tree_geometry
 from model import BadInput, causal_attention
 

@@ -1,0 +1,484 @@
+"""checkpoints.py: directories in Hugging Face's layout, as models and EAGLE heads.
+
+    from checkpoints import load_head, load_model
+    target = load_model("DIR", "w4a16")     # a directory or a hub repository id, in a precision
+    head = load_head("DIR", target)         # an EAGLE-1, EAGLE-2 or EAGLE-3 head for it
+
+This file knows directories, headers and weights. It does not know text (`text.py`), how anything is decoded
+(`gpt_spec.py`), or how a better quantization is found (`quantize.py`).
+
+The one idea: check first, read later. A checkpoint is opened by its headers and the model is on the meta
+device, so what does not fit is refused before it costs memory. Then each tensor goes from the mapped file
+into its place, and weights are never held twice.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from eagle import Eagle3Head, EagleHead
+from model import BadInput, Linear, ModelConfig, Transformer, integer, rope_frequencies
+from packing import (
+    PRECISIONS,
+    Quantization,
+    Stored,
+    check_permutations,
+    convert,
+    default_quantization,
+    linear_names,
+    reshape,
+    set_precision,
+)
+from published import find_layout, translate
+from rotation import add_rotations
+from text import read_json
+
+MODELS = Path(__file__).resolve().parent / "models"
+SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
+SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle"  # of these two
+HINT = "config.json and the weights do not belong together"
+HEAD_FLAG = "--eagle_checkpoint_path"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
+ALL_PRECISIONS = [*DTYPES, *PRECISIONS]
+FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
+
+
+# --------------------------------------------------------------------------------------------------
+# Files and their headers
+# --------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
+    """A local directory, or a hub repository id, downloaded into the hub's cache. BadInput for neither."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BadInput(f"{flag}: {name} is a file; give the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BadInput(f"{flag}: {name} is not a directory (nor a hub repository id like owner/name)")
+    from huggingface_hub import snapshot_download  # slow to import, and most runs are local
+
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted += ["pytorch_model.bin"] if flag == HEAD_FLAG else []  # all that most published heads have
+    unwanted = ["original/*", "consolidated*"]  # the same weights once more
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+    except Exception as error:  # no network, no repository, no permission: the hub has a dozen classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInput(
+            f"{flag}: {name} is not a local directory, and the hub did not give it: {reason}"
+        ) from None
+
+
+def only_file(directory: Path, name: str) -> Path | None:
+    """The file of that name, else the only one whose name ends like it: GPTQ tools have their own."""
+    if (directory / name).exists():
+        return directory / name
+    others = list(directory.glob(f"*{name.removeprefix('model')}"))
+    return others[0] if len(others) == 1 else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or those of its index; none from outside."""
+    index = only_file(directory, "model.safetensors.index.json")
+    if index is None:
+        single = only_file(directory, "model.safetensors")
+        if single is not None:
+            return [single]
+        only_bin = any(directory.glob("*.bin"))
+        has = "only pytorch_model.bin; convert it to safetensors" if only_bin else "no weights"
+        raise BadInput(f"{directory}: has {has}; model.safetensors or model.safetensors.index.json is needed")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{index}: weight_map is missing or no object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise BadInput(f"{index}: {name} points outside the checkpoint directory")
+        if not (directory / name).exists():
+            raise BadInput(f"{index}: lists {name}, which is not there")
+    return [directory / name for name in names]
+
+
+def open_weights(path: Path) -> Any:
+    """A safetensors file, memory-mapped: tensors are read when asked for and never held twice."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"{path}: not a whole safetensors file ({error}); it may have been cut off in a download"
+        ) from None
+
+
+def tensor_names(weights: Any) -> list[str]:
+    """The names in an open file or a dictionary. RoPE frequencies of old Llama checkpoints are left out: they
+    follow from the config."""
+    return [name for name in weights.keys() if not name.endswith("rotary_emb.inv_freq")]
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its header; nothing is read. BadInput for one that is there twice."""
+    tensors = {}
+    for path in files:
+        weights = open_weights(path)
+        for name in tensor_names(weights):
+            if name in tensors:
+                raise BadInput(f"{path}: {name} is in {tensors[name].where.name} already")
+            header = weights.get_slice(name)
+            read = partial(weights.get_tensor, name)
+            tensors[name] = Stored(tuple(header.get_shape()), header.get_dtype(), path, read)
+    return tensors
+
+
+def stored_quantization(files: list[Path]) -> Quantization | None:
+    """How the weights are quantized, from the metadata of files of ours; None if they are not."""
+    metadata = {}
+    for path in files:
+        with open_weights(path) as weights:
+            metadata[path] = (weights.metadata() or {}).get("gpt_spec")
+    first = metadata[files[0]]
+    for path, text in metadata.items():
+        if text != first:
+            raise BadInput(f"{path}: is quantized otherwise than {files[0].name}")
+    return None if first is None else Quantization.from_json(first, str(files[0]))
+
+
+def published_config(directory: Path, raw: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """How another tool says that it quantized a checkpoint, and the file that says so; there are four places
+    for it."""
+    inside = raw.get("quantization_config") or raw.get("compression_config")
+    if inside is not None and not isinstance(inside, dict):
+        raise BadInput(f"{directory / 'config.json'}: quantization_config is no object")
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        beside = read_json(directory / name)
+        if beside:
+            where = directory / ("config.json" if inside else name)
+            return {"quant_method": method} | beside | (inside or {}), str(where)
+    if inside is not None and "quant_method" not in inside and "config_groups" in inside:
+        inside = {"quant_method": "compressed-tensors"} | inside
+    return inside, str(directory / "config.json")
+
+
+def stop_ids(directory: Path) -> list[int]:
+    """All end-of-text ids: those of generation_config.json, else those of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(directory / name).get("eos_token_id")
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """A directory whose headers have been checked: nothing of its weights is in memory."""
+
+    directory: Path
+    files: list[Path]
+    tensors: dict[str, Stored]  # in our format, whatever the files have
+    model: Transformer  # on the meta device, in the form of the tensors
+    quantization: Quantization | None
+    precision: str  # the files' own
+    published: str | None = None  # another tool's 4-bit format, by name
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check a directory: its configuration, and that each weight has a place and each place a weight."""
+    where = str(directory / "config.json")
+    raw = read_json(directory / "config.json", required=True)
+    config = ModelConfig.from_dict(raw, where)
+    files = weight_files(directory)
+    q, tensors = stored_quantization(files), stored_tensors(files)
+    published, settings = published_config(directory, raw) if q is None else (None, where)
+    layout = None
+    with torch.device("meta"):
+        model = Transformer(config)
+    if published is not None:
+        layout = find_layout(published, settings)
+        tensors, q = translate(layout, tensors, model, settings)
+    if q is not None:
+        permuted = check_permutations(tensors, model)
+        try:
+            reshape(model.to(torch.bfloat16), q, permuted)
+        except BadInput as error:
+            raise BadInput(f"{files[0] if len(files) == 1 else directory}: {error}") from None
+    own = check_weights(model, directory, tensors)
+    own = f"w{q.bits}a{layout.activation_bits if layout else 16}" if q else own
+    return Checkpoint(directory, files, tensors, model, q, own, layout and layout.name)
+
+
+def check_weights(model: Transformer, directory: Path, tensors: dict[str, Stored]) -> str:
+    """Each tensor must have a place and each place a tensor -> the precision that 16-bit files ask for.
+
+    Only headers are looked at, and the model may be on the meta device: what does not fit costs nothing.
+    """
+    places = weight_places(model)
+    for name, stored in tensors.items():
+        if name not in places:
+            raise BadInput(f"{stored.where}: unexpected tensor {name}; {HINT}")
+        check_tensor(name, stored, places[name])
+    missing = sorted(set(model.checkpoint_tensors()) - set(tensors))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(f"{directory}: the weights lack {missing[0]}{more}; {HINT}")
+    kinds = [stored.kind for stored in tensors.values()]
+    return FILE_PRECISION.get(max(set(kinds), key=kinds.count), "bf16")
+
+
+def check_tensor(name: str, stored: Stored, place: Tensor) -> None:
+    """Raise BadInput if a tensor of a file, known by its header, does not fit into its place."""
+    shape, kind, path, _ = stored
+    if shape != tuple(place.shape):
+        raise BadInput(f"{path}: {name} has shape {shape}, config.json asks for {tuple(place.shape)}")
+    fixed = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.float16: "F16"}.get(place.dtype)
+    if fixed and kind != fixed:
+        raise BadInput(f"{path}: {name} is {kind}; the format has {fixed}")
+    if not fixed and kind not in FILE_PRECISION:
+        raise BadInput(f"{path}: {name} is {kind}; float32, bfloat16 and float16 are supported")
+
+
+def weight_places(model: Transformer) -> dict[str, Tensor]:
+    """Where tensors of a checkpoint go; a tied model may come with a second copy of its embedding."""
+    places = model.checkpoint_tensors()
+    shared = not any(name.startswith("lm_head.") for name in places)
+    return places | ({"lm_head.weight": places["model.embed_tokens.weight"]} if shared else {})
+
+
+def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
+    """Raise BadInput for a precision that the weights cannot have. Quantized weights stay what they are; only
+    their activations are a choice."""
+    if precision not in ALL_PRECISIONS:
+        raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
+    q = checkpoint.quantization
+    possible = [name for name, (bits, _) in PRECISIONS.items() if q is not None and bits == q.bits]
+    if q is not None and precision not in possible:
+        flag = flag.replace("checkpoint_path", "precision")
+        raise BadInput(
+            f"{flag}: {checkpoint.directory} has {q.bits}-bit weights; "
+            f"use {' or '.join(possible)}, not {precision}"
+        )
+
+
+def load_model(
+    path: str | Path,
+    precision: str | None = None,
+    device: str = "cpu",
+    flag: str = "--checkpoint_path",
+) -> Transformer:
+    """Load a Hugging Face directory or hub repository. `precision` is fp32, bf16 or a name of
+    `packing.PRECISIONS`; None is the file's own.
+
+    Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
+    the precision asks for it, published 4-bit ones are brought into our format. Raises BadInput for anything
+    that does not fit.
+    """
+    checkpoint = open_checkpoint(find_checkpoint(str(path), flag))
+    precision = precision or checkpoint.precision
+    check_precision(precision, checkpoint, flag)
+    model, q = checkpoint.model, None
+    if checkpoint.quantization is None:
+        model = model.to(DTYPES.get(precision, torch.bfloat16))
+        if precision in PRECISIONS:
+            q = default_quantization(model, precision)
+            reshape(model, q)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    if model.config.tied_embeddings and model.lm_head.scales is None:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.frequencies = rope_frequencies(model.config).to(device)
+    fill_weights(model, checkpoint.directory, checkpoint.tensors, q)
+    if checkpoint.quantization is not None and checkpoint.quantization.rotation:
+        add_rotations(model, device)
+    if precision in PRECISIONS:
+        set_precision(model, precision)
+    announce(model.pack(), q)
+    return model
+
+
+def fill_weights(
+    model: Transformer, directory: Path, checked: dict[str, Stored], q: Quantization | None
+) -> None:
+    """Copy every checked tensor into its place, quantized on the way if `q` is given.
+
+    What a tied model has twice must be the same.
+    """
+    places, linears, head = model.checkpoint_tensors(), linear_names(model), None
+    tied = model.config.tied_embeddings
+    for name, stored in checked.items():
+        tensor = stored.read()
+        if name == "lm_head.weight" and tied:
+            head = tensor
+        else:
+            tensors = {name: tensor} if q is None else convert(name, tensor, q, linears, tied)
+            for part, value in tensors.items():
+                places[part].copy_(value)
+    if head is not None and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
+        raise BadInput(
+            f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"
+        )
+
+
+def announce(model: Transformer, q: Quantization | None) -> None:
+    """Print what a user would not expect of this model, a line each."""
+    if q is not None and q.bits == 4 and q.group == -1:
+        print("no group size divides the inputs: one scale for each row of weights", file=sys.stderr)
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    rows = sum(m.weight.dim() == 2 for m in linears)
+    if rows and model.norm.weight.dtype == torch.bfloat16 and model.norm.weight.is_cpu and kernels.load():
+        print(
+            f"{rows} matrices have an odd number of inputs and run without our kernels: near-ties may fall "
+            "another way when several tokens are verified at once",
+            file=sys.stderr,
+        )
+
+
+def weight_bytes(models: list[nn.Module]) -> int:
+    """The memory of all parameters; what models share counts once."""
+    tensors = {p.data_ptr(): p.numel() * p.element_size() for model in models for p in model.parameters()}
+    return sum(tensors.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# EAGLE heads
+# --------------------------------------------------------------------------------------------------
+
+
+def load_head(path: str | Path, target: Transformer, precision: str | None = None) -> EagleHead:
+    """Load an EAGLE-1, EAGLE-2 or EAGLE-3 head for a loaded target, in `precision` (None: bf16 or fp32, as
+    the target's norms), quantized on the way if that asks for it. Raises BadInput for what does not fit."""
+    directory = find_checkpoint(str(path), HEAD_FLAG)
+    raw = read_json(directory / "config.json", required=True)
+    tensors, like = read_head(directory), target.norm.weight
+    if precision not in (None, *ALL_PRECISIONS):
+        raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
+    dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
+    if dtype != like.dtype:
+        raise BadInput(
+            "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
+        )
+    head = build_head(raw, tensors, target, str(directory / "config.json"))
+    ids = take_vocabulary(head, tensors, directory)
+    if not hasattr(head, "embed_tokens"):
+        tensors.pop("embed_tokens.weight", None)  # a copy of the target's
+    check_head(head, tensors, directory)
+    head, q = head.to(dtype), None
+    if precision in PRECISIONS:
+        q = default_quantization(head, precision)
+        reshape(head, q)
+    head = head.to_empty(device=like.device).requires_grad_(False).eval()
+    head.frequencies = rope_frequencies(head.config).to(like.device)
+    if head.draft_ids is not None:
+        head.draft_ids = None if ids is None else ids.to(like.device)
+    places, linears = head.checkpoint_tensors(), linear_names(head)
+    for name, tensor in tensors.items():
+        parts = {name: tensor} if q is None else convert(name, tensor, q, linears, tied=False)
+        for part, value in parts.items():
+            places[part].copy_(value)
+    if q is not None:
+        set_precision(head, precision)
+    return head.pack().attach(target)
+
+
+def read_head(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a published head, by name, from safetensors files or from a pytorch_model.bin."""
+    if any(directory.glob("model*.safetensors*")):
+        return {name: stored.read() for name, stored in stored_tensors(weight_files(directory)).items()}
+    path = directory / "pytorch_model.bin"
+    if not path.exists():
+        raise BadInput(f"{directory}: has no weights; model.safetensors or pytorch_model.bin is needed")
+    try:
+        # Weights only: a downloaded pickle must not run code.
+        mapped = zipfile.is_zipfile(path)  # as PyTorch has written them since 1.6
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch.load raises what pickle, zipfile and itself do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise BadInput(f"{path}: holds something else than named tensors")
+    return {name: tensors[name] for name in tensor_names(tensors)}
+
+
+def build_head(raw: dict[str, Any], tensors: dict[str, Tensor], target: Transformer, where: str) -> EagleHead:
+    """An empty head on the meta device, in the layout that the names of the tensors tell."""
+    config = ModelConfig.from_dict({"model_type": "llama"} | raw, where)
+    third = "midlayer.self_attn.q_proj.weight" in tensors
+    if not third and "layers.0.self_attn.q_proj.weight" not in tensors:
+        raise BadInput(f"{where}: the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
+    layer = "midlayer" if third else "layers.0"
+    optional = {"qkv_bias": "self_attn.q_proj.bias", "o_bias": "self_attn.o_proj.bias"}
+    optional |= {"mlp_bias": "mlp.gate_proj.bias", "qk_norm": "self_attn.q_norm.weight"}
+    present = {name: f"{layer}.{key}" in tensors for name, key in optional.items()}
+    config = replace(config, num_layers=1, **present)
+    width = integer_of(raw, "target_hidden_size", config.hidden_size, where) if third else config.hidden_size
+    for name, ours, theirs in (
+        ("vocabulary", config.vocab_size, target.config.vocab_size),
+        ("hidden size", width, target.config.hidden_size),
+    ):
+        if ours != theirs:
+            raise BadInput(f"{where}: the head is for a target with a {name} of {ours}, not {theirs}")
+    with torch.device("meta"):
+        if not third:
+            return EagleHead(config, fc_bias="fc.bias" in tensors)
+        if target.config.num_layers < 3:
+            raise BadInput(f"{where}: an EAGLE-3 head needs a target of at least 3 layers")
+        rows = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else config.vocab_size
+        drafted = integer_of(raw, "draft_vocab_size", rows, where)
+        if drafted < 1:
+            raise BadInput(f"{where}: draft_vocab_size is {drafted}; it must be at least 1")
+        # As in the authors' code: with this key, the embedding in the file is the head's own.
+        return Eagle3Head(config, width, drafted, own_embedding="target_hidden_size" in raw)
+
+
+def integer_of(raw: dict[str, Any], name: str, default: int, where: str) -> int:
+    """An integer of config.json. Raises BadInput, naming `where`, for anything else."""
+    try:
+        return integer(raw, name, default)
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def check_head(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Each tensor must have a place, and each place a tensor of its shape. Raises BadInput."""
+    places = head.checkpoint_tensors()
+    missing = sorted(set(places) - set(tensors))
+    if missing:
+        raise BadInput(f"{directory}: the weights lack {missing[0]}")
+    for name, tensor in tensors.items():
+        if name not in places:
+            raise BadInput(f"{directory}: unexpected tensor {name}")
+        if tensor.shape != places[name].shape:
+            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(places[name].shape)}"
+            raise BadInput(f"{directory}: {name} has shape {shapes}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"{directory}: {name} is {tensor.dtype}; 16-bit and 32-bit floats are supported")
+
+
+def take_vocabulary(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> Tensor | None:
+    """Remove the token map of an EAGLE-3 head from its tensors -> token ids of its logits, None for all."""
+    offsets, _ = tensors.pop("d2t", None), tensors.pop("t2d", None)  # t2d, the inverse, is for training
+    if head.draft_ids is None or offsets is None:
+        if head.draft_ids is not None and len(head.draft_ids) != head.config.vocab_size:
+            raise BadInput(f"{directory}: the weights lack d2t, which says what the head's tokens are")
+        return None
+    ids = torch.arange(offsets.numel()) + offsets.flatten().long()
+    known = ids.shape == head.draft_ids.shape and 0 <= ids.min() <= ids.max() < head.config.vocab_size
+    if not known or len(ids.unique()) < len(ids):
+        raise BadInput(f"{directory}: d2t does not map {len(head.draft_ids)} tokens into the vocabulary")
+    return ids

@@ -86,7 +86,7 @@ SPECULATE_K = 4  # tokens of a sequence, unless --speculate_k gives another numb
 METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qspec", "auto"]
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
-    *("kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
+    *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
     *("gpt_spec.py", "eagle.py", "auto.py", "packing.py", "rotation.py"),
     *("published.py", "checkpoints.py", "text.py", "cli.py", "quantize.py"),
 )

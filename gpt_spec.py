@@ -131,7 +131,7 @@ def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     current = node.expand_as(parent)
     ancestors = (node[:, None] == node).expand(len(parent), -1, -1)  # [B, n, n]
     depth = torch.zeros_like(parent)
-    for _ in range(max_depth):  # everybody climbs one step; who has arrived at the top stays there
+    for _ in range(max_depth):  # every node climbs one step; at the top it stays
         above = parent.gather(1, current)
         depth = depth + (above >= 0)
         current = torch.where(above >= 0, above, current)
@@ -152,12 +152,11 @@ def accept(
     reached = ~(ancestors & ~follows[:, None, :]).any(dim=-1)  # [B, n]: the whole way from the root agrees
     accepted, last = torch.where(reached, depth, -1).max(dim=-1)  # [B] each
     on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
-    level = torch.arange(max_depth + 1, device=tokens.device)
+    step = torch.arange(max_depth + 1, device=tokens.device)
     node = torch.arange(tokens.shape[1], device=tokens.device)
-    # One node a level: [B, max_depth + 1, n]
-    at_level = on_path[:, None, :] & (depth[:, None, :] == level[:, None])
-    path = torch.where(at_level, node, -1).amax(dim=-1)
-    return torch.where(level <= accepted[:, None], path, last[:, None]), accepted
+    at_step = on_path[:, None, :] & (depth[:, None, :] == step[:, None])  # [B, max_depth + 1, n]
+    path = torch.where(at_step, node, -1).amax(dim=-1)  # the only node of each depth on the way
+    return torch.where(step <= accepted[:, None], path, last[:, None]), accepted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,9 +331,8 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         # 3. Pick the target's own token after every node. It does not depend on what was proposed.
         choice = level.pick(model.lm_head(features), positions + 1, tokens, parent)  # [B, n]
         # 4. Accept: from the root, follow the child that carries the choice, until there is none.
-        path, accepted = accept(
-            tokens, parent, choice, ancestors, depth, max_depth
-        )  # [B, max_depth + 1], [B]
+        # path: int64 [B, max_depth + 1], accepted: int64 [B]
+        path, accepted = accept(tokens, parent, choice, ancestors, depth, max_depth)
         emitted = choice.gather(1, path)  # the accepted drafts, then the bonus, repeated
         state.append(emitted, tapped, path)
         drafted = (parent >= 0).sum(dim=1)  # [B]
@@ -342,7 +340,8 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         # A row whose text has ended is frozen: it rides along, and its length stays.
         return torch.where(state.active, length + accepted + 1, length), path, report
 
-    length, path, report = level.fast(verify, (len(draft.tokens[0]), max_depth))(draft.tokens, draft.parent)
+    run = level.compiled(verify, draft.tokens.shape[1], max_depth)
+    length, path, report = run(draft.tokens, draft.parent)
     # 5. Keep. Keys and values of the path move to where they belong. Rejecting the others costs nothing.
     if draft.branches:  # the path of a chain is in place
         cache.keep(path, state.length)
@@ -436,10 +435,11 @@ class Level:
         what is accepted."""
         return pick(logits, positions, self.state.seed, self.setup.sampling)
 
-    def fast(self, verify: Callable, key: tuple[int, int]) -> Callable:
-        """`verify`, compiled and recorded: once for every number of nodes and depth."""
+    def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
+        """`verify` of `speculate`, compiled and recorded, if this decoder is: once for every size of drafts.
+        It depends on the level alone, so the one that came first serves all later steps."""
+        key, runtime = (nodes, max_depth), self.setup.runtime
         if key not in self.verifications:
-            runtime = self.setup.runtime
             self.verifications[key] = runtime.recorded(runtime.compiled(verify))
         return self.verifications[key]
 
@@ -823,7 +823,7 @@ class LookupDrafter(Drafter):
         return TextIndex(self.ngram)
 
     def update(self, state: State) -> list[TextIndex | None]:
-        """Take in what texts have gained -> their indices by row, None where no text is decoded."""
+        """Add what the texts have gained -> their indices by row, None where no text is decoded."""
         lengths, actives = state.length.tolist(), state.active.tolist()
         tokens = state.tokens[:, : max(lengths) + 1].tolist()
         for index, text, length in compress(zip(self.indices, tokens, lengths), actives):
@@ -831,7 +831,7 @@ class LookupDrafter(Drafter):
         return [index if active else None for index, active in zip(self.indices, actives)]
 
     def choose_size(self, agree: list[int]) -> int:
-        """The number of nodes, given how many tokens of each text agree with some before."""
+        """The number of nodes, given how many tokens at the end of each text have occurred before."""
         return self.max_nodes if any(agree) else 1
 
     def propose(self, state: State, n: int | None = None) -> Draft:
@@ -865,7 +865,7 @@ class TextIndex:
         self.before: list[list[int]] = []  # and where each suffix ended before, the longest first
 
     def update(self, text: list[int]) -> None:
-        """Take in what the text has gained; what is not in it any more is forgotten."""
+        """Add what the text has gained, and forget what is not in it any more."""
         if self.text != text[: len(self.text)]:
             pairs = enumerate(zip(self.text, text))
             self.forget(next((i for i, (a, b) in pairs if a != b), min(len(self.text), len(text))))
@@ -885,7 +885,7 @@ class TextIndex:
         return [last[i:] for i in range(len(last))]
 
     def forget(self, end: int) -> None:
-        """All places from `end` on; those below, too, if it is quicker to take them in again."""
+        """Forget all places from `end` on; those below, too, if it is quicker to add them again."""
         if end < len(self.text) - end:
             self.clear()
         while len(self.text) > end:
@@ -898,8 +898,8 @@ class TextIndex:
                 values.pop()
 
     def guess(self, count: int, place: int = -1) -> list[int]:
-        """What may follow a place that repeats another. What is close to the end is read around in circles: a
-        text that repeats goes on repeating."""
+        """What may follow a place that repeats an earlier one. Where the text ends too soon, the guess
+        starts over: a text that repeats goes on repeating."""
         place = place % len(self.text)
         begin = self.repeats[place] + 1
         said = self.text[begin : min(begin + count, place + 1)]
@@ -914,14 +914,14 @@ MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a step to an ancesto
 class SequentialDrafter(Drafter):
     """A smaller model of the same vocabulary writes K tokens in a row (Leviathan et al., arXiv 2211.17192).
 
-    It picks with the target's noise, so at any temperature it says what the target says wherever their
-    distributions let it. The last draft of a run that is accepted whole was never fed to it; so every run
-    starts with the last *two* tokens of the text (more, where `Level.behind` says so), which costs no extra
-    forward and writes what is there already in every other case.
+    It picks with the target's noise, so at any temperature it agrees with the target as often as their
+    distributions allow. When a whole draft is accepted, its last token has not been fed to the small model
+    yet. So every draft starts by feeding the last *two* tokens of the text (more, where `Level.behind` says
+    so). That costs no extra forward, and in all other cases it writes what is there already.
 
     The smaller model may be the target itself with lower activations, on the target's own cache (QSpec, arXiv
-    2410.11305): drafts write their keys and values from `length` on, verification writes over them before it
-    reads, and so there is nothing to prefill, to catch up with or to take back.
+    2410.11305). Drafts write their keys and values from `length` on, and verification overwrites them before
+    it reads. So there is nothing to prefill, to catch up with or to take back.
     """
 
     def __init__(
@@ -931,11 +931,11 @@ class SequentialDrafter(Drafter):
         draft_confidence: float = 0.0,
         shares_cache: bool = False,
     ):
-        """`speculate_k` None: as many as pay, by the acceptance and the speed of late.
+        """`speculate_k`: tokens of a draft; None for as many as pay, going by recent acceptance and cost.
 
         `draft_confidence`: a draft ends before a token that the model finds less probable than this.
 
-        `shares_cache`: the model is the target in another precision of activations, and on its cache.
+        `shares_cache`: the model is the target in another precision of activations, and uses its cache.
         """
         if speculate_k is not None and speculate_k < 1:
             raise BadInput(f"speculate_k is {speculate_k}; it must be at least 1")
@@ -970,8 +970,9 @@ class SequentialDrafter(Drafter):
     def write(
         self, fed: Tensor, start: Tensor, last: Tensor, seed: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Feed int64 [B, n] at `start`, of which `last` [B] is the root, and go on from there -> tokens int64
-        [B, count], are they sure? bool."""
+        """Feed tokens int64 [B, n] at `start`, of which number `last` [B] is the root, and go on from there.
+
+        Returns `count` new tokens int64 [B, count], and whether the model is sure of each, bool."""
         tokens, sure, row = [], [], torch.arange(len(fed), device=fed.device)[:, None]  # [B, 1]
         for _ in range(count):
             features, _ = extend(self.model, self.cache, fed, start)
@@ -998,7 +999,7 @@ class SequentialDrafter(Drafter):
         for more in self.calls if most == self.max_nodes else [1] * (most - 1):
             tokens, confident = self.write_some(fed, start, last, state.seed, more)  # [B, more] each
             sure = sure[:, -1:] & confident
-            # A read of the host, the price of stopping early.
+            # The host reads the device here: the price of stopping early.
             if self.draft_confidence > 0 and not sure.any():
                 break
             drafted.append(tokens)
@@ -1027,18 +1028,18 @@ MIN_DRAFT_LENGTH = 6  # by default
 
 
 class HierarchicalDrafter(Drafter):
-    """A decoder that drafts: a smaller model verifies what a drafter of its own proposes, step after step,
-    and what it has said after `min_draft_length` tokens or more goes up as one sequence (SpecMQuant, arXiv
-    2505.22179).
+    """A decoder that drafts (SpecMQuant, arXiv 2505.22179). A smaller model, the middle, decodes with a
+    drafter of its own, step after step, until it has at least `min_draft_length` tokens. The target then
+    verifies them as one sequence.
 
-    So the big quantized target, for which 60 tokens are no longer as cheap as one, verifies a short chain,
-    and the tree is left to a model for which it is cheap. What proposes to the middle model is not known
-    here: an EAGLE head, a lookup, or another decoder.
+    So the large quantized target, for which 60 tokens cost more than one, verifies a short chain, and the
+    tree is left to a model for which it is cheap. The drafter inside may be an EAGLE head, a lookup, or
+    another decoder.
 
-    The text is shared, and has a length for each level: C, what is in the target's cache, and Lm, what is in
-    the middle model's. Drafting moves Lm ahead of C, and writes tokens from Lm + 1 on. The target verifies,
-    which makes C the larger C', and Lm goes back to it. But if all was accepted, C' = Lm + 1: what is lacking
-    is fed first, so that Lm >= C whenever anything is drafted, and no committed token is ever overwritten.
+    The levels share the text, and each has its own length: C in the target's cache, Lm in the middle's.
+    Drafting moves Lm ahead of C. Verification raises C, and Lm goes back to the new C. If everything was
+    accepted, the middle lacks one token, C = Lm + 1, and is fed that first. So Lm >= C whenever anything is
+    drafted, and no committed token is ever overwritten.
     """
 
     needs_host = True
@@ -1050,23 +1051,23 @@ class HierarchicalDrafter(Drafter):
         min_draft_length: int = MIN_DRAFT_LENGTH,
         shares_cache: bool = False,
     ):
-        """`shares_cache`: the model is the target itself in another precision of activations, and its cache
-        is the target's. Nothing below `length` is ever written then, and what is written above, keys, values
-        and features, is replaced by the target's when it verifies.
+        """`shares_cache`: the model is the target itself in another precision of activations, on the target's
+        cache. It never writes below `length`, and the keys, values and features that it writes above are
+        replaced by the target's when it verifies.
         """
         if not 1 <= min_draft_length <= MAX_DRAFT_DEPTH:
             raise BadInput(f"min_draft_length is {min_draft_length}; it must be 1 to {MAX_DRAFT_DEPTH}")
         self.model, self.drafter, self.shares_cache = model, drafter, shares_cache
         self.models = drafter.models if shares_cache else (model, *drafter.models)
         self.min_draft_length = min_draft_length
-        # One token short of enough, a step may still add a whole path and the model's own token.
+        # One token short of the minimum, a step may still add a whole path and the bonus token.
         depth = max(drafter.max_depth(n) for n in drafter.draft_sizes())
         self.max_nodes = 1 + min_draft_length + depth
         self.sizes = sorted({self.max_nodes, self.max_nodes - depth // 2})  # most steps add less
 
     @property
     def slack(self) -> int:
-        # A row that has drafted all it can rides along while others still draft, and so does its next draft.
+        # A row that has enough rides along while others still draft, and inner drafts are written behind it.
         return self.max_nodes - 1 + self.drafter.slack
 
     def taps(self, layers: int) -> tuple[int, ...]:
@@ -1074,7 +1075,7 @@ class HierarchicalDrafter(Drafter):
 
     def start(self, level: Level) -> None:
         super().start(level)
-        # Where the cache is shared, so are the features, and the target renews those of all that is drafted.
+        # A shared cache means shared features, and the target renews those of everything drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
         self.level = self.make_level(level, renewed)
         runtime = level.setup.runtime
@@ -1104,7 +1105,7 @@ class HierarchicalDrafter(Drafter):
         inside.length[row] = len(tokens)
 
     def rewind(self, length: Tensor) -> None:
-        # All levels at once: this one may move on before the next is asked for a draft.
+        # All levels at once: this one may move on before the inner one is asked for a draft.
         inside = self.level.state
         inside.length.copy_(torch.minimum(inside.length, length))
         self.drafter.rewind(inside.length)
@@ -1118,7 +1119,7 @@ class HierarchicalDrafter(Drafter):
         return ()
 
     def catch_up(self, state: State) -> None:
-        """Feed the middle model what it may lack of a text of which the target accepted all that it said."""
+        """Feed the middle model the tokens that it lacks after the target accepted a whole draft."""
         self.level.watch.start()
         self.feed_some(*state.before(state.length, self.level.behind))
         self.level.state.length.copy_(state.length)
@@ -1128,7 +1129,7 @@ class HierarchicalDrafter(Drafter):
         inside = self.level.state
         self.rewind(state.length)
         if self.shares_cache:
-            inside.length.copy_(state.length)  # the target has written what was lacking
+            inside.length.copy_(state.length)  # the target has written what it lacked
         elif (inside.length < state.length).any():
             self.catch_up(state)
         active, drafted, watch = state.active.tolist(), [0] * len(state.active), Stopwatch()

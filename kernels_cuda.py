@@ -2,7 +2,7 @@
 
 `kernels.load` imports this file where there is a GPU. It is one of its own, as kernels.cpp is, because Triton
 is a compiler that machines without a GPU need not have. Every function here has the signature of its slow
-twin in kernels.py, called `..._reference` there, and takes tensors on the CPU, too, if TRITON_INTERPRET is 1:
+twin in reference.py, called `..._reference` there. With TRITON_INTERPRET=1 it also takes tensors on the CPU,
 so the tests run all of them without a GPU.
 
 The one idea is that of the CPU bodies: row i of a result is the same bits however many rows ride along.
@@ -17,8 +17,8 @@ Whatever sums does so in an order that depends on the layer and on the positions
 - Attention goes over positions. Splits are ranges of them, and a node of a tree reads its ancestors, from
   wherever they lie, as if they stood behind the past in a row.
 
-4-bit weights are words of 32 bits that hold 8 numbers, four pairs (`kernels.pack_words`). A shift, a mask and
-a subtraction make two bf16 numbers of a pair: nibbles become the last bits of 128 + q, exactly, less 136.
+4-bit weights are words of 32 bits that hold 8 numbers, four pairs (`reference.pack_words`). A shift, a mask
+and a subtraction make two bf16 numbers of a pair: nibbles become the last bits of 128 + q, exactly, less 136.
 Hopper has no 4-bit arithmetic: with 8-bit or 4-bit activations nibbles become 8-bit integers, and what w4a4
 saves there is nothing but activations.
 """
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import kernels
+import reference
 
 CHUNK = tl.constexpr(128)  # inputs that a step of a linear reads
 PLANE = tl.constexpr(32)  # inputs in one pair of nibbles of all 16 words of a chunk
@@ -235,13 +235,13 @@ def multiply(
     residual: Tensor | None,
     out: int,
     activation_bits: int,
-    wide: bool,
+    float32_out: bool,
     plan: Tiles | None = None,
 ) -> Tensor:
     """residual + x W^T + bias of prepared x [n, in], bf16 or int8 with `x_scales` -> [n, out]."""
     (n, inputs), bits = x.shape, {torch.int32: 4, torch.int8: 8, torch.bfloat16: 16}[weight.dtype]
     plan = plan or tiles(out, inputs, bits)
-    y = torch.empty(n, out, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
+    y = torch.empty(n, out, dtype=torch.float32 if float32_out else torch.bfloat16, device=x.device)
     # Rows and outputs of a program decide how often each is read, and no bits.
     block_rows = min(max(triton.next_power_of_2(n), 16), 64)
     group = inputs // scales.shape[0] if bits == 4 else CHUNK.value
@@ -279,14 +279,14 @@ def linear(
     permutation: Tensor | None,
     out_features: int,
     activation_bits: int,
-    wide: bool,
+    float32_out: bool,
     plan: Tiles | None = None,
 ) -> Tensor:
-    """See `kernels.linear`. Weights are int32 words of `kernels.pack_words`, int8 or bf16 rows."""
+    """See `kernels.linear`. Weights are int32 words of `reference.pack_words`, int8 or bf16 rows."""
     if x.dtype != torch.bfloat16 or weight.dtype not in (torch.int32, torch.int8, torch.bfloat16):
-        return kernels.linear_reference(
+        return reference.linear_reference(
             x, weight, scales, zeros, bias, residual, norm, eps, gated, rotation, power, stride, permutation,
-            out_features, activation_bits, wide,
+            out_features, activation_bits, float32_out,
         )  # fmt: skip
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # [B n, in or 2 in]
     if rotation is not None:
@@ -300,7 +300,17 @@ def linear(
     if residual is not None:
         residual = residual.reshape(-1, out_features).contiguous()
     y = multiply(
-        rows, weight, scales, zeros, x_scales, bias, residual, out_features, activation_bits, wide, plan
+        rows,
+        weight,
+        scales,
+        zeros,
+        x_scales,
+        bias,
+        residual,
+        out_features,
+        activation_bits,
+        float32_out,
+        plan,
     )
     return y.unflatten(0, x.shape[:-1])
 
@@ -390,7 +400,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor | None]:
     """x [n, in], or [n, 2 in] if `gated` -> bf16 [n, in]; or int8 and float32 scales [n], or [n * groups].
 
-    The twin of `kernels.prepare_reference` without a rotation and of `kernels.quantize_activations`.
+    The twin of `reference.prepare_reference` without a rotation and of `reference.quantize_activations`.
     """
     n, size = len(x), x.shape[1] // (2 if gated else 1)
     y = torch.empty(n, size, dtype=torch.bfloat16 if bits == 16 else torch.int8, device=x.device)
@@ -409,7 +419,7 @@ def prepare(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype != torch.bfloat16:
-        return kernels.rms_norm_reference(x, weight, eps)
+        return reference.rms_norm_reference(x, weight, eps)
     return prepare(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)[0].view(x.shape)
 
 
@@ -450,7 +460,7 @@ def small_matrix_kernel(
 def rotate(x: Tensor, matrix: Tensor, power: int, stride: int, dtype: torch.dtype | None = None) -> Tensor:
     """See `kernels.rotate`; the result has another dtype, if asked for."""
     if x.dtype == torch.float64:
-        return kernels.rotate_reference(x, matrix, power, stride)
+        return reference.rotate_reference(x, matrix, power, stride)
     x, k = x.contiguous(), len(matrix)
     result = torch.empty_like(x, dtype=dtype)
     y = result if k == 1 else torch.empty_like(x, dtype=torch.float32)
@@ -637,7 +647,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
 
 @triton.jit
 def mix(x):
-    """`kernels.mix` in 32 bits, which wrap around by themselves."""
+    """`reference.mix` in 32 bits, which wrap around by themselves."""
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
@@ -702,7 +712,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `kernels.top_k`: the k best of every block of a row, then the k best of these."""
     rows, size, block = x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1], 4096
     if k > 64:  # one after another would be slow, and nobody asks for so many
-        return kernels.top_k_reference(x, k)
+        return reference.top_k_reference(x, k)
     n, blocks = len(rows), triton.cdiv(size, block)
     values = torch.empty(n, k, dtype=torch.float32, device=x.device)
     places = torch.empty(n, k, dtype=torch.int64, device=x.device)

@@ -242,7 +242,7 @@ class Linear(nn.Linear):
     first, if there is a `rotation`, and then put into another order, if there is a `permutation`.
     """
 
-    wide = False  # results in float32, not in the dtype of x
+    float32_out = False  # results in float32, not in the dtype of x
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -259,7 +259,7 @@ class Linear(nn.Linear):
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         weights = (self.weight, self.scales, self.zeros, self.bias)
         extras = (residual, scale, eps, gated, self.rotation and self.rotation.arguments, self.permutation)
-        return kernels.linear(x, *weights, *extras, self.out_features, self.activation_bits, self.wide)
+        return kernels.linear(x, *weights, *extras, self.out_features, self.activation_bits, self.float32_out)
 
     def prepare(
         self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
@@ -287,7 +287,7 @@ class Linear(nn.Linear):
 class LanguageHead(Linear):
     """Logits are float32: rounded to bf16, the best tokens of a large vocabulary often tie."""
 
-    wide = True
+    float32_out = True
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -299,15 +299,17 @@ def neighbours(name: str, config: ModelConfig, device: str, turned: bool) -> dic
     return around | ({"gated": True} if name == "down" else {})
 
 
-def reference(x: Tensor, weights: tuple, out: int, bits: int, wide: bool, around: dict[str, Any]) -> Tensor:
+def reference(
+    x: Tensor, weights: tuple, out: int, bits: int, float32_out: bool, around: dict[str, Any]
+) -> Tensor:
     """`kernels.linear` by its slow twin, on any device."""
     get, rotation = around.get, around.get("rotation", (None, 1, 1))
     extras = (get("bias"), get("residual"), get("norm"), get("eps", 0.0), get("gated", False), *rotation)
-    return kernels.linear_reference(x, *weights, *extras, get("permutation"), out, bits, wide)
+    return kernels.linear_reference(x, *weights, *extras, get("permutation"), out, bits, float32_out)
 
 
 def check_linear(
-    out: int, inputs: int, form: Form, around: dict[str, Any], device: str, wide: bool = False
+    out: int, inputs: int, form: Form, around: dict[str, Any], device: str, float32_out: bool = False
 ) -> Check:
     rows = random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
     weights = packed(*(None if t is None else t.clone() for t in rows))
@@ -316,13 +318,13 @@ def check_linear(
 
     def multiply(chosen: slice) -> Tensor:
         mine = {k: v[chosen] if k == "residual" else v for k, v in around.items()}
-        settings = {"out_features": out, "activation_bits": bits, "wide": wide}
+        settings = {"out_features": out, "activation_bits": bits, "float32_out": float32_out}
         return kernels.linear(x[chosen], *weights, **mine, **settings)
 
     whole = multiply(slice(None))
     # Where 4-bit activations are rounded the other way, it is by a seventh of the largest.
     tolerance = 3e-2 if bits == 4 and around else 1e-2
-    error = difference(whole, reference(x, rows, out, bits, wide, around))
+    error = difference(whole, reference(x, rows, out, bits, float32_out, around))
     return Check(form.name, error, tolerance, rows_agree(multiply, whole))
 
 
@@ -462,7 +464,7 @@ def linear_checks(
 def head_checks(config: ModelConfig, device: str) -> Checks:
     size = (config.vocab_size, config.hidden_size)
     for form in FORMS[3:]:
-        yield f"lm_head {form.name}", partial(check_linear, *size, form, {}, device, wide=True)
+        yield f"lm_head {form.name}", partial(check_linear, *size, form, {}, device, float32_out=True)
 
 
 def all_checks(configs: dict[str, ModelConfig], device: str) -> Checks:

@@ -123,7 +123,7 @@ def test_linear_against_float64(form, out, inputs, group):
         assert q.abs().max() <= 2 ** (bits - 1) - 1 and torch.equal(q, q.round())
         quantized = (q.double() * scale.double()).flatten(-2)
     expected = quantized @ exact.T
-    multiply = partial(kernels.linear, out_features=out, activation_bits=bits, wide=True)
+    multiply = partial(kernels.linear, out_features=out, activation_bits=bits, float32_out=True)
     for n in ROWS:
         assert error(multiply(x[:n], *blocks), expected[:n]) < (5e-3 if bits == 16 else 1e-5)
     tolerance = 1e-2 if form == "bf16" else 5e-3 if bits == 16 else 1e-5  # bf16: the reference rounds its sum
@@ -181,7 +181,7 @@ def test_zeros_and_tiny_and_huge_rows_are_quantized_without_nan(form):
     x[1, 3:] = 0
     for bits in (8, 4):
         for tensors in (packed(*weights), weights):
-            y = kernels.linear(x, *tensors, out_features=64, activation_bits=bits, wide=True)
+            y = kernels.linear(x, *tensors, out_features=64, activation_bits=bits, float32_out=True)
             assert torch.equal(y[:2], torch.zeros(2, 64)) and not y.isnan().any()
 
 
@@ -491,7 +491,7 @@ def test_the_fakes_have_the_shapes_of_the_real_ones():
     torch.library.opcheck(torch.ops.gpt_spec.rotate.default, (x, *hadamard(96), 1))
     *weights, bits = random_weights("w4a8", 100, 96, 32)
     order = torch.randperm(96).int()
-    for wide in (False, True):
+    for float32_out in (False, True):
         arguments = (
             x,
             *packed(*weights),
@@ -505,7 +505,7 @@ def test_the_fakes_have_the_shapes_of_the_real_ones():
             order,
             100,
             bits,
-            wide,
+            float32_out,
         )
         torch.library.opcheck(torch.ops.gpt_spec.linear.default, arguments)
 

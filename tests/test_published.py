@@ -188,7 +188,7 @@ def test_act_order(tmp_path, form):
     exact, loaded = logits(model), load_model(directory)
     assert (logits(loaded) - exact).norm() < 0.02 * exact.norm()
     for path, linear in loaded.named_modules():
-        assert not isinstance(linear, Linear) or linear.wide or linear.permutation is not None, path
+        assert not isinstance(linear, Linear) or linear.float32_out or linear.permutation is not None, path
 
 
 def test_what_says_act_order_and_has_none(tmp_path):

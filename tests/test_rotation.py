@@ -119,7 +119,7 @@ def inputs_of(model) -> dict[str, torch.Tensor]:
     """What every linear of the layers is multiplied with."""
     found, hooks = {}, []
     for path, linear in model.named_modules():
-        if isinstance(linear, Linear) and not linear.wide:
+        if isinstance(linear, Linear) and not linear.float32_out:
 
             def keep(linear, arguments, options, path=path):
                 found[path] = linear.prepare(*arguments, **options)

@@ -122,7 +122,7 @@ def best_group(inputs: list[int]) -> int:
 def default_quantization(model: CheckpointModule, precision: str) -> Quantization:
     """What `--precision` means for a 16-bit checkpoint: symmetric, groups of 128, lm_head in 8 bits."""
     bits, _ = PRECISIONS[precision]
-    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.wide]
+    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.float32_out]
     return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=8)
 
 

@@ -500,7 +500,7 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
         )
     default = default_quantization(model, args.precision)
     group = default.group if args.group_size is None else args.group_size
-    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.wide]
+    inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.float32_out]
     if group != -1 and any(n % group for n in inputs):
         raise BadInput(
             f"--group_size: {group} does not divide {next(n for n in inputs if n % group)} inputs; "

@@ -45,7 +45,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
-import quantize  # noqa: E402
 from benchmarks.common import BASE  # noqa: E402
 from benchmarks.linears import LARGER_THAN_CACHE, Entry  # noqa: E402
 from benchmarks.machine import kernels_in_use, machine  # noqa: E402
@@ -54,6 +53,8 @@ from benchmarks.synthetic import SYNTHETIC  # noqa: E402
 from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu, shares_of_copy  # noqa: E402
 from gpt_spec import tree_geometry  # noqa: E402
 from model import ModelConfig  # noqa: E402
+from packing import PRECISIONS  # noqa: E402
+from rotation import Rotations  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
 SIZES = "1,2,4,8,16,32,60"  # n of T(n)
@@ -90,7 +91,7 @@ def precisions_of(shape: str) -> str:
 
 def plan(shapes: list[str], device: str) -> list[Part]:
     """All parts, the most important first."""
-    where, ours = ["--device", device], ",".join(["bf16", *quantize.PRECISIONS, "torch bf16", "torch int4"])
+    where, ours = ["--device", device], ",".join(["bf16", *PRECISIONS, "torch bf16", "torch int4"])
     exact = ["bench.py", "exact", "--precisions", "w4a16,w4a8", "--prompts", "8", *where]
     exact += ["--max_new_tokens", "64"]
     parts = [Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 150)]
@@ -291,7 +292,7 @@ def neighbours(name: str, config: ModelConfig, device: str, turned: bool) -> dic
     if name in ("qkv", "gate_up"):
         around = {"norm": torch.rand(inputs, device=device).bfloat16(), "eps": 1e-5}
     if turned and name in ("o", "down"):
-        rotations = quantize.Rotations.of(config)
+        rotations = Rotations.of(config)
         around["rotation"] = (rotations.heads if name == "o" else rotations.inner).to(device).arguments
     elif turned:
         around["permutation"] = torch.randperm(inputs, device=device).int()
@@ -314,7 +315,7 @@ def check_linear(
     rows = random_rows(out, inputs, form.precision, device, form.group, form.asymmetric)
     weights = packed(*(None if t is None else t.clone() for t in rows))
     x = torch.randn(CHECKED, inputs * (2 if around.get("gated") else 1), device=device).bfloat16()
-    bits = 16 if form.precision == "bf16" else quantize.PRECISIONS[form.precision][1]
+    bits = 16 if form.precision == "bf16" else PRECISIONS[form.precision][1]
 
     def multiply(chosen: slice) -> Tensor:
         mine = {k: v[chosen] if k == "residual" else v for k, v in around.items()}
@@ -414,7 +415,7 @@ def check_move(config: ModelConfig, device: str) -> Check:
 
 def small_checks(config: ModelConfig, device: str) -> Checks:
     """Everything but linears."""
-    c, rotations = config, quantize.Rotations.of(config)
+    c, rotations = config, Rotations.of(config)
     yield "attention", partial(check_attention, c, device)
     weight = torch.rand(c.hidden_size, device=device).bfloat16()
     norms = [partial(normalized, weight, body) for body in (kernels.rms_norm, kernels.rms_norm_reference)]
@@ -725,7 +726,7 @@ def went_wrong(outcomes: dict[str, dict]) -> bool:
     texts = (found(outcomes, "exact") | found(outcomes, "compiled")).values()
     linears = [entry for r in found(outcomes, "kernels").values() for entry in r["results"].values()]
     failed = [kind for entry in linears if isinstance(entry, dict) for kind in entry.get("failed", {})]
-    ours = {"bf16", *quantize.PRECISIONS} & set(failed)
+    ours = {"bf16", *PRECISIONS} & set(failed)
     return bool(ours) or any(row["different"] for part in texts for row in part["results"].values())
 
 

@@ -126,22 +126,23 @@ ALL = 2**62  # tokens
 
 
 class AutoDrafter(Drafter):
-    """Whichever drafter is fastest, as costs and acceptance have been of late.
+    """The drafter that is fastest, going by recent costs and acceptance.
 
-    The one in charge drafts for TURN tokens; then the one that promises the most tokens per second is. What
-    is known of the others grows old, so now and then each has a trial of some steps, as often as the time
-    that its trials waste allows: CURIOSITY of the whole, so that nobody who is slow can cost more. The first
-    ones come at once, the most promising first, going by the costs measured at the start and an acceptance of
-    two in three; but not of those who could not win with all of their drafts accepted. Autoregressive
-    decoding is one of the drafters: it is in charge where speculation loses.
+    One drafter is in charge for a turn of TURN tokens. The next turn goes to the drafter that promises the
+    most tokens per second. What is known of the others grows old, so each has a trial of a few steps now and
+    then. Its trials may waste the share CURIOSITY of all time, so a slow drafter cannot cost more than that.
+    The first trials come at once, the most promising first, going by the costs measured at the start and an
+    acceptance of two in three. A drafter that could not win even if all its drafts were accepted gets none.
+    Autoregressive decoding is one of the drafters: it is in charge where speculation loses.
 
-    Who is not in charge does nothing. What it misses stays in the state of the texts, tokens and features,
-    and is fed to it in one chunk, as a prompt is, when its turn comes; it goes on as if never interrupted.
+    A drafter that is not in charge does nothing. What it misses stays in the state of the texts, tokens and
+    features, and is fed to it in one chunk, as a prompt is, when its turn comes. It then goes on as if it had
+    never been interrupted.
     """
 
     needs_host = True
     TURN, TRIAL, CURIOSITY = 16, 6, 0.003  # tokens of a text; steps; share of the time
-    STAY = 2  # turns in which the feeding before must have paid for itself
+    STAY = 2  # turns within which feeding a drafter must pay for itself
 
     def __init__(self, drafters: dict[str, Drafter]):
         """BadInput where two of them want different features of the target: there is one place for them."""
@@ -173,15 +174,15 @@ class AutoDrafter(Drafter):
             drafter.start(level)
             set_costs(drafter, dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
         self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
-        # How much of each row a drafter knows; of rows that it drafts for itself, all.
+        # How much of each row a drafter has read; ALL in rows for which it is in charge.
         self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
         self.nested = level.behind > 0  # then rows come and go between two drafts
-        self.current = self.leader = "autoregressive"  # who drafts; who would, if this were no trial
-        self.rates: dict[str, float] = {}  # by which that was chosen
+        self.current = self.leader = "autoregressive"  # in charge now; in charge, if this were no trial
+        self.rates: dict[str, float] = {}  # tokens per second, which that choice went by
         self.on_trial, self.steps, self.tokens, self.cost = False, 0, 0.0, 0.0  # of this turn
         self.turns = dict.fromkeys(self.drafters, 0)
-        self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put it in charge
-        self.wasted = dict.fromkeys(self.drafters, 0.0)  # by which trials cost more than the best would have
+        self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put each in charge
+        self.wasted = dict.fromkeys(self.drafters, 0.0)  # what trials cost beyond the leader's price
         # Costs of all steps, of the last choice, and of feeding before this step; seconds of both before it.
         self.spent = self.choosing = self.catching_up = self.overhead = 0.0
 
@@ -218,11 +219,11 @@ class AutoDrafter(Drafter):
         self.current = name
 
     def choose_drafter(self, state: State) -> tuple[str, bool]:
-        """Who is in charge next, and whether that is a trial."""
+        """The drafter for the next turn, and whether that is a trial."""
         self.rates = {name: rate(drafter, state) for name, drafter in self.drafters.items()}
         order = sorted(self.rates, key=self.worth, reverse=True)
         self.leader = order[0]
-        for name in order:  # autoregressive decoding, too: nobody may be slower, so its cost must be right
+        for name in order:  # autoregressive decoding, too: it is the yardstick, so its cost must be right
             if not self.turns[name] and (self.could_win(name) or name == "autoregressive"):
                 return name, name != self.leader
         for name in order if not self.on_trial else ():  # the leader has a turn between two trials
@@ -233,14 +234,14 @@ class AutoDrafter(Drafter):
         return self.leader, False
 
     def worth(self, name: str) -> float:
-        """Tokens per second in the next turns, if it were in charge. A little more for who is: rates are not
+        """Tokens per second in the next turns with this drafter. The leader gets a little more: rates are not
         known better than that."""
         tokens, rate = self.STAY * self.TURN, (1.05 if name == self.leader else 1.0) * self.rates[name]
         feeding = 0.0 if name == self.current else self.feeding[name]
         return tokens * rate / (tokens + rate * feeding)
 
     def could_win(self, name: str) -> bool:
-        """Would it be faster than the best one is, if all of its drafts were accepted?"""
+        """Would this drafter be faster than the leader if all of its drafts were accepted?"""
         drafter, rate = self.drafters[name], self.rates[self.leader]
         return any((1 + drafter.max_depth(n)) > rate * drafter.pace.seconds[n] for n in drafter.draft_sizes())
 
@@ -256,11 +257,11 @@ class AutoDrafter(Drafter):
     def turn_is_over(self) -> bool:
         if self.on_trial or self.steps == 0:
             return self.steps in (0, self.TRIAL)
-        # Choosing takes its time, too: of a small model, as much as a step.
+        # Choosing takes time, too: with a small model, as much as a step.
         return self.tokens >= self.TURN and self.cost > 40 * self.choosing
 
     def change(self, state: State) -> None:
-        """End a turn, and begin the next."""
+        """End a turn and begin the next."""
         begin = time.perf_counter()
         if self.steps > 0:
             self.turns[self.current] += 1

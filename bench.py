@@ -64,11 +64,13 @@ from benchmarks.rotation import report_rotation
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import read_acceptance, report_synthetic
 from benchmarks.timing import on_gpu
+from checkpoints import ALL_PRECISIONS, HEAD_FLAG
+from cli import OneLineParser, check_device, load_kernels
 from eagle import TREE_DEPTH, TREE_TOPK
-from generate import ALL_PRECISIONS, HEAD_FLAG, OneLineParser, check_device, load_kernels
 from gpt_spec import MIN_DRAFT_LENGTH
 from model import BadInput
-from quantize import PRECISIONS
+from packing import PRECISIONS
+from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "auto": report_auto, "synthetic": report_synthetic},
@@ -159,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto: rows, with commas (auto: 1,8)")
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
-    p.add_argument("--tokens", type=int, default=40000, help="perplexity, quality: of so many tokens")
+    p.add_argument("--tokens", type=int, default=PERPLEXITY_TOKENS, help="perplexity, quality: count so many")
     p.add_argument("--sizes", default="1,2,3,4,6,8,12,16,24,32,48,64", help="cost: n of T(n), with commas")
     p.add_argument("--acceptance", help="synthetic: of heads, a preset or 0.8,0.7 (default: that of EAGLE-2)")
     p.add_argument("--middle_acceptance", default="sequential", help="synthetic: of chains, likewise")

@@ -1,7 +1,7 @@
 """eagle.py: EAGLE heads, and the trees that they grow.
 
 A head is one decoder layer that guesses a target's next feature from its last one (EAGLE-1, EAGLE-2), or from
-three of its states (EAGLE-3). `TreeDrafter` has the head guess level by level, where it is sure, and proposes
+three of its states (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where it is sure, and proposes
 the best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
 
     head = load_head("DIR", target)  # from checkpoints.py
@@ -182,14 +182,15 @@ class TreeDrafter(Drafter):
     """An EAGLE head grows a tree where it is sure of itself (EAGLE-2, arXiv 2406.16858, section 4).
 
     The k best continuations of the root are the first beam. `tree_depth` - 1 times, every node of the beam
-    gets its k best children, and the k best of these are the next beam. Of all nodes ever seen, the best are
-    verified. A node is as good as the product of the probabilities on its path. What is new here: the noise
-    of its position is added to the head's logits, so that the tree grows around what the target is going to
-    pick; and they are multiplied with `trust`, because a head that learnt the target's distribution is
-    too modest about what the target, which has made up its mind, will say.
+    gets its k best children, and the k best of these are the next beam. Of all nodes seen, the best are
+    verified. A node is worth the product of the probabilities on its path.
 
-    The head's cache holds true rows below `length`, made of the target's features; whatever it guesses while
-    it grows a tree goes to scratch slots above and is forgotten. Every step feeds the last `window` true rows
+    Two things are new here. The noise of a position is added to the head's logits, so the tree grows around
+    what the target is going to pick. And the logits are multiplied by `trust`: a head that learnt the
+    distribution of the target underrates the one token that the target, with this noise, is sure to pick.
+
+    The head's cache holds true rows below `length`, made of the target's features. Rows that it guesses while
+    it grows a tree go to scratch slots above and are forgotten. Every step feeds the last `window` true rows
     (again): some are new, and writing the others once more changes nothing.
     """
 
@@ -223,13 +224,13 @@ class TreeDrafter(Drafter):
 
     @property
     def trust(self) -> float:
-        """What the logits are multiplied with, so that as much is accepted as is expected."""
+        """The factor of the logits. It moves until as much is accepted as expected."""
         return self.trust_value
 
     @trust.setter
     def trust(self, value: float) -> None:
         self.trust_value = value
-        self.trust_tensor.fill_(value)  # where `grow` looks, which may be a recorded graph
+        self.trust_tensor.fill_(value)  # `grow` reads the tensor: it may be a recorded graph
 
     def taps(self, layers: int) -> tuple[int, ...]:
         return self.head.taps(layers)
@@ -335,19 +336,19 @@ class TreeDrafter(Drafter):
         """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""
         if len(self.sizes) == 1:
             return self.sizes[0]
-        # A read of the host, the price of choosing.
+        # The host reads the device here: the price of choosing.
         return self.pace.best(dict(zip(self.sizes, mean.tolist())))
 
     def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
         super().learn(draft, verified, seconds)
-        # The average over texts, or many of them at once would make it swing.
+        # The average over texts: many of them at once would make it swing.
         surplus = sum(row.accepted - row.expected for row in verified) / len(verified)
         self.trust = min(max(self.trust * math.exp(0.02 * surplus), 0.25), 4.0)
 
 
 @dataclass
 class Pool:
-    """All nodes that a growing tree has seen, level by level; node 0 is the root, the others count from 1."""
+    """All nodes that a growing tree has seen, depth by depth. Node 0 is the root, the others count from 1."""
 
     tokens: list[Tensor]  # int64 [B, .]
     scores: list[Tensor]  # float32 [B, .]: log-probabilities of whole paths, never above the parent's

@@ -37,8 +37,6 @@ import kernels  # noqa: E402
 from auto import AdaptiveLookup, AutoDrafter  # noqa: E402
 from checkpoints import (  # noqa: E402
     ALL_PRECISIONS,
-    HEAD_FLAG,  # noqa: F401  for bench.py, like the two below
-    MODELS,  # noqa: F401
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
@@ -46,7 +44,6 @@ from checkpoints import (  # noqa: E402
     find_checkpoint,
     load_head,
     load_model,
-    open_checkpoint,  # noqa: F401
     stop_ids,
     weight_bytes,
 )
@@ -114,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     directory = "a Hugging Face directory or hub repository id"
     p.add_argument("--checkpoint_path", help=f"the target: {directory} (default: the shipped model)")
     p.add_argument(
-        "--method", choices=METHODS, help="who drafts (default: sequential where there is a drafter)"
+        "--method", choices=METHODS, help="the drafter (default: sequential where there is a draft model)"
     )
     p.add_argument(
         "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
@@ -147,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
     p.add_argument(
-        "--explain", action="store_true", help="colour each token by who proposed it; every draft to stderr"
+        "--explain", action="store_true", help="colour tokens by their origin; every draft to stderr"
     )
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     return p

@@ -56,7 +56,7 @@ class Sampling:
 
 
 def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise as a function: the same (seed, position, token) has the same noise, whoever asks.
+    """Gumbel noise as a function: the same (seed, position, token) always has the same noise.
 
     seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator,
     so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.

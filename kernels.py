@@ -351,7 +351,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
     """n queries of each of B texts over a static cache; every text has its own length and its own tree.
 
     q: [B, n, H, D]; keys, values: [B, slots, G, D] with H a multiple of G; length: int64 [B], how many slots
-    are the past that everybody sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
+    are the past that every node sees; ancestors: bool [B, n, m], which of the m nodes in slots length ..
     length + m - 1 a query sees beyond that (itself included; parents come before children). Returns
     [B, n, H, D]. float32 or bf16; one operator, so that a compiled graph need not know the lengths.
     """

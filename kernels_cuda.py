@@ -711,7 +711,7 @@ def top_k_kernel(
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `kernels.top_k`: the k best of every block of a row, then the k best of these."""
     rows, size, block = x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1], 4096
-    if k > 64:  # one after another would be slow, and nobody asks for so many
+    if k > 64:  # one after another would be slow, and this many are not in use
         return reference.top_k_reference(x, k)
     n, blocks = len(rows), triton.cdiv(size, block)
     values = torch.empty(n, k, dtype=torch.float32, device=x.device)

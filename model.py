@@ -210,7 +210,7 @@ class Rotation(nn.Module):
     """An orthogonal matrix that is fast to multiply with (`kernels.rotate`): signs, then Hadamard matrices.
 
     What is large in one number is spread over all of them, which is easier on 4-bit numbers (QuaRot: arXiv
-    2404.00456). Weights that read a rotated state are rotated likewise (`quantize.rotated`), and cancel it.
+    2404.00456). Weights that read a rotated state are rotated likewise (`rotation.rotated`), and cancel it.
     """
 
     def __init__(self, matrix: Tensor, power: int, stride: int = 1, signs: Tensor | None = None):
@@ -399,7 +399,7 @@ class CheckpointModule(nn.Module):
 
 
 class Transformer(CheckpointModule):
-    """A Llama-family decoder. Weights come from `generate.load_model`, or are random after construction."""
+    """A Llama-family decoder. Weights come from `checkpoints.load_model`, or are random at first."""
 
     top = "model."
 

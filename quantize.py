@@ -51,19 +51,14 @@ from packing import (
     default_quantization,
     fit_groups,
     linear_names,
-    lower_precisions,  # noqa: F401  for bench.py, like the four below
     name_tensors,
     named_linears,
     pack_nibbles,
-    precision_of,  # noqa: F401
     reshape,
-    set_precision,  # noqa: F401
-    share_weights,  # noqa: F401
     to_integers,
 )
 from rotation import (
     add_rotations,
-    hadamard,  # noqa: F401
     rotated,
 )
 from text import Tokenizer, load_tokenizer

@@ -26,26 +26,23 @@ import torch
 
 import quantize
 from benchmarks.timing import on_gpu
-from costs import Stats
-from eagle import EagleHead
-from generate import (
+from checkpoints import (
     HEAD_FLAG,
     MODELS,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     SMALL_HEAD,
-    Target,
     find_checkpoint,
-    load_draft_model,
     load_head,
-    load_target,
-    load_tokenizer,
-    read_json,
-    read_line,
 )
+from cli import read_line
+from costs import Stats
+from eagle import EagleHead
+from generate import Target, load_draft_model, load_target
 from gpt_spec import Decoder, Drafter, Sampling, cache_length
 from model import BadInput, Transformer
+from text import load_tokenizer, read_json
 
 HELD_OUT = MODELS / "held_out.jsonl"
 BASE = "autoregressive"  # what all methods are compared with

@@ -22,7 +22,7 @@ from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, 
 from eagle import TreeDrafter
 from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, speculate
 from model import Transformer
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 
 def report_cost(args: argparse.Namespace) -> dict:

@@ -19,12 +19,12 @@ from benchmarks.common import decode_all, read_prompts, shipped
 from benchmarks.compare import compare_drafters
 from benchmarks.methods import FixedTree
 from benchmarks.timing import quartiles
+from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
 from costs import Stats
 from eagle import TreeDrafter
-from generate import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Level, Sampling, SequentialDrafter
 from model import Transformer
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 
 def report_tree(args: argparse.Namespace) -> dict:

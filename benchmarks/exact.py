@@ -18,7 +18,7 @@ from benchmarks.timing import on_gpu
 from eagle import TreeDrafter
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
 from model import Transformer
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 
 def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:

@@ -33,7 +33,8 @@ from benchmarks.timing import (
     read_all,
     shares_of_copy,
 )
-from quantize import PRECISIONS, hadamard
+from packing import PRECISIONS
+from rotation import hadamard
 
 LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of the weights that take turns
 Multiply = Callable[[Tensor, Any], Tensor]  # x [n, in] and a weight -> [n, out]

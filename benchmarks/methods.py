@@ -34,12 +34,12 @@ from benchmarks.common import (
 )
 from benchmarks.compare import compare, count_different
 from benchmarks.timing import quartiles, rotate_names
+from checkpoints import find_checkpoint, load_model, open_checkpoint
 from costs import Stats
 from eagle import TreeDrafter
-from generate import find_checkpoint, load_model, open_checkpoint
 from gpt_spec import Drafter, HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import BadInput
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 REFERENCE = "autoregressive in bf16"  # rows of other precisions are compared with it, too
 

@@ -17,11 +17,11 @@ import torch
 from benchmarks.common import numbers, quantized_target, read_prompts, timed
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import quartiles, rotate_names
+from checkpoints import SHIPPED_TARGET, load_model
 from costs import Stats
-from generate import SHIPPED_TARGET, load_model
 from gpt_spec import Decoder, Drafter, Sampling, SequentialDrafter
 from model import Transformer
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 
 def report_qspec(args: argparse.Namespace) -> dict:

@@ -29,10 +29,11 @@ from benchmarks.common import (
     quantized_target,
     split,
 )
-from generate import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
+from checkpoints import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
 from gpt_spec import Drafter
 from model import BadInput, Transformer
-from quantize import PRECISIONS, held_out_tokens, mean_loss
+from packing import PRECISIONS
+from quantize import held_out_tokens, mean_loss
 
 
 def report_quality(args: argparse.Namespace) -> dict:

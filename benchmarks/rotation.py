@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import decode_all, quantized_target, read_prompts
+from checkpoints import SHIPPED_HEAD, SHIPPED_SMALL, SMALL_HEAD, load_head, load_model
 from costs import Stats
 from eagle import TreeDrafter
-from generate import SHIPPED_HEAD, SHIPPED_SMALL, SMALL_HEAD, load_head, load_model
 from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
 from model import Transformer
-from quantize import lower_precisions, precision_of, share_weights
+from packing import lower_precisions, precision_of, share_weights
 
 
 def report_rotation(args: argparse.Namespace) -> dict:

@@ -17,7 +17,7 @@ from benchmarks.common import Parts
 from eagle import EagleHead
 from generate import Target
 from model import CheckpointModule, Linear, ModelConfig, Transformer, rope_frequencies
-from quantize import PRECISIONS, default_quantization, reshape, set_precision
+from packing import PRECISIONS, default_quantization, reshape, set_precision
 
 SHAPES = {
     "llama-3.2-1b": ModelConfig(

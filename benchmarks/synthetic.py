@@ -25,7 +25,7 @@ from benchmarks.shapes import SHAPES, SMALLER, random_parts
 from eagle import TreeDrafter
 from gpt_spec import Decoder, Draft, Drafter, HierarchicalDrafter, Level, SequentialDrafter
 from model import BadInput
-from quantize import lower_precisions, share_weights
+from packing import lower_precisions, share_weights
 
 SYNTHETIC = "synthetic acceptance, random weights"
 

@@ -4,7 +4,7 @@
     python scripts/compare_checkouts.py texts /tmp/old .      # every method, precision, temperature and batch
     python scripts/compare_checkouts.py speed /tmp/old .      # medians of new / old, taking turns
 
-For whoever moves code: a change that should change nothing. `texts` runs the command line of both checkouts
+For a change that moves code and should change nothing else. `texts` runs the command line of both checkouts
 and compares tokens. `speed` keeps a process of each checkout, which decode in turns; the other one sleeps.
 
 The one idea: a checkout is used as a user would use it, through `generate.py`, so the two may differ in

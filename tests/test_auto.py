@@ -1,7 +1,7 @@
-"""`--method auto`: who drafts is chosen by costs and acceptance; what the others miss is fed to them later.
+"""`--method auto`: costs and acceptance choose the drafter; what the others miss is fed to them later.
 
-That texts and caches are right, whoever is in charge, is tested with all other drafters, in test_decoding.py.
-"""
+That texts and caches are right, whichever is in charge, is tested with all other drafters, in
+test_decoding.py."""
 
 import json
 import sys
@@ -165,7 +165,7 @@ COSTS = {1: 1.0, 4: 1.5, 8: 2.0, 16: 4.0}
 
 
 def rate_after(drafter: AdaptiveLookup, state: State, tokens: int) -> float:
-    """The texts gain tokens one by one, whoever says them."""
+    """The texts gain tokens one by one, from whichever drafter."""
     drafter.rate(state)
     for _ in range(tokens):
         state.length += 1
@@ -174,7 +174,7 @@ def rate_after(drafter: AdaptiveLookup, state: State, tokens: int) -> float:
 
 
 def test_lookup_looks_back():
-    """Its rate is what it would have been, whoever drafted: high where a text repeats itself."""
+    """Its rate is what it would have been had it drafted: high where a text repeats itself."""
     drafter, state = lookup_on(FRESH, costs=COSTS)
     assert rate_after(drafter, state, 40) == pytest.approx(1.0)
     drafter, state = lookup_on(LOOP, costs=COSTS, lucky=100)
@@ -204,7 +204,7 @@ def test_a_mood_passes_but_what_lasts_counts():
 
 def test_lookup_learns_what_to_make_of_a_repetition():
     """Where one token agrees with one before, anything follows; where six agree, the same: it drafts only
-    there. Also while somebody else drafts."""
+    there. Also while another drafter is in charge."""
     generator = torch.Generator().manual_seed(5)
     noise, phrase = torch.randint(30, (4000,), generator=generator), torch.arange(30, 60)
     text = torch.cat([torch.cat((phrase, noise[i : i + 30])) for i in range(0, 3000, 30)])
@@ -250,7 +250,7 @@ def test_an_index_finds_what_searching_finds(ngram):
 
 
 def test_hindsight_equals_drafting(target):
-    """What it would have done while somebody else drafted is what it does: drafts of the same sizes at the
+    """What it would have done while another one drafted is what it does: drafts of the same sizes at the
     same places."""
     prompt, replayed, drafted = 10 * [3, 4, 5, 6], [], []
 
@@ -355,7 +355,7 @@ def test_costs_that_were_wrong_are_corrected():
 
 
 def test_a_slow_machine_is_nobodys_fault():
-    """All that runs takes twice the time: who does not run must not look cheap for it."""
+    """All that runs takes twice the time: a drafter that does not run must not look cheap for it."""
     clock = Clock()
     one, two, idle = Pace({4: 1.0}, clock), Pace({4: 1.0}, clock), Pace({4: 1.0}, clock)
     for turn in range(300):
@@ -415,7 +415,7 @@ def test_two_heads_that_read_different_features_are_refused(target):
 
 
 def test_a_conversation_goes_on(target):
-    """`reuse`: what a second prompt shares with the first is not computed again, by nobody who has it."""
+    """`reuse`: what a second prompt shares with the first is not computed again."""
     drafters = {"same": SequentialDrafter(target, 3), "tree": TreeDrafter(guessing_head(target), 8, 3, 3)}
     decoder = decoder_of(target, drafters, {"autoregressive": 1.0, "same": 1.2, "tree": 1.2})
     first = [t for emissions in decoder.run([PROMPTS[2]], 20, reuse=True) for t in emissions[0].tokens]

@@ -14,10 +14,11 @@ from conftest import ROOT, guessing_head, noisy_copy, random_model, random_promp
 
 import bench
 from benchmarks import common, cost, exact, linears, quality, shapes, synthetic, timing
+from checkpoints import SHIPPED_TARGET
 from costs import Stats
-from generate import SHIPPED_TARGET, load_tokenizer
 from gpt_spec import SequentialDrafter
 from model import BadInput, ModelConfig
+from text import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

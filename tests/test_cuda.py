@@ -254,7 +254,7 @@ def test_attention(case, dtype):
     batch, n, m = ancestors.shape
     q = randn(batch, n, heads, size, dtype=dtype)
     keys, values = randn(2, batch, 512, groups, size, dtype=dtype)
-    for b, length in enumerate(lengths):  # what nobody may look at
+    for b, length in enumerate(lengths):  # what no program may read
         keys[b, length + m :] = values[b, length + m :] = torch.nan
     given = (q, keys, values, ancestors.to(DEVICE), torch.tensor(lengths, device=DEVICE))
     ours, reference = kernels_cuda.attention(*given), kernels.attention_reference(*given)

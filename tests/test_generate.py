@@ -18,9 +18,10 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_SMALL, SHIPPED_TARGET, rand
 from safetensors.torch import load_file, save_file
 
 import generate
+from checkpoints import MODELS
 from packing import precision_of
 
-SMALL_HEAD = generate.MODELS / "python-1m-eagle"
+SMALL_HEAD = MODELS / "python-1m-eagle"
 FIELDS = {
     *("new_tokens", "prefill_seconds", "time_to_first_token_seconds", "decode_seconds"),
     *(

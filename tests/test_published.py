@@ -192,7 +192,7 @@ def test_act_order(tmp_path, form):
 
 
 def test_what_says_act_order_and_has_none(tmp_path):
-    """desc_act with groups in order, or with indices that nobody set, is no act-order."""
+    """desc_act with groups in order, or with indices that were never set, is no act-order."""
     directory, _ = publish(tmp_path, "gptq", 32)
     before = read_all(directory)
     edit_config(directory, quantization_config=settings("gptq", 32, False) | {"desc_act": True})
@@ -438,7 +438,7 @@ def test_malformed_tensors_are_named(tmp_path, form, damage, message):
 
 
 def test_a_permutation_of_ours_that_is_none_is_refused(tmp_path):
-    """The kernel trusts its numbers: an index from outside would read somebody else's memory."""
+    """The kernel trusts its numbers: an index from outside would read memory of others."""
     directory, _ = publish(tmp_path, "gptq", order=SHUFFLED)
     assert quantize.main(["--checkpoint_path", str(directory), "--output", str(tmp_path / "q")]) == 0
     path, name = tmp_path / "q" / "model.safetensors", "model.layers.0.mlp.down_proj.permutation"

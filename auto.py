@@ -37,7 +37,7 @@ class AdaptiveLookup(LookupDrafter):
     needs_costs = True
     SIZES = (4, 8, 16)  # nodes
     SHARED = 0.7  # what a token is worth in a batch: found by trying
-    FADES = (0.96, 0.998)  # what a token counts after the next one: in the rate of late, and in the long run
+    FADES = (0.96, 0.998)  # by which a token counts less after the next one: for a recent and a long-run rate
 
     def __init__(self, ngram: int = 6):
         super().__init__(self.SIZES[-1] - 1, ngram)
@@ -177,7 +177,8 @@ class AutoDrafter(Drafter):
         # How much of each row a drafter has read; ALL in rows for which it is in charge.
         self.known = {name: [0] * level.setup.batch_size for name in self.drafters}
         self.nested = level.behind > 0  # then rows come and go between two drafts
-        self.current = self.leader = "autoregressive"  # in charge now; in charge, if this were no trial
+        self.current = "autoregressive"  # drafts now
+        self.leader = "autoregressive"  # would draft now if this were not a trial
         self.rates: dict[str, float] = {}  # tokens per second, which that choice went by
         self.on_trial, self.steps, self.tokens, self.cost = False, 0, 0.0, 0.0  # of this turn
         self.turns = dict.fromkeys(self.drafters, 0)

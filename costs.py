@@ -1,13 +1,12 @@
 """costs.py: what steps cost and what they bring.
 
-`Stats` counts a run, for people. `Pace` estimates, for drafters: the seconds of a step with n nodes, and the
-tokens per second of late. A drafter that sizes its drafts asks its `Pace` which number of nodes pays best,
-and `AutoDrafter` (auto.py) compares the paces of several drafters. `measure_costs` fills them before
-decoding.
+`Stats` counts a run, for people. `Pace` estimates, for drafters: the seconds of a step with n nodes, and
+recent tokens per second. A drafter that sizes its drafts asks its `Pace` which number of nodes pays best, and
+`AutoDrafter` (auto.py) compares the paces of several drafters. `measure_costs` fills them before decoding.
 
 The one idea: a step of n nodes is worth its expected tokens less what its time would bring elsewhere,
-E(n) - rate * T(n). Nothing in this file can change a text. It knows numbers and clocks, and no tensors: what
-it is given of `gpt_spec.py` (a draft, a level, a drafter) it only asks for those.
+E(n) - rate * T(n). Nothing in this file can change a text. The estimates know numbers and clocks, and no
+tensors. Only `measure_costs` runs steps, of a level that holds no text yet.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Stopwatch:
         return time.perf_counter() - self.since
 
     def lap(self) -> float:
-        """The seconds so far; the next ones begin."""
+        """The seconds so far. The next lap begins."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         return seconds
@@ -105,7 +104,8 @@ class Stats:
         self.new_tokens += tokens
         self.drafted_tokens += result.drafted
         self.accepted_tokens += accepted
-        self.expected_accepted_tokens += result.expected * accepted / max(result.accepted, 1)
+        kept = accepted / result.accepted if result.accepted else 1.0  # the share that a cut has left
+        self.expected_accepted_tokens += kept * result.expected
         self.accepted_histogram += [0] * (draft.max_depth + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
         n = draft.tokens.shape[1]
@@ -115,7 +115,7 @@ class Stats:
 
 
 # --------------------------------------------------------------------------------------------------
-# What steps cost and bring, of late
+# What recent steps cost and brought
 # --------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +208,7 @@ class Pace:
             self.correct(nodes, seconds)
 
     def correct(self, nodes: int, seconds: float) -> None:
-        """Raise the cost of a step that is slower than its neighbours, each relative to its own cost. One
+        """Move a cost towards what the step took, compared with recent steps of other kinds. One
         step says little on a busy machine, so the cost moves by a fraction of the difference."""
         surprise = self.clock.surprise((id(self), nodes), seconds / self.seconds[nodes])
         first, later = self.TRUST
@@ -265,7 +265,7 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
             times[key] = times.get(key, []) + time_steps(level, *places[key])
     level.state.active.fill_(False)
     level.state.length.fill_(1)
-    # Not the median: disturbances only ever add.
+    # The lower quartile: disturbances only make a step slower.
     costs |= {key: sorted(values)[len(values) // 4] for key, values in times.items()}
     for name, drafter in drafters.items():
         set_costs(drafter, {n: costs[f"{name} {n}".strip()] for n in drafter.draft_sizes()})

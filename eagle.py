@@ -185,8 +185,8 @@ class TreeDrafter(Drafter):
     gets its k best children, and the k best of these are the next beam. Of all nodes seen, the best are
     verified. A node is worth the product of the probabilities on its path.
 
-    Two things are new here. The noise of a position is added to the head's logits, so the tree grows around
-    what the target is going to pick. And the logits are multiplied by `trust`: a head that learnt the
+    Two things differ from EAGLE-2. The noise of a position is added to the head's logits, so the tree grows
+    around what the target is going to pick. And the logits are multiplied by `trust`: a head that learnt the
     distribution of the target underrates the one token that the target, with this noise, is sure to pick.
 
     The head's cache holds true rows below `length`, made of the target's features. Rows that it guesses while

@@ -2,7 +2,7 @@
 
 This is the file to read, after `model.py` (the transformer and its cache) and before `eagle.py` (EAGLE heads
 and their trees). The loop is `speculate`: it runs for every method. To run something, start with
-`python generate.py`: this file knows tensors and no text, no files and no command line.
+`python generate.py`: this file knows tensors. It has no tokenizer of its own, no files and no command line.
 
 The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens,
 one forward of the target picks its own token after every one of them, and the longest path on which both
@@ -207,7 +207,7 @@ class State:
     features: Tensor  # [B, slots, width]; what the drafter wants of the model, of tokens below length
     length: Tensor  # int64 [B]; tokens whose K/V is in the cache of the level
     seed: Tensor  # int64 [B]; seed + prompt index, the key of the row's noise
-    active: Tensor  # bool [B]; a row that is not active is frozen: it rides along and nothing of it changes
+    active: Tensor  # bool [B]; a row that is not active is frozen: it rides along, and its length stays
 
     @staticmethod
     def allocate(batch_size: int, slots: int, width: int, like: Tensor) -> State:
@@ -247,8 +247,9 @@ class Drafter:
     """Proposes what the target will verify. This one proposes nothing: autoregressive decoding.
 
     A drafter of your own overrides `propose` and sets `max_nodes`; if its drafts come in several sizes,
-    `draft_sizes` too, and `max_depth` where they are no chains. All the rest has a default that is right for
-    a drafter without a model and without a memory. docs/hacking.md adds one from start to end."""
+    `draft_sizes` too, and `max_depth` where they are no chains. It sets `needs_host = True` if `propose`
+    reads a tensor in Python. All the rest has a default that is right for a drafter without a model and
+    without a memory. docs/hacking.md adds one from start to end."""
 
     max_nodes = 1  # of any draft, root included
     models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
@@ -309,10 +310,11 @@ class Drafter:
 
 
 def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
-    """Once through the loop, for all texts of the batch. This is speculative decoding, for every method.
+    """One step of the loop, for all texts of the batch. This is speculative decoding, for every method, and
+    `Decoder.run` repeats it.
 
-    Returns the draft, and the report that the host reads of it, int64 [B, 2 + max_depth + 1]: accepted
-    length, drafted tokens, new tokens. `draft`: verify this one, instead of what the drafter proposes.
+    Returns the draft, and the report that the host reads, int64 [B, 2 + max_depth + 1]: the number of tokens
+    accepted, the number drafted, then the new tokens. `draft`: verify this one instead of proposing.
     """
     state, cache, model = level.state, level.cache, level.model
     if draft is None:
@@ -322,7 +324,7 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
     max_depth = draft.max_depth
 
     def verify(tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # 2. One forward of the target over all nodes: stored in a row, rotated by depth, seeing ancestors.
+        # 2. One forward of the target over all nodes. Each has a slot of its own, and sees its ancestors.
         length, node = state.length, torch.arange(tokens.shape[1], device=tokens.device)
         ancestors, depth = tree_geometry(parent, max_depth)  # [B, n, n], [B, n]
         slots, positions = length[:, None] + node, length[:, None] + depth  # [B, n] each
@@ -431,13 +433,13 @@ class Level:
         return self.cache
 
     def pick(self, logits: Tensor, positions: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
-        """The model's own token after every node, int64 [B, n]. The tree is there for simulations, which draw
-        what is accepted."""
+        """The model's own token after every node, int64 [B, n]. `benchmarks/synthetic.py` overrides this, and
+        needs the tree for it."""
         return pick(logits, positions, self.state.seed, self.setup.sampling)
 
     def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
-        """`verify` of `speculate`, compiled and recorded, if this decoder is: once for every size of drafts.
-        It depends on the level alone, so the one that came first serves all later steps."""
+        """`verify` of `speculate`, compiled and recorded where the runtime does so: once for each size of
+        drafts. It depends on the level and on `max_depth` alone, so the first one serves all later steps."""
         key, runtime = (nodes, max_depth), self.setup.runtime
         if key not in self.verifications:
             self.verifications[key] = runtime.recorded(runtime.compiled(verify))
@@ -919,9 +921,9 @@ class SequentialDrafter(Drafter):
     yet. So every draft starts by feeding the last *two* tokens of the text (more, where `Level.behind` says
     so). That costs no extra forward, and in all other cases it writes what is there already.
 
-    The smaller model may be the target itself with lower activations, on the target's own cache (QSpec, arXiv
-    2410.11305). Drafts write their keys and values from `length` on, and verification overwrites them before
-    it reads. So there is nothing to prefill, to catch up with or to take back.
+    The smaller model may be the target itself with activations of fewer bits, on the target's own cache
+    (QSpec, arXiv 2410.11305). Drafts write their keys and values from `length` on, and verification
+    overwrites them before it reads. So there is nothing to prefill, to catch up with or to take back.
     """
 
     def __init__(
@@ -1028,7 +1030,7 @@ MIN_DRAFT_LENGTH = 6  # by default
 
 
 class HierarchicalDrafter(Drafter):
-    """A decoder that drafts (SpecMQuant, arXiv 2505.22179). A smaller model, the middle, decodes with a
+    """A level that drafts (SpecMQuant, arXiv 2505.22179). A smaller model, the middle, decodes with a
     drafter of its own, step after step, until it has at least `min_draft_length` tokens. The target then
     verifies them as one sequence.
 

@@ -8,8 +8,8 @@ weights come from (`checkpoints.py`).
     model = Transformer(ModelConfig.from_dict(json.load(open("config.json"))))
     features, _ = model(tokens, positions, causal_attention)  # [B, n] -> [B, n, hidden]
 
-The one idea: cached keys and values are written to *slots* and rotated by *positions*, and the two are
-separate arguments. In a chain they coincide. In a tree, siblings share a position and never a slot.
+The one idea: keys and values are stored at *slots*, and queries and keys get the RoPE angle of *positions*.
+The two are separate arguments. In a chain they coincide. In a tree, siblings share a position, never a slot.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ class Layer(nn.Module):
 
 
 class CheckpointModule(nn.Module):
-    """A module whose weights have names in Hugging Face checkpoints, and RoPE."""
+    """A module with RoPE, whose weights are named as in Hugging Face checkpoints."""
 
     top = ""  # what those names begin with
 

@@ -1,8 +1,8 @@
 """runtime.py: how functions of tensors are run: compiled by `torch.compile`, and on a GPU as CUDA graphs.
 
 The one idea: the engine is written as plain functions of tensors, and this file decides how they run. A
-function goes in, a function with the same arguments and results comes out. Nothing here knows what a draft,
-a method or a model is.
+function goes in, a function with the same arguments and results comes out. `Runtime` and `Recorded` know no
+models and no methods; `warm_up` asks a level for everything that it may run.
 
     runtime = Runtime(compile=True, device=torch.device("cuda"))
     fast = runtime.recorded(runtime.compiled(function))
@@ -55,7 +55,7 @@ class Runtime:
 
     @property
     def records(self) -> bool:
-        """Do CUDA graphs launch what a step consists of?"""
+        """Do CUDA graphs launch the parts of a step? Not with `--compile none`, nor on a CPU."""
         return self.compile and self.device.type == "cuda" and kernels.load_cuda()
 
     def recorded(self, function: Callable) -> Callable:

@@ -569,3 +569,11 @@ def test_expected_tokens_are_counted(target):
     list(generate(sharp, random_prompts([5]), drafter, GREEDY, 40, compile=False, stats=stats))
     assert stats.expected_accepted_tokens == pytest.approx(2 * stats.target_forwards, rel=1e-3)
     assert stats.drafted_tokens == 2 * stats.target_forwards
+
+
+@pytest.mark.parametrize("accepted, cut, counted", [(0, 0, 1.5), (4, 4, 1.5), (4, 2, 0.75)])
+def test_what_was_expected_counts_where_nothing_was_accepted(accepted, cut, counted):
+    """A cut takes its share of the expectation away; a rejected draft expected something all the same."""
+    stats, draft = Stats(), Draft.chain(torch.zeros(1, 5, dtype=torch.int64))
+    stats.count_row(draft, Verified(accepted, 4, [], 1.5), cut, cut + 1)
+    assert stats.expected_accepted_tokens == counted

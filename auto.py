@@ -29,9 +29,9 @@ class AdaptiveLookup(LookupDrafter):
     The more tokens agree with those before, the likelier is what followed them. So acceptance is counted for
     every number of tokens that agree, and the length of a draft depends on that number.
 
-    What became of a draft can be looked up, whichever drafter was in charge. So a second decoding runs behind
-    the first: as soon as a text is long enough to tell, it takes the step that this drafter would have taken,
-    and learns from what that would have brought.
+    The outcome of a draft can be looked up in the text, whichever drafter was in charge. So a simulated
+    decoding follows the real one. Once the text is long enough to show the outcome, it takes the step that
+    this drafter would have taken, and learns from it.
     """
 
     needs_costs = True
@@ -60,7 +60,11 @@ class AdaptiveLookup(LookupDrafter):
 
     def replay(self, indices: list[ReplayIndex]) -> None:
         """Take the steps whose outcome is known by now."""
-        while known := [pair for index in indices if (pair := (index, index.ahead(self.max_nodes - 1)))[1]]:
+        while True:
+            steps = [(index, index.ahead(self.max_nodes - 1)) for index in indices]
+            known = [(index, most) for index, most in steps if most]
+            if not known:
+                return
             n = self.choose_size([index.agree[index.place] for index, _ in known])
             for index, most in known:
                 if agree := index.agree[index.place]:
@@ -79,9 +83,9 @@ class AdaptiveLookup(LookupDrafter):
         return self.pace.best({1: 0.0} | worth)
 
     def rate(self, state: State) -> float:
-        """Tokens per second, had it been in charge: of late, since a text that has begun to repeat itself
-        goes on with it; or in the long run, if that is more, since a text that has not may begin soon. What
-        several texts would have shared is not known."""
+        """Tokens per second if this drafter had been in charge: the better of the recent and the long-run
+        rate. A text that has begun to repeat itself tends to go on, and one that has not may begin soon. What
+        several texts of a batch would have shared is not known, so there the measured rate counts."""
         if len(self.indices) > 1:
             return self.pace.rate
         self.update(state)
@@ -93,9 +97,9 @@ class AdaptiveLookup(LookupDrafter):
 
 
 class ReplayIndex(TextIndex):
-    """A `TextIndex` with the place of a second decoding, which runs behind the first."""
+    """A `TextIndex` with the place of the simulated decoding, which follows the real one."""
 
-    place = -1  # negative: the second decoding begins at the end
+    place = -1  # negative: the simulated decoding begins at the end
 
     def clear(self) -> None:
         super().clear()
@@ -122,7 +126,7 @@ class ReplayIndex(TextIndex):
         return 1 + accepted if accepted < known else 0
 
 
-ALL = 2**62  # tokens
+ALL = 2**62  # tokens read: as many as there are
 
 
 class AutoDrafter(Drafter):
@@ -184,8 +188,10 @@ class AutoDrafter(Drafter):
         self.turns = dict.fromkeys(self.drafters, 0)
         self.feeding = dict.fromkeys(self.drafters, 0.0)  # what it costs to put each in charge
         self.wasted = dict.fromkeys(self.drafters, 0.0)  # what trials cost beyond the leader's price
-        # Costs of all steps, of the last choice, and of feeding before this step; seconds of both before it.
-        self.spent = self.choosing = self.catching_up = self.overhead = 0.0
+        self.spent = 0.0  # the cost of all steps so far, and of feeding
+        self.choosing = 0.0  # the cost of the last choice of a drafter
+        self.catching_up = 0.0  # the cost of feeding a drafter before this step
+        self.overhead = 0.0  # seconds of choosing and feeding before this step
 
     def warm_up(self, state: State) -> None:
         for drafter in self.drafters.values():

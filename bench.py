@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
-    p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help="levels of all trees")
+    p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help="depth of all trees")
     p.add_argument("--tree_topk", type=int, default=TREE_TOPK, help="nodes of a beam")
     p.add_argument(
         "--tree_size", type=int, help="nodes of trees in a hierarchy (default: auto; synthetic 16)"

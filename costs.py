@@ -250,7 +250,7 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
     """Seconds of a step of every contestant and size, into its `Pace` and into `costs`, unless they are there
     already; as if the caches were half full. The level must hold no text yet.
 
-    The steps take turns, so that all see the same machine.
+    The steps of all drafters and sizes are interleaved, so that all see the same machine.
     """
     drafters, times = contestants(level.drafter), {}
     places: dict[str, Any] = {}
@@ -258,8 +258,8 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
         places |= {f"{name} {n}".strip(): (drafter, n) for n in drafter.draft_sizes()}
     missing, begin = [key for key in places if key not in costs], time.perf_counter()
     level.state.active.fill_(True)  # a drafter may have nothing to do for rows that are not
-    for turn in range(6):
-        if turn > 0 and time.perf_counter() - begin > 0.4 * len(missing):
+    for repeat in range(6):
+        if repeat > 0 and time.perf_counter() - begin > 0.4 * len(missing):
             break
         for key in missing:
             times[key] = times.get(key, []) + time_steps(level, *places[key])

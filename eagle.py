@@ -1,8 +1,8 @@
 """eagle.py: EAGLE heads, and the trees that they grow.
 
-A head is one decoder layer that guesses a target's next feature from its last one (EAGLE-1, EAGLE-2), or from
-three of its states (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where it is sure, and proposes
-the best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
+A head is one decoder layer. It guesses the target's next feature from the last one (EAGLE-1, EAGLE-2), or
+from three states of the target (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where it is sure,
+and proposes the best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
 
     head = load_head("DIR", target)  # from checkpoints.py
     generate(target, prompt_ids, drafter=TreeDrafter(head, tree_size=16))
@@ -45,9 +45,9 @@ from model import (
 class EagleHead(CheckpointModule):
     """One decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
 
-    Its row p is made of the feature of position p and the token of position p + 1, and stands at position p:
-    it guesses the feature of position p + 1. Embedding and lm_head are the target's (`attach`); there is no
-    norm before the layer, and none after it.
+    Entry p of its cache is made from the feature of position p and the token of position p + 1. It stands at
+    position p, and it guesses the feature of position p + 1. Embedding and lm_head are the target's
+    (`attach`); there is no norm before the layer, and none after it.
     """
 
     embed_tokens: Embedding
@@ -189,9 +189,9 @@ class TreeDrafter(Drafter):
     around what the target is going to pick. And the logits are multiplied by `trust`: a head that learnt the
     distribution of the target underrates the one token that the target, with this noise, is sure to pick.
 
-    The head's cache holds true rows below `length`, made of the target's features. Rows that it guesses while
-    it grows a tree go to scratch slots above and are forgotten. Every step feeds the last `window` true rows
-    (again): some are new, and writing the others once more changes nothing.
+    Below `length` the head's cache holds true entries, computed from the target's features. Entries guessed
+    while a tree grows go to scratch slots from `length` on, and are discarded. Every step feeds the last
+    `window` true entries: some are new, and writing the others again changes nothing.
     """
 
     SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
@@ -244,7 +244,7 @@ class TreeDrafter(Drafter):
     def start(self, level: Level) -> None:
         super().start(level)
         like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
-        # True rows that may be new: those of the longest path, and what happened above.
+        # True entries that may be new: those of the longest path, and those of the levels above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
@@ -252,7 +252,7 @@ class TreeDrafter(Drafter):
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
-        """All rows but the last, whose token is still to be picked. Only their keys and values matter."""
+        """All entries but the last, whose token is still to be picked. Only keys and values matter."""
         begin, end = max(start - self.window, 0), len(tokens) - 1
         for first in range(begin, end, PREFILL_CHUNK):
             place = torch.arange(first, min(first + PREFILL_CHUNK, end), device=tokens.device)  # [n]
@@ -261,7 +261,7 @@ class TreeDrafter(Drafter):
             self.cache.row(row).write(place[None], 0, k, v)
 
     def catch_up(self, state: State) -> Tensor:
-        """Write the last true rows -> the feature guessed from the last one, [B, 1, hidden].
+        """Write the last true entries -> the feature guessed from the last one, [B, 1, hidden].
 
         There are `window` of them; where the text is shorter, what comes behind its end is masked garbage.
         """

@@ -112,7 +112,7 @@ class Draft:
     parent: Tensor  # int64 [B, n]; -1 for the root and for padding
     max_depth: int  # of any node: how far the longest path can reach
     branches: bool = True  # may a path skip nodes, so that it has to move when it is accepted?
-    expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, if it says
+    expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, or no estimate
     drafter: str = ""  # its name, where there is a choice
 
     @staticmethod
@@ -131,7 +131,7 @@ def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     current = node.expand_as(parent)
     ancestors = (node[:, None] == node).expand(len(parent), -1, -1)  # [B, n, n]
     depth = torch.zeros_like(parent)
-    for _ in range(max_depth):  # every node climbs one step; at the top it stays
+    for _ in range(max_depth):  # every node climbs to its parent; at the top it stays
         above = parent.gather(1, current)
         depth = depth + (above >= 0)
         current = torch.where(above >= 0, above, current)
@@ -140,23 +140,23 @@ def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
 
 
 def accept(
-    tokens: Tensor, parent: Tensor, choice: Tensor, ancestors: Tensor, depth: Tensor, max_depth: int
+    tokens: Tensor, parent: Tensor, picks: Tensor, ancestors: Tensor, depth: Tensor, max_depth: int
 ) -> tuple[Tensor, Tensor]:
-    """Follow from the root the child that carries the target's choice; stop where none does.
+    """From the root, follow the child that carries the target's pick, until no child does.
 
-    tokens, parent, choice, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B].
+    tokens, parent, picks, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B].
     Path starts at the root, holds `accepted` more nodes, and is filled up with the last of them.
     """
-    follows = (parent >= 0) & (tokens == choice.gather(1, parent.clamp(min=0)))
+    follows = (parent >= 0) & (tokens == picks.gather(1, parent.clamp(min=0)))
     follows[:, 0] = True  # the root is committed already
     reached = ~(ancestors & ~follows[:, None, :]).any(dim=-1)  # [B, n]: the whole way from the root agrees
     accepted, last = torch.where(reached, depth, -1).max(dim=-1)  # [B] each
     on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
-    step = torch.arange(max_depth + 1, device=tokens.device)
+    depths = torch.arange(max_depth + 1, device=tokens.device)
     node = torch.arange(tokens.shape[1], device=tokens.device)
-    at_step = on_path[:, None, :] & (depth[:, None, :] == step[:, None])  # [B, max_depth + 1, n]
-    path = torch.where(at_step, node, -1).amax(dim=-1)  # the only node of each depth on the way
-    return torch.where(step <= accepted[:, None], path, last[:, None]), accepted
+    at_depth = on_path[:, None, :] & (depth[:, None, :] == depths[:, None])  # [B, max_depth + 1, n]
+    path = torch.where(at_depth, node, -1).amax(dim=-1)  # the only node of each depth on the way
+    return torch.where(depths <= accepted[:, None], path, last[:, None]), accepted
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,12 +214,12 @@ class State:
         """`width` of the features; `like`: any tensor of their dtype and device."""
         tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=like.device)
         seed = tokens.new_zeros(batch_size)
-        length = torch.ones_like(seed)  # of a row that holds no text yet: drafters look one token back
+        length = torch.ones_like(seed)  # of a row without a text: 1, since drafters look one token back
         return State(tokens, like.new_zeros(batch_size, slots, width), length, seed, seed.bool())
 
     def append(self, emitted: Tensor, tapped: Tensor, path: Tensor) -> None:
-        """Write what a verification yields behind the text, whose length stays: tokens int64 [B, D + 1] after
-        the root, and what was tapped at the nodes of the path int64 [B, D + 1] from the root on."""
+        """Write the result of a verification after the text; `length` stays. emitted: tokens int64 [B, D + 1]
+        after the root. path int64 [B, D + 1]: nodes from the root on, whose tapped states are kept."""
         depth = torch.arange(path.shape[1], device=path.device)
         self.tokens.scatter_(1, self.length[:, None] + 1 + depth, emitted)
         if tapped.shape[-1]:
@@ -230,8 +230,8 @@ class State:
         """The last `count` tokens before position `end` int64 [B], and where they start: int64 [B, count],
         [B].
 
-        To feed them once more, where a cache may lack some; feeding the others writes what is there. Where
-        the text is shorter, they start at 0, and the last of them come after `end`.
+        They are fed once more where a cache may lack some; feeding the others writes what is there. Where
+        fewer than `count` tokens come before `end`, the window starts at 0 and reaches beyond `end`.
         """
         start = (end - count).clamp(min=0)
         place = start[:, None] + torch.arange(count, device=end.device)  # [B, count]
@@ -259,7 +259,7 @@ class Drafter:
     def propose(self, state: State, n: int | None = None) -> Draft:
         """What to verify next. With `n`, a draft of so many nodes, whatever the drafter would choose.
 
-        Unless the drafter `needs_host`, this may be recorded: what it does once is what it does always.
+        Unless the drafter `needs_host`, this may be recorded as a CUDA graph, which repeats what it did.
         """
         root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
         return Draft(root, torch.full_like(root, -1), 0, branches=False)
@@ -331,11 +331,11 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         attend = partial(cache.attend, slots, ancestors, length)
         features, tapped = model(tokens, positions, attend, level.taps)  # [B, n, hidden]
         # 3. Pick the target's own token after every node. It does not depend on what was proposed.
-        choice = level.pick(model.lm_head(features), positions + 1, tokens, parent)  # [B, n]
-        # 4. Accept: from the root, follow the child that carries the choice, until there is none.
+        picks = level.pick(model.lm_head(features), positions + 1, tokens, parent)  # [B, n]
+        # 4. Accept: from the root, follow the child that carries the pick, until no child does.
         # path: int64 [B, max_depth + 1], accepted: int64 [B]
-        path, accepted = accept(tokens, parent, choice, ancestors, depth, max_depth)
-        emitted = choice.gather(1, path)  # the accepted drafts, then the bonus, repeated
+        path, accepted = accept(tokens, parent, picks, ancestors, depth, max_depth)
+        emitted = picks.gather(1, path)  # the accepted drafts, then the bonus, repeated
         state.append(emitted, tapped, path)
         drafted = (parent >= 0).sum(dim=1)  # [B]
         report = torch.cat((torch.stack((accepted, drafted), dim=1), emitted), dim=1)
@@ -357,7 +357,7 @@ class Verified(NamedTuple):
     accepted: int  # draft tokens kept
     drafted: int  # draft tokens verified, root and padding not counted
     tokens: list[int]  # accepted + 1 new tokens
-    expected: float  # accepted length that the drafter expected; 0 if it does not say
+    expected: float  # accepted length that the drafter expected; 0 if it gives no estimate
 
 
 class Step(NamedTuple):
@@ -402,15 +402,15 @@ class Level:
     ):
         """`above`: the level that this one drafts for, with which it shares the text, and perhaps the cache.
 
-        `renewed`: how many positions just before the new ones may have got other features, because a level
-        above verified them, so that the drafter must read them again.
+        `renewed`: how many positions just before the new ones may hold new features, because a level above
+        has verified them since. The drafter must read those again.
         """
         self.model, self.drafter, self.setup = model, drafter, setup
         self.stats, self.watch, self.clock = Stats(), Stopwatch(), Clock()
         self.taps = drafter.taps(model.config.num_layers)
         self.verifications: dict[tuple[int, int], Callable] = {}  # by number of nodes and depth
-        # Tokens that a text may have gained since the drafter was last asked, beside its draft and the bonus
-        # token of this level: every level above adds one more.
+        # How many tokens a text may have gained since the drafter was last asked, beyond its draft and the
+        # bonus of this level: one for each level above.
         self.behind = 0 if above is None else above.behind + 1
         self.renewed = renewed
         width = 0 if shares_cache else len(self.taps) * model.config.hidden_size
@@ -447,7 +447,7 @@ class Level:
 
     @torch.no_grad()
     def begin(self) -> Step:
-        """Begin a step. A GPU may still be at it when this returns."""
+        """Begin a step. On a GPU this returns before the step is finished."""
         self.watch.start()
         draft, report = self.replay() if self.is_one_graph else speculate(self)
         step = Step(draft, Fetch(report, draft.expected))
@@ -568,8 +568,8 @@ class Decoder(Level):
         drafter, self.max_length = drafter or Drafter(), max_length
         runtime = Runtime(compile, model.norm.weight.device)
         super().__init__(model, drafter, Setup(sampling, batch_size, max_length + drafter.slack, runtime))
-        # Begin a step before the last one is read? Where a step is all the device's work, the device never
-        # waits then. The drafter learns of a step one step later.
+        # Begin the next step before this one is read? If the device does all the work of a step, it then
+        # never waits for the host. In return, the drafter learns from a step one step late.
         self.runs_ahead = self.is_one_graph
 
     def run(
@@ -631,7 +631,7 @@ class Decoder(Level):
         """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
         state, device = self.state, self.state.tokens.device
         start = self.shared_prefix(row, tokens) if reuse else 0
-        state.length[row] = start + 1  # all that a next `reuse` may count on, should this be interrupted
+        state.length[row] = start + 1  # if this is interrupted, a later `reuse` may rely on no more
         prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
         state.tokens[row, :length] = prompt
         feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
@@ -658,7 +658,7 @@ class Decoder(Level):
         row.budget -= len(emission.tokens)
         row.text_length += len(emission.tokens)
         if emission.finish_reason:
-            # What was cut off is forgotten. Not by assignment, for which a GPU would have to be idle.
+            # Drop what was cut off. By `fill_`: assigning a number would make the host wait for a GPU.
             self.state.active[b].fill_(False)
             self.state.length[b].fill_(row.text_length - 1)
             rows[b] = None
@@ -861,10 +861,10 @@ class TextIndex:
 
     def clear(self) -> None:
         self.text: list[int] = []
-        self.latest: dict[tuple[int, ...], int] = {}  # where these tokens ended last
-        self.repeats: list[int] = []  # by place: where its longest suffix ended before, or -1
-        self.agree: list[int] = []  # and the length of that suffix, at most `ngram`
-        self.before: list[list[int]] = []  # and where each suffix ended before, the longest first
+        self.latest: dict[tuple[int, ...], int] = {}  # by n-gram: the last place where it ended
+        self.repeats: list[int] = []  # by place: the earlier end of its longest repeated suffix, or -1
+        self.agree: list[int] = []  # by place: the length of that suffix, at most `ngram`
+        self.before: list[list[int]] = []  # by place: the earlier end of each suffix, the longest first
 
     def update(self, text: list[int]) -> None:
         """Add what the text has gained, and forget what is not in it any more."""
@@ -910,20 +910,20 @@ class TextIndex:
 
 CHAIN_SIZES = (2, 4, 8)  # nodes of what a small model writes, where the length is chosen step by step
 UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one token
-MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a step to an ancestor, unrolled in one graph
+MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a move to the parent, unrolled in one graph
 
 
 class SequentialDrafter(Drafter):
     """A smaller model of the same vocabulary writes K tokens in a row (Leviathan et al., arXiv 2211.17192).
 
     It picks with the target's noise, so at any temperature it agrees with the target as often as their
-    distributions allow. When a whole draft is accepted, its last token has not been fed to the small model
-    yet. So every draft starts by feeding the last *two* tokens of the text (more, where `Level.behind` says
-    so). That costs no extra forward, and in all other cases it writes what is there already.
+    distributions allow. If a whole draft is accepted, the small model has not read its last token yet. So
+    every draft starts by feeding the last *two* tokens of the text (more below other levels: `Level.behind`).
+    That costs no extra forward, and in all other cases it rewrites what is there already.
 
     The smaller model may be the target itself with activations of fewer bits, on the target's own cache
     (QSpec, arXiv 2410.11305). Drafts write their keys and values from `length` on, and verification
-    overwrites them before it reads. So there is nothing to prefill, to catch up with or to take back.
+    overwrites them before it reads. So it needs no prefill, no catching up and no rewinding.
     """
 
     def __init__(
@@ -964,7 +964,7 @@ class SequentialDrafter(Drafter):
             prefill(self.model, self.cache, row, tokens, max(start - self.window, 0))
 
     def warm_up(self, state: State) -> None:
-        # Not by `propose`, which may end early. The first call feeds the window, the others one token.
+        # `propose` may end early, so it would not run every call. The first feeds the window, the others one.
         for n, count in {(self.window, self.calls[0]), *((1, count) for count in self.calls[1:])}:
             fed, start = state.before(state.length + 1, n)
             self.write_some(fed, start, state.length - start, state.seed, count)
@@ -1038,10 +1038,10 @@ class HierarchicalDrafter(Drafter):
     tree is left to a model for which it is cheap. The drafter inside may be an EAGLE head, a lookup, or
     another decoder.
 
-    The levels share the text, and each has its own length: C in the target's cache, Lm in the middle's.
-    Drafting moves Lm ahead of C. Verification raises C, and Lm goes back to the new C. If everything was
-    accepted, the middle lacks one token, C = Lm + 1, and is fed that first. So Lm >= C whenever anything is
-    drafted, and no committed token is ever overwritten.
+    The levels share the text, and each has its own `length`. Drafting moves the middle's ahead of the
+    target's. After verification, `rewind` takes it back to the target's. If everything was accepted, the
+    middle has not read its last token, and `catch_up` feeds it first. So the middle is never behind the
+    target when it drafts, and no committed token is ever overwritten.
     """
 
     needs_host = True
@@ -1069,7 +1069,7 @@ class HierarchicalDrafter(Drafter):
 
     @property
     def slack(self) -> int:
-        # A row that has enough rides along while others still draft, and inner drafts are written behind it.
+        # A row that has enough rides along while others still draft, and inner drafts are written after it.
         return self.max_nodes - 1 + self.drafter.slack
 
     def taps(self, layers: int) -> tuple[int, ...]:
@@ -1098,7 +1098,7 @@ class HierarchicalDrafter(Drafter):
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         inside = self.level.state
-        start = max(min(start, int(inside.length[row]) - 1), 0)  # it may lack more than the target does
+        start = max(min(start, int(inside.length[row]) - 1), 0)  # the middle may lack more than the target
         inside.length[row] = start + 1  # all that may be counted on, should this be interrupted
         if not self.shares_cache:
             features, taps = inside.features[row], self.level.taps

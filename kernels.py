@@ -17,7 +17,7 @@ the best that the machine has; reference means the GPU, too.
 
 The one idea of all bodies but the reference: row i of a result is the same bits however many rows ride along,
 because every sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens
-at once computes what sixty-four steps would have computed. The reference promises nothing of the kind.
+at once computes what sixty-four steps would have computed. The reference promises this for `filter` alone.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
 
 @functools.cache
 def load() -> bool:
-    """Compile kernels.cpp, once per machine, and load it -> are the CPU bodies in place? Those of a GPU are,
-    too, where there is one.
+    """Compile kernels.cpp, once per machine, and load it, and the GPU's bodies, too -> are the CPU's in
+    place?
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
     because there is no compiler, which is said once. ValueError for a path that this machine does not have.
@@ -174,14 +174,14 @@ def cache_directory() -> Path:
 
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:
-    """Is this a case for the operators? float32 and training are not. Known at compile time."""
+    """Do the operators handle this? Not float32, and not training. Known at compile time."""
     kinds = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.int8)
     return kinds and x.device.type in ("cpu", "cuda") and PATH != "reference" and not weight.requires_grad
 
 
 def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
-    """Do the bodies of its device take this weight, in rows? Its inputs must fill the steps, its groups the
-    vectors, or the pairs of `pack_words`."""
+    """Can the kernels of its device use this weight, which lies in rows? Its inputs must fill whole steps,
+    and its groups whole vectors (on a GPU, whole pairs of `pack_words`)."""
     inputs = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     groups = 1 if scales is None else scales.shape[1]
     if weight.device.type == "cuda":  # there, other weights than those of 4 bits stay as they lie
@@ -192,8 +192,8 @@ def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# The operators. kernels.cpp registers the bodies for the CPU; where it is not loaded, and on other devices,
-# the reference runs.
+# The operators. kernels.cpp registers bodies for the CPU, and kernels_cuda.py for the GPU. Where neither is
+# loaded, the reference runs.
 # --------------------------------------------------------------------------------------------------
 
 library = torch.library.Library("gpt_spec", "DEF")

@@ -1,9 +1,8 @@
 """model.py: a Llama-family decoder and its static KV cache.
 
 Configuration, transformer, cache, in this order. The forward is a function of tensors: tokens, positions, and
-`attend`, which decides what a token sees. How weights are stored (16, 8 or 4 bits) is the business of
-`Linear` and of the kernels below it. Nothing here knows how tokens are chosen (`gpt_spec.py`) or where
-weights come from (`checkpoints.py`).
+`attend`, which decides what a token sees. `Linear` and the kernels below it handle how weights are stored
+(16, 8 or 4 bits). How tokens are picked is in `gpt_spec.py`; loading weights is in `checkpoints.py`.
 
     model = Transformer(ModelConfig.from_dict(json.load(open("config.json"))))
     features, _ = model(tokens, positions, causal_attention)  # [B, n] -> [B, n, hidden]
@@ -175,10 +174,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
-        # How many turns a pair makes in the original context says how much of `factor` it gets: all below
-        # low_freq_factor turns, none above high_freq_factor, a linear blend between.
-        turns = scaling.original_context * frequencies / (2 * math.pi)
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        # A pair's share of `factor` depends on its number of cycles in the original context: all of it below
+        # low_freq_factor cycles, none above high_freq_factor, and a linear blend between.
+        cycles = scaling.original_context * frequencies / (2 * math.pi)
+        blend = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = blend.clamp(0.0, 1.0)
         return blend * frequencies + (1 - blend) * frequencies / scaling.factor
     return frequencies
@@ -209,7 +208,7 @@ class Embedding(nn.Embedding):
 class Rotation(nn.Module):
     """An orthogonal matrix that is fast to multiply with (`kernels.rotate`): signs, then Hadamard matrices.
 
-    What is large in one number is spread over all of them, which is easier on 4-bit numbers (QuaRot: arXiv
+    It spreads an outlier in one number over all of them, which suits 4-bit numbers better (QuaRot: arXiv
     2404.00456). Weights that read a rotated state are rotated likewise (`rotation.rotated`), and cancel it.
     """
 
@@ -238,8 +237,8 @@ class Linear(nn.Linear):
     """x W^T + bias with weights of 16, 8 or 4 bits, and what stands next to it in a Llama (`kernels.linear`).
 
     `weight` is nn.Linear's; or int8 [out, in] with `scales`; or 4-bit uint8 [out, in / 2] with `scales` and
-    perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want. Inputs are rotated
-    first, if there is a `rotation`, and then put into another order, if there is a `permutation`.
+    perhaps `zeros`; or, after `pack`, any of these in the order that the CPU kernels want. Inputs pass
+    through the norm or SwiGLU, then the `rotation`, then the `permutation`, where there are any.
     """
 
     float32_out = False  # results in float32, not in the dtype of x
@@ -264,7 +263,8 @@ class Linear(nn.Linear):
     def prepare(
         self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """What `forward`, given the same, multiplies the weights with before it is rounded: [B, n, in]."""
+        """The input of the matrix product in `forward`, for the same arguments, before rounding: [B, n,
+        in]."""
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         rotation = self.rotation.arguments if self.rotation else (None, 1, 1)
         return kernels.prepare_reference(x, scale, eps, gated, *rotation, self.permutation)
@@ -337,7 +337,7 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        """x: [B, n, hidden]. `attend(q, k, v)` returns [B, n, H, D]; where keys come from is its business."""
+        """x: [B, n, hidden]. `attend(q, k, v)` returns [B, n, H, D] and supplies the cached keys."""
         attended = attend(*self.self_attn.project(x, self.input_layernorm, cos, sin))
         x = self.self_attn.o_proj(attended.flatten(2), residual=x)  # [B, n, H D] -> [B, n, hidden]
         return self.mlp(x, self.post_attention_layernorm)
@@ -448,11 +448,11 @@ class Transformer(CheckpointModule):
         return self.layers[i](x, *rope, partial(attend, i))
 
     def unrotated(self, x: Tensor) -> Tensor:
-        """A state between layers as a model without rotation has it, which norm, lm_head and heads read."""
+        """Undo the rotation of a state between layers, for the final norm, lm_head and EAGLE heads."""
         return x if self.rotation is None else self.rotation.inverse(x)
 
     def recompute(self, tokens: Tensor, attend=None) -> Tensor:
-        """The slow twin of cached decoding: whole texts int64 [B, n] -> features [B, n, hidden]."""
+        """Features without a cache, to compare with: whole texts int64 [B, n] -> [B, n, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.forward(tokens, positions, attend or causal_attention)[0]
 

@@ -6,8 +6,8 @@ runs on them. They take any device and any dtype, and torch.compile may fuse the
 
     y = linear_reference(x, weight, scales, zeros, ...)   # the same arguments as `kernels.linear`
 
-The one idea: the plainest code that is right. Its rows may depend on each other in the last bit, which those
-of the other bodies never do.
+The one idea: the plainest code that is right. The last bit of a row may depend on the other rows, except in
+`filter_reference`, which GPUs use. In the other bodies it never does.
 """
 
 from __future__ import annotations
@@ -78,15 +78,14 @@ def pack(weight: Tensor) -> Tensor:
     if weight.device.type == "cuda":
         return pack_words(weight)
     weight = fill_up(weight).contiguous()
-    bytes_of_step = 2 if weight.dtype == torch.bfloat16 else 4  # elements, to be exact
-    blocks = weight.view(
-        -1, BLOCK, weight.shape[1] // bytes_of_step, bytes_of_step
-    )  # [blocks, 64, steps, 2 or 4]
+    elements = 2 if weight.dtype == torch.bfloat16 else 4  # of a row, in a step
+    # [blocks, 64, steps, 2 or 4]
+    blocks = weight.view(-1, BLOCK, weight.shape[1] // elements, elements)
     for some in blocks.split(16):
         turned = some.transpose(1, 2)  # [., steps, 64, 2 or 4]
         turned = swap_nibbles(turned) if weight.dtype == torch.uint8 else turned.contiguous()
         some.view(turned.shape).copy_(turned)
-    return blocks.view(len(blocks), -1, BLOCK, bytes_of_step)
+    return blocks.view(len(blocks), -1, BLOCK, elements)
 
 
 def pack_scales(scales: Tensor) -> Tensor:
@@ -112,9 +111,8 @@ def dequantize(weight: Tensor, scales: Tensor | None, zeros: Tensor | None = Non
         return weight
     q = weight.float()
     if weight.dtype == torch.uint8:
-        q = (
-            torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).float()
-        )  # [out, in / 2, 2] -> [out, in]
+        # [out, in / 2, 2] -> [out, in]
+        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).float()
         q = q - (8 if zeros is None else zeros.float().repeat_interleave(q.shape[1] // zeros.shape[1], dim=1))
     return q * scales.float().repeat_interleave(q.shape[1] // scales.shape[1], dim=1)
 

@@ -43,8 +43,8 @@ class Runtime:
         # One function serves every number of nodes, model and batch size of a process: that is not the
         # runaway recompilation which the default limit of 8 guards against.
         torch._dynamo.config.recompile_limit = 256
-        # Round where the code says so: which roundings fusion leaves out depends on the number of rows, and a
-        # text must not.
+        # Round where the code says so. Otherwise fusion drops some roundings, depending on the number of
+        # rows, and the text would depend on it, too.
         options = {"emulate_precision_casts": True}
         # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
         options["cpp_wrapper"] = self.cpp_wrapper and self.device.type == "cpu"
@@ -85,10 +85,10 @@ class Recorded:
     """A function of tensors, and of anything else that stays the same, as CUDA graphs: a step of a small
     model is hundreds of launches, which take the host longer than the GPU.
 
-    Called with tensors of new shapes, or other new arguments, it runs as it is, which compiles what is in it.
-    The next time it is recorded, and from then on replayed, on copies of the tensors that it is called with.
-    Its results, a tuple of tensors, are copies, too. A function that is called while another is being
-    recorded becomes part of that one."""
+    The first call with new shapes or arguments runs the function, which compiles it. The second one records
+    it, and later ones replay the graph. Inputs and results are copied, so callers own what they get. A
+    function that is called while another one is being recorded becomes part of that one.
+    """
 
     def __init__(self, function: Callable, pool: tuple[int, int]):
         self.function, self.pool, self.compiled = function, pool, set()

@@ -115,10 +115,12 @@ def compare_texts(checkouts: list[str], scratch: str, compile: str) -> int:
     return different + sum(codes)
 
 
-def compare_speed(checkouts: list[str], turns: int) -> int:
+def compare_speed(checkouts: list[str], turns: int, only: str) -> int:
     """-> how many medians are below 0.98."""
     slow = 0
     for method, precision in TIMED:
+        if only not in ("", f"{method} {precision}"):
+            continue
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         both, ratios = [], []
         for checkout in checkouts:  # one after the other: compiling would disturb measuring
@@ -156,12 +158,13 @@ def main() -> int:
     parser.add_argument("new", help="another one")
     parser.add_argument("--compile", choices=("none", "default"), default="none", help="of texts")
     parser.add_argument("--turns", type=int, default=15, help="of speed")
+    parser.add_argument("--only", default="", help="of speed: 'auto w4a8', for one")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for prompts")
     args = parser.parse_args()
     checkouts = [str(Path(path).resolve()) for path in (args.old, args.new)]
     if args.what == "texts":
         return int(compare_texts(checkouts, args.scratch, args.compile) > 0)
-    return int(compare_speed(checkouts, args.turns) > 0)
+    return int(compare_speed(checkouts, args.turns, args.only) > 0)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def find_repetition(text: Tensor, length: Tensor, ngram: int, count: int) -> tup
     """The slow twin of `TextIndex`: what followed the longest suffix of up to `ngram` tokens.
 
     text: int64 [B, slots], whose last token is text[length] -> root and `count` tokens int64 [B, count + 1],
-    found bool [B]. What follows a place close to the end is read around in circles: a text that repeats goes
+    found bool [B]. What follows a place close to the end is read in a loop: a text that repeats goes
     on repeating.
     """
     place = torch.arange(text.shape[1], device=text.device)

@@ -23,7 +23,7 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
     },
     **{"costs.py": 320, "runtime.py": 250, "eagle.py": 450, "auto.py": 500, "packing.py": 400},
     **{"rotation.py": 250, "published.py": 400, "checkpoints.py": 700, "text.py": 420, "cli.py": 120},
-    **{"quantize.py": 700, "generate.py": 920, "bench.py": 260},
+    **{"quantize.py": 700, "generate.py": 720, "show.py": 300, "bench.py": 260},
 }
 OTHERS = 1000
 LONGEST_FUNCTION = 60  # lines; main may be longer

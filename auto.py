@@ -19,7 +19,8 @@ from itertools import compress
 from torch import Tensor
 
 from costs import Acceptance, Stats, set_costs
-from gpt_spec import Draft, Drafter, Level, LookupDrafter, State, TextIndex, Verified
+from drafts import Draft, Drafter, State, Verified
+from gpt_spec import Level, LookupDrafter, TextIndex
 from model import BadInput
 
 

@@ -2,7 +2,8 @@
 
 A head is one decoder layer. It guesses the target's next feature from the last one (EAGLE-1, EAGLE-2), or
 from three states of the target (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where it is sure,
-and proposes the best nodes of all. Read `gpt_spec.py` first. Files of heads are read in `checkpoints.py`.
+and proposes the best nodes of all. Read `drafts.py` and `gpt_spec.py` first. Files of heads are read in
+`checkpoints.py`.
 
     head = load_head("DIR", target)  # from checkpoints.py
     generate(target, prompt_ids, drafter=TreeDrafter(head, tree_size=16))
@@ -16,13 +17,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gpt_spec import MAX_DRAFT_DEPTH, PREFILL_CHUNK, Draft, Drafter, Level, State, Verified, gumbel
+from drafts import MAX_DRAFT_DEPTH, PREFILL_CHUNK, Draft, Drafter, State, Verified, gumbel
 from model import (
     Attention,
     BadInput,
@@ -241,7 +243,7 @@ class TreeDrafter(Drafter):
     def max_depth(self, n: int) -> int:
         return min(self.depth, n - 1)
 
-    def start(self, level: Level) -> None:
+    def start(self, level: Any) -> None:
         super().start(level)
         like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
         # True entries that may be new: those of the longest path, and those of the levels above.

@@ -49,14 +49,13 @@ from checkpoints import (  # noqa: E402
 )
 from cli import OneLineParser, check_device, encode_prompt, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
+from drafts import Drafter, Sampling  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
     MIN_DRAFT_LENGTH,
     Decoder,
-    Drafter,
     HierarchicalDrafter,
     LookupDrafter,
-    Sampling,
     SequentialDrafter,
     cache_length,
     check_prompt,
@@ -84,7 +83,7 @@ METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qs
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
-    *("gpt_spec.py", "eagle.py", "auto.py", "packing.py", "rotation.py"),
+    *("drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py", "rotation.py"),
     *("published.py", "checkpoints.py", "text.py", "cli.py", "show.py", "quantize.py"),
 )
 

@@ -37,7 +37,7 @@ import gpt_spec
 import kernels
 from checkpoints import MODELS, Checkpoint, find_checkpoint, load_model, open_checkpoint
 from cli import OneLineParser, load_kernels, read_line
-from gpt_spec import Sampling
+from drafts import Sampling
 from model import BadInput, Linear, ModelConfig, Transformer, causal_attention, rope_frequencies
 from packing import (
     FLOAT_TYPES,

@@ -38,9 +38,10 @@ from checkpoints import (
 )
 from cli import read_line
 from costs import Stats
+from drafts import Drafter, Sampling
 from eagle import EagleHead
 from generate import Target, load_draft_model, load_target
-from gpt_spec import Decoder, Drafter, Sampling, cache_length
+from gpt_spec import Decoder, cache_length
 from model import BadInput, Transformer
 from text import load_tokenizer, read_json
 

@@ -19,9 +19,10 @@ import torch
 from benchmarks.common import Prompt, Run, build_decoders, freeze, held_out_prompts, timed
 from benchmarks.timing import interleave, on_gpu, quartiles, rotate_names
 from costs import Stats
-from generate import levels_json
-from gpt_spec import Decoder, Drafter
+from drafts import Drafter
+from gpt_spec import Decoder
 from model import BadInput, Transformer
+from show import levels_json
 
 
 def compare_drafters(

@@ -19,8 +19,9 @@ import torch
 from benchmarks.common import Parts, chosen_paths, compiles, freeze, in_each_precision, load_parts, numbers
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
+from drafts import Draft, Drafter
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Draft, Drafter, SequentialDrafter, speculate
+from gpt_spec import Decoder, SequentialDrafter, speculate
 from model import Transformer
 from packing import lower_precisions, share_weights
 

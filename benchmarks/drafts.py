@@ -21,8 +21,9 @@ from benchmarks.methods import FixedTree
 from benchmarks.timing import quartiles
 from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
 from costs import Stats
+from drafts import Drafter, Sampling
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Level, Sampling, SequentialDrafter
+from gpt_spec import Decoder, HierarchicalDrafter, Level, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
 

@@ -15,8 +15,9 @@ from contextlib import nullcontext
 
 from benchmarks.common import SHIPPED, decode_all, load_parts, read_prompts, recording_only, split
 from benchmarks.timing import on_gpu
+from drafts import Drafter, Sampling
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, SequentialDrafter
+from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
 

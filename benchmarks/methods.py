@@ -36,8 +36,9 @@ from benchmarks.compare import compare, count_different
 from benchmarks.timing import quartiles, rotate_names
 from checkpoints import find_checkpoint, load_model, open_checkpoint
 from costs import Stats
+from drafts import Drafter
 from eagle import TreeDrafter
-from gpt_spec import Drafter, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from gpt_spec import HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import BadInput
 from packing import lower_precisions, share_weights
 

@@ -19,7 +19,8 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import quartiles, rotate_names
 from checkpoints import SHIPPED_TARGET, load_model
 from costs import Stats
-from gpt_spec import Decoder, Drafter, Sampling, SequentialDrafter
+from drafts import Drafter, Sampling
+from gpt_spec import Decoder, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
 

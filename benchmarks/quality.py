@@ -30,7 +30,7 @@ from benchmarks.common import (
     split,
 )
 from checkpoints import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
-from gpt_spec import Drafter
+from drafts import Drafter
 from model import BadInput, Transformer
 from packing import PRECISIONS
 from quantize import held_out_tokens, mean_loss

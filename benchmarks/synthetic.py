@@ -22,8 +22,9 @@ import kernels
 from benchmarks.common import Parts, Prompt, compiles, in_each_precision, split
 from benchmarks.compare import compare
 from benchmarks.shapes import SHAPES, SMALLER, random_parts
+from drafts import Draft, Drafter
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Draft, Drafter, HierarchicalDrafter, Level, SequentialDrafter
+from gpt_spec import Decoder, HierarchicalDrafter, Level, SequentialDrafter
 from model import BadInput
 from packing import lower_precisions, share_weights
 

@@ -51,7 +51,7 @@ from benchmarks.machine import kernels_in_use, machine  # noqa: E402
 from benchmarks.shapes import SHAPES, linears_of, packed, random_rows  # noqa: E402
 from benchmarks.synthetic import SYNTHETIC  # noqa: E402
 from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu, shares_of_copy  # noqa: E402
-from gpt_spec import tree_geometry  # noqa: E402
+from drafts import tree_geometry  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from packing import PRECISIONS  # noqa: E402
 from rotation import Rotations  # noqa: E402

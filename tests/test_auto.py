@@ -23,8 +23,9 @@ from conftest import (
 import generate as command
 from auto import ALL, AdaptiveLookup, AutoDrafter, ReplayIndex
 from costs import Acceptance, Clock, Pace, Stats, set_costs
+from drafts import Drafter, Sampling, State
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, State
+from gpt_spec import Decoder, HierarchicalDrafter, SequentialDrafter
 from model import BadInput
 from packing import share_weights
 

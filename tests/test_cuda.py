@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 import kernels
 import kernels_cuda
 import packing
-from gpt_spec import extend
+from drafts import extend
 from model import KVCache, Linear
 from rotation import paley
 

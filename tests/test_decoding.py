@@ -27,21 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auto import ALL, AdaptiveLookup, AutoDrafter
 from checkpoints import load_head, load_model
 from costs import Stats
+from drafts import Draft, Drafter, Sampling, accept, tree_geometry
 from eagle import TreeDrafter
 from gpt_spec import (
     Decoder,
-    Draft,
-    Drafter,
     HierarchicalDrafter,
     Level,
     LookupDrafter,
-    Sampling,
     SequentialDrafter,
     TextIndex,
-    accept,
     cache_length,
     generate,
-    tree_geometry,
 )
 from model import BadInput, Transformer, causal_attention
 from packing import PRECISIONS, share_weights
@@ -626,7 +622,7 @@ def test_a_call_drafts_as_many_tokens_as_are_worth_compiling(
 def test_a_long_prompt_is_prefilled_in_chunks(target, monkeypatch):
     prompt = random_prompts([50])
     expected = texts(target, prompt)
-    monkeypatch.setattr("gpt_spec.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("drafts.PREFILL_CHUNK", 7)
     assert texts(target, prompt, SequentialDrafter(target, 3)) == expected
 
 
@@ -744,7 +740,7 @@ def test_tree_rows_equal_plain_forwards_over_their_paths(target):
     past = torch.tensor(random_prompts([11, 6])[0][:6] + random_prompts([11, 6])[1]).view(2, 6)
     tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(1))
     decoder = Decoder(target, max_length=64, batch_size=2, compile=False)
-    from gpt_spec import extend
+    from drafts import extend
 
     length = torch.zeros(2, dtype=torch.int64)
     extend(target, decoder.cache, past, length)

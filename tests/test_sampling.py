@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import random_model
 
-import gpt_spec
-from gpt_spec import Sampling, filter_logits, generate, gumbel, pick
+import drafts
+from drafts import Sampling, filter_logits, gumbel, pick
+from gpt_spec import generate
 from model import BadInput
 
 ALARM = 1e-6  # probability below which a check is alarmed; the real noise is fixed, so nothing here is flaky
@@ -39,9 +40,7 @@ def normal_tail(z: float) -> float:
 def noise(seeds: int, positions: int, tokens: int) -> torch.Tensor:
     """[seeds, positions, tokens] of the noise as the engine gets it: seeds in a row, as the prompts of a
     batch have."""
-    return gpt_spec.gumbel(
-        torch.arange(1234, 1234 + seeds), torch.arange(positions).expand(seeds, -1), tokens
-    )
+    return drafts.gumbel(torch.arange(1234, 1234 + seeds), torch.arange(positions).expand(seeds, -1), tokens)
 
 
 def check_law() -> float:
@@ -143,7 +142,7 @@ SEES = {  # which check has to notice what
 
 @pytest.mark.parametrize("fault, name", [(fault, name) for fault, names in SEES.items() for name in names])
 def test_broken_noise_is_seen(fault, name, monkeypatch):
-    monkeypatch.setattr(gpt_spec, "gumbel", BROKEN[fault])
+    monkeypatch.setattr(drafts, "gumbel", BROKEN[fault])
     torch.manual_seed(0)
     assert CHECKS[name]() < ALARM
 

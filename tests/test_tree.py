@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from checkpoints import load_head
 from costs import Pace, Stats
+from drafts import Draft, Sampling, Verified, gumbel, tree_geometry
 from eagle import Eagle3Head, EagleHead, TreeDrafter
-from gpt_spec import Decoder, Draft, Sampling, Verified, generate, gumbel, tree_geometry
+from gpt_spec import Decoder, generate
 from model import BadInput, causal_attention
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, seed=7)

@@ -1,0 +1,314 @@
+"""drafts.py: what the loop works with: sampling, drafts, accepting them, texts in a cache, drafters.
+
+Read it after `model.py` and before `gpt_spec.py`, where the loop puts these parts together. `Drafter` at the
+end is all that a method of speculative decoding has to be.
+
+    picks = pick(logits, positions, seed, sampling)                    # the model's own tokens
+    path, accepted = accept(tokens, parent, picks, *tree_geometry(parent, depth), depth)
+
+The one idea: sampling is greedy decoding of perturbed logits. The noise is a function of seed, position and
+token, so what a model picks never depends on what was proposed, and accepting a draft is comparing tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from costs import Pace, Stats
+from model import BadInput, KVCache, Transformer
+
+# --------------------------------------------------------------------------------------------------
+# Sampling: greedy decoding of perturbed logits
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise BadInput(f"top_k is {self.top_k}; it must be 0 (keep all) or the number of tokens to keep")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -(2**62) < self.seed < 2**62:
+            raise BadInput(f"seed is {self.seed}; it must be between -2**62 and 2**62")
+
+
+def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise as a function: the same (seed, position, token) always has the same noise.
+
+    seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator,
+    so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
+    """
+    # Uniform in (0, 1), most precise near 0, where large noise comes from; -log(1 - uniform) is exponential.
+    uniform = kernels.uniform(seed, positions, vocab_size)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """-inf outside the `top_k` largest and the smallest set with `top_p` of their softmax. float32 [..., V]
+
+    Of equal logits the one with the lower index counts as larger, so that exactly `top_k` stay.
+    """
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return logits
+    return kernels.filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
+    """filter(logits) + temperature * noise, float32 [B, n, V]: its argmax is an exact sample."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return logits
+    noise = gumbel(seed, positions, logits.shape[-1])
+    return filter_logits(logits, sampling) + sampling.temperature * noise
+
+
+def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
+    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
+    n].
+
+    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a
+    drafter did, and a drafter that asks with its own logits gets the same noise, so it agrees as often as its
+    distribution allows (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
+    """
+    return perturb(logits, positions, seed, sampling).argmax(dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drafts: trees of tokens whose node 0 is the root
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Draft:
+    """What a drafter proposes, for B rows: n nodes each, node 0 the root, parents before children.
+
+    A sequence is a tree with parent = node - 1. Nodes that only fill the shape have parent -1.
+    """
+
+    tokens: Tensor  # int64 [B, n]
+    parent: Tensor  # int64 [B, n]; -1 for the root and for padding
+    max_depth: int  # of any node: how far the longest path can reach
+    branches: bool = True  # may a path skip nodes, so that it has to move when it is accepted?
+    expected: Tensor | None = None  # float32 [B]: accepted length that the drafter expects, or no estimate
+    drafter: str = ""  # its name, where there is a choice
+
+    @staticmethod
+    def chain(tokens: Tensor, count: Tensor | None = None) -> Draft:
+        """Root and n - 1 tokens in a row; those beyond `count` int64 [B], if given, are padding."""
+        n = tokens.shape[1]
+        node = torch.arange(n, device=tokens.device)
+        count = torch.full_like(tokens[:, 0], n - 1) if count is None else count
+        parent = torch.where(node <= count[:, None], node - 1, -1)  # [B, n]
+        return Draft(tokens, parent, n - 1, branches=False)
+
+
+def tree_geometry(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
+    """parent int64 [B, n] -> ancestors bool [B, n, n] (j is i or above i) and depth int64 [B, n]."""
+    node = torch.arange(parent.shape[1], device=parent.device)
+    current = node.expand_as(parent)
+    ancestors = (node[:, None] == node).expand(len(parent), -1, -1)  # [B, n, n]
+    depth = torch.zeros_like(parent)
+    for _ in range(max_depth):  # every node climbs to its parent; at the top it stays
+        above = parent.gather(1, current)
+        depth = depth + (above >= 0)
+        current = torch.where(above >= 0, above, current)
+        ancestors = ancestors | (current[..., None] == node)
+    return ancestors, depth
+
+
+def accept(
+    tokens: Tensor, parent: Tensor, picks: Tensor, ancestors: Tensor, depth: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    """From the root, follow the child that carries the target's pick, until no child does.
+
+    tokens, parent, picks, depth: int64 [B, n] -> path int64 [B, max_depth + 1], accepted length int64 [B].
+    Path starts at the root, holds `accepted` more nodes, and is filled up with the last of them.
+    """
+    follows = (parent >= 0) & (tokens == picks.gather(1, parent.clamp(min=0)))
+    follows[:, 0] = True  # the root is committed already
+    reached = ~(ancestors & ~follows[:, None, :]).any(dim=-1)  # [B, n]: the whole way from the root agrees
+    accepted, last = torch.where(reached, depth, -1).max(dim=-1)  # [B] each
+    on_path = ancestors.gather(1, last[:, None, None].expand(-1, 1, tokens.shape[1])).squeeze(1)  # [B, n]
+    depths = torch.arange(max_depth + 1, device=tokens.device)
+    node = torch.arange(tokens.shape[1], device=tokens.device)
+    at_depth = on_path[:, None, :] & (depth[:, None, :] == depths[:, None])  # [B, max_depth + 1, n]
+    path = torch.where(at_depth, node, -1).amax(dim=-1)  # the only node of each depth on the way
+    return torch.where(depths <= accepted[:, None], path, last[:, None]), accepted
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts in a cache
+# --------------------------------------------------------------------------------------------------
+
+# Tokens of a prompt per forward. It bounds memory; where chunks end depends on the row alone.
+PREFILL_CHUNK = 512
+
+
+def extend(
+    model: Transformer, cache: KVCache, tokens: Tensor, length: Tensor, taps: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Continue texts of `length` int64 [B] by chains of tokens int64 [B, n] -> see `Transformer.forward`."""
+    n = tokens.shape[1]
+    slots = positions = length[:, None] + torch.arange(n, device=tokens.device)  # in a chain they coincide
+    ancestors = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril().expand(len(tokens), -1, -1)
+    return model(tokens, positions, partial(cache.attend, slots, ancestors, length), taps)
+
+
+def prefill(
+    model: Transformer,
+    cache: KVCache,
+    row: int,
+    tokens: Tensor,
+    start: int,
+    features: Tensor | None = None,
+    taps: tuple[int, ...] = (),
+) -> Tensor:
+    """Fill slots start .. P - 1 of one row with a prompt int64 [P] -> feature of its end, [1, 1, hidden].
+
+    What is tapped on the way goes to the same places of `features` [slots, width].
+    """
+    view = cache.row(row)
+    for begin in range(start, len(tokens), PREFILL_CHUNK):
+        chunk = tokens[None, begin : begin + PREFILL_CHUNK]  # [1, n]
+        last, tapped = extend(model, view, chunk, torch.tensor([begin], device=tokens.device), taps)
+        if features is not None:
+            features[begin : begin + chunk.shape[1]] = tapped[0]
+    return last[:, -1:]
+
+
+@dataclass
+class State:
+    """B texts being decoded at one level. tokens[length] is the root: committed, not yet in its cache."""
+
+    tokens: Tensor  # int64 [B, slots]; valid up to and including the root
+    features: Tensor  # [B, slots, width]; what the drafter wants of the model, of tokens below length
+    length: Tensor  # int64 [B]; tokens whose K/V is in the cache of the level
+    seed: Tensor  # int64 [B]; seed + prompt index, the key of the row's noise
+    active: Tensor  # bool [B]; a row that is not active is frozen: it rides along, and its length stays
+
+    @staticmethod
+    def allocate(batch_size: int, slots: int, width: int, like: Tensor) -> State:
+        """`width` of the features; `like`: any tensor of their dtype and device."""
+        tokens = torch.zeros(batch_size, slots, dtype=torch.int64, device=like.device)
+        seed = tokens.new_zeros(batch_size)
+        length = torch.ones_like(seed)  # of a row without a text: 1, since drafters look one token back
+        return State(tokens, like.new_zeros(batch_size, slots, width), length, seed, seed.bool())
+
+    def append(self, emitted: Tensor, tapped: Tensor, path: Tensor) -> None:
+        """Write the result of a verification after the text; `length` stays. emitted: tokens int64 [B, D + 1]
+        after the root. path int64 [B, D + 1]: nodes from the root on, whose tapped states are kept."""
+        depth = torch.arange(path.shape[1], device=path.device)
+        self.tokens.scatter_(1, self.length[:, None] + 1 + depth, emitted)
+        if tapped.shape[-1]:
+            row = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
+            self.features[row, self.length[:, None] + depth] = tapped[row, path]
+
+    def before(self, end: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` tokens before position `end` int64 [B], and where they start: int64 [B, count],
+        [B].
+
+        They are fed once more where a cache may lack some; feeding the others writes what is there. Where
+        fewer than `count` tokens come before `end`, the window starts at 0 and reaches beyond `end`.
+        """
+        start = (end - count).clamp(min=0)
+        place = start[:, None] + torch.arange(count, device=end.device)  # [B, count]
+        return self.tokens.gather(1, place), start
+
+
+# --------------------------------------------------------------------------------------------------
+# Drafters
+# --------------------------------------------------------------------------------------------------
+
+MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a move to the parent, unrolled in one graph
+
+
+class Verified(NamedTuple):
+    """What the verifying model made of one row of a draft."""
+
+    accepted: int  # draft tokens kept
+    drafted: int  # draft tokens verified, root and padding not counted
+    tokens: list[int]  # accepted + 1 new tokens
+    expected: float  # accepted length that the drafter expected; 0 if it gives no estimate
+
+
+class Drafter:
+    """Proposes what the target will verify. This one proposes nothing: autoregressive decoding.
+
+    A drafter of your own overrides `propose` and sets `max_nodes`; if its drafts come in several sizes,
+    `draft_sizes` too, and `max_depth` where they are no chains. It sets `needs_host = True` if `propose`
+    reads a tensor in Python. All the rest has a default that is right for a drafter without a model and
+    without a memory. docs/hacking.md adds one from start to end."""
+
+    max_nodes = 1  # of any draft, root included
+    models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
+    needs_costs = False  # does `propose` ask `self.pace` what a step costs?
+    needs_host = False  # does `propose` look at a tensor, or decide anything, on the host?
+
+    def propose(self, state: State, n: int | None = None) -> Draft:
+        """What to verify next. With `n`, a draft of so many nodes, whatever the drafter would choose.
+
+        Unless the drafter `needs_host`, this may be recorded as a CUDA graph, which repeats what it did.
+        """
+        root = state.tokens.gather(1, state.length[:, None])  # [B, 1]
+        return Draft(root, torch.full_like(root, -1), 0, branches=False)
+
+    # What it must say about sizes
+
+    def draft_sizes(self) -> list[int]:
+        """Every number of nodes that `propose` may return: one compiled verification each."""
+        return [self.max_nodes]
+
+    def max_depth(self, n: int) -> int:
+        """Of drafts of n nodes."""
+        return n - 1
+
+    @property
+    def slack(self) -> int:
+        """Slots from `length` on that a step may touch, in the target's cache or in one of the drafter's."""
+        return self.max_nodes
+
+    # What a drafter with a model or a memory overrides
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """What `State.features` must hold of a target with so many layers: see `Transformer.forward`."""
+        return ()
+
+    def start(self, level: Any) -> None:
+        """Allocate and compile; called once, by the `gpt_spec.Level` that it drafts for."""
+        self.pace = Pace(clock=level.clock)
+
+    def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
+        """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
+
+    def rewind(self, length: Tensor) -> None:
+        """Go back to `length` int64 [B] in rows that are beyond it: other tokens follow. Only for drafters
+        that have lengths of their own."""
+
+    def learn(self, draft: Draft, verified: list[Verified], seconds: float) -> None:
+        """What became of a draft, in every row that holds an unfinished text, and how long the step took."""
+        tokens = sum(row.accepted + 1 for row in verified) / len(verified)
+        self.pace.count(tokens, draft.tokens.shape[1], seconds)
+
+    def warm_up(self, state: State) -> None:
+        """Run once whatever `propose` may run, so that it is compiled. Nothing of the state changes."""
+        self.propose(state)
+
+    def count_into(self, stats: Stats) -> None:
+        """Count the steps of levels inside the drafter, if it has any, in `stats.inside`."""

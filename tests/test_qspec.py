@@ -135,7 +135,7 @@ def held_bytes(decoder: Decoder) -> int:
             todo += thing
         elif isinstance(thing, dict):
             todo += thing.values()
-        elif getattr(type(thing), "__module__", "").startswith(("gpt_spec", "model", "torch.nn")):
+        elif getattr(type(thing), "__module__", "").startswith(("gpt_spec", "drafts", "model", "torch.nn")):
             todo.append(vars(thing))
     return sum(storages.values())
 

@@ -59,7 +59,8 @@ def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer | No
     if not args.chat:
         return tokenizer.encode(text)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
-    return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+    variables = getattr(args, "template_kwargs", None) or {}
+    return tokenizer.encode_chat([*system, {"role": "user", "content": text}], **variables)
 
 
 def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:

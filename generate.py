@@ -101,6 +101,17 @@ def tree_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def template_kwargs(text: str) -> dict[str, Any]:
+    """The type of --template_kwargs."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of generate.py."""
     p = OneLineParser(
@@ -139,6 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--interactive", action="store_true", help="a conversation; history is kept, so is the cache"
     )
     p.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    p.add_argument(
+        "--template_kwargs",
+        metavar="JSON",
+        type=template_kwargs,
+        help='variables of the chat template, as in {"enable_thinking": false}',
+    )
     p.add_argument("--num_samples", type=int, default=1, help="outputs of each prompt")
     p.add_argument("--compile", choices=["none", "default"], default="default", help="torch.compile")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -205,6 +222,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--stop is empty; give the text before which to stop")
     if args.system is not None and not (args.chat or args.interactive):
         raise BadInput("--system needs --chat or --interactive")
+    if args.template_kwargs is not None and not (args.chat or args.interactive):
+        raise BadInput("--template_kwargs needs --chat or --interactive")
     one_text = args.prompts or args.prompt_ids or args.prompt or args.num_samples > 1
     if args.interactive and (args.json or one_text):
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
@@ -236,7 +255,11 @@ def load_target(args: argparse.Namespace) -> Target:
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
     model = load_model(directory, args.precision, args.device)
     precision = precision_of(model)
-    return Target(model, load_tokenizer(directory), [] if args.ignore_eos else stop_ids(directory), precision)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None:
+        tokenizer.context = model.config.max_context
+    stops = [] if args.ignore_eos else stop_ids(directory, tokenizer)
+    return Target(model, tokenizer, stops, precision)
 
 
 FLAGS_OF = {
@@ -503,7 +526,7 @@ def decode_all(
 
 def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: Stats) -> None:
     """A conversation on standard input: lines are messages or, without a chat template, more text."""
-    tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args.system)
+    tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args)
     if tokenizer.template is None:
         print("no chat template: what you type is continued as text", file=sys.stderr)
     while True:
@@ -519,7 +542,7 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
             print()
         except BadInput as error:
             print(f"error: {error}; the conversation starts anew", file=sys.stderr)
-            history = Conversation(tokenizer, args.system)
+            history = Conversation(tokenizer, args)
             continue
         history.answer(output)
 
@@ -527,8 +550,9 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
 class Conversation:
     """What has been said, as the prompt of the next answer."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None):
-        self.tokenizer, self.ids = tokenizer, []
+    def __init__(self, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.tokenizer, self.ids, system = tokenizer, [], args.system
+        self.template_kwargs = args.template_kwargs or {}
         self.messages = [{"role": "system", "content": system}] if system is not None else []
 
     def ask(self, line: str) -> list[int]:
@@ -539,7 +563,7 @@ class Conversation:
             )
             return self.ids
         self.messages.append({"role": "user", "content": line.rstrip("\n")})
-        return self.tokenizer.encode_chat(self.messages)
+        return self.tokenizer.encode_chat(self.messages, **self.template_kwargs)
 
     def answer(self, output: Output) -> None:
         """Add the answer to the history."""

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SHIPPED_TARGET
 
 from model import BadInput
-from text import GPT2_PATTERN, LLAMA3_PATTERN, TextStream, load_tokenizer
+from text import LLAMA3_PATTERN, TextStream, load_tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -170,11 +170,10 @@ def train_byte_level(path: Path, pattern: str | None, normalizer=None, bos: bool
     return tokenizer
 
 
-@pytest.mark.parametrize("pattern", [None, GPT2_PATTERN, LLAMA3_PATTERN])
-def test_byte_level_tokenizer_json_becomes_tiktoken(pattern, tmp_path):
+@pytest.mark.parametrize("pattern", [None, LLAMA3_PATTERN])
+def test_byte_level_tokenizer_json(pattern, tmp_path):
     library = train_byte_level(tmp_path, pattern)
     tokenizer = load_tokenizer(tmp_path)
-    assert type(tokenizer).__name__ == "TiktokenTokenizer"
     assert tokenizer.eos == "<|eos|>"
     texts = [*TEXTS, (ROOT / "gpt_spec.py").read_text(), (ROOT / "scripts/train_tiny.py").read_text()]
     for text in texts:

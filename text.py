@@ -437,6 +437,8 @@ def build_as_class(library: Any, settings: Settings) -> None:
         return
     model.unk_token, model.byte_fallback, model.fuse_unk = None, True, True
     scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
+    if "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
+        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
     library.normalizer = None
     library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     for key, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):

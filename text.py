@@ -17,6 +17,7 @@ import codecs
 import json
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,8 +135,8 @@ class Tokenizer:
         ids, start = [], 0
         for match in at_tokens(self.flags, guard).finditer(text):
             (begin, end), entry = match.span(), self.flags[match.group()]
-            around = text[max(begin - 1, 0) : begin] + " " + text[end : end + 1]
-            if begin < start or (entry.get("single_word") and re.search(r"\w", around)):
+            around = text[max(begin - 1, 0) : begin] + text[end : end + 1]
+            if begin < start or (entry.get("single_word") and any(map(is_of_words, around))):
                 continue
             chunk, after = text[start:begin], text[end:]
             chunk = chunk.rstrip() if entry.get("lstrip") else chunk
@@ -198,6 +199,11 @@ class Tokenizer:
             safe.append(guarded(present, names, guard))
         variables = self.named | template_kwargs
         return self.encode_checked(render_chat(template, safe, variables), guard, whole=False)
+
+
+def is_of_words(character: str) -> bool:
+    """Whether a character belongs to words, accents included."""
+    return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def at_tokens(tokens: Any, guard: str) -> re.Pattern:
@@ -289,13 +295,16 @@ class SentencePieceTokenizer(Tokenizer):
         self.legacy = bool(config.get("legacy", not llama))
         self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
         wanted = not (llama and config.get("add_prefix_space") is False)
-        self.dummy_prefix = wanted and p.encode("a", out_type=str)[0].startswith("\u2581")
+        self.prefixes = p.encode("a", out_type=str)[0].startswith("\u2581")
+        self.dummy_prefix = wanted and (llama or self.prefixes)
         self.shrinks |= p.encode("  a  a") == p.encode("a a")
 
     def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
         blank = self.skips_blank and text.startswith((" ", "\u2581"))
         prefix = self.dummy_prefix and (first or self.legacy) and not blank
-        return (self.processor if prefix else self.bare).encode(text)
+        if prefix and self.prefixes:
+            return self.processor.encode(text)
+        return self.bare.encode(" " + text if prefix and text else text)
 
     def piece(self, token: int) -> bytes:
         text, is_byte = self.processor.id_to_piece(token), self.processor.is_byte(token)
@@ -465,6 +474,8 @@ def add_tokens(library: Any, settings: Settings) -> None:
     more = dict.fromkeys([*named, *extra_specials(settings.config)])
     entries += [{"content": name, "special": True} for name in more if name not in known]
     library.add_tokens([AddedToken(**entry) for entry in entries])
+    if settings.kind == "Qwen2Tokenizer":  # whose code adds them once more
+        library.add_tokens([AddedToken(name, special=True) for name in more])
 
 
 def byte_of(text: str) -> bytes | None:

@@ -183,7 +183,9 @@ def stop_ids(directory: Path, tokenizer: Tokenizer | None = None) -> list[int]:
         if ids is not None:
             found = ids if isinstance(ids, list) else [ids]
             if not all(type(token) is int and token >= 0 for token in found):
-                raise BadInput(f"{directory / name}: eos_token_id is {ids!r}, not a token id or a list of them")
+                raise BadInput(
+                    f"{directory / name}: eos_token_id is {ids!r}, not a token id or a list of them"
+                )
             break
     tokenizer = tokenizer or load_tokenizer(directory)
     own = None if tokenizer is None else tokenizer.specials.get(tokenizer.eos)

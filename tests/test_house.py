@@ -22,7 +22,14 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
         "gpt_spec.py": 1200,
     },
     **{"costs.py": 320, "runtime.py": 250, "eagle.py": 450, "auto.py": 500, "packing.py": 400},
-    **{"rotation.py": 250, "published.py": 400, "checkpoints.py": 700, "text.py": 420, "cli.py": 120},
+    **{
+        "rotation.py": 250,
+        "published.py": 400,
+        "checkpoints.py": 700,
+        "text.py": 420,
+        "chat.py": 300,
+        "cli.py": 120,
+    },
     **{"quantize.py": 700, "generate.py": 720, "show.py": 300, "bench.py": 260},
 }
 OTHERS = 1000

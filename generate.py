@@ -47,7 +47,14 @@ from checkpoints import (  # noqa: E402
     stop_ids,
     weight_bytes,
 )
-from cli import OneLineParser, check_device, encode_prompt, load_kernels, read_line  # noqa: E402
+from cli import (  # noqa: E402
+    OneLineParser,
+    check_device,
+    encode_prompt,
+    json_object,
+    load_kernels,
+    read_line,
+)
 from costs import Stats, contestants  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
@@ -101,17 +108,6 @@ def tree_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def template_kwargs(text: str) -> dict[str, Any]:
-    """The type of --template_kwargs."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags of generate.py."""
     p = OneLineParser(
@@ -150,12 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--interactive", action="store_true", help="a conversation; history is kept, so is the cache"
     )
     p.add_argument("--system", metavar="TEXT", help="system message of a chat")
-    p.add_argument(
-        "--template_kwargs",
-        metavar="JSON",
-        type=template_kwargs,
-        help='variables of the chat template, as in {"enable_thinking": false}',
-    )
+    kwargs_help = 'variables of the chat template, as in {"enable_thinking": false}'
+    p.add_argument("--template_kwargs", metavar="JSON", type=json_object, help=kwargs_help)
     p.add_argument("--num_samples", type=int, default=1, help="outputs of each prompt")
     p.add_argument("--compile", choices=["none", "default"], default="default", help="torch.compile")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -220,10 +212,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput(f"--draft_confidence is {args.draft_confidence}; it is a probability, 0 (off) to 1")
     if "" in args.stop:
         raise BadInput("--stop is empty; give the text before which to stop")
-    if args.system is not None and not (args.chat or args.interactive):
-        raise BadInput("--system needs --chat or --interactive")
-    if args.template_kwargs is not None and not (args.chat or args.interactive):
-        raise BadInput("--template_kwargs needs --chat or --interactive")
+    for name in ("system", "template_kwargs"):
+        if getattr(args, name) is not None and not (args.chat or args.interactive):
+            raise BadInput(f"--{name} needs --chat or --interactive")
     one_text = args.prompts or args.prompt_ids or args.prompt or args.num_samples > 1
     if args.interactive and (args.json or one_text):
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")

@@ -176,7 +176,7 @@ class Tokenizer:
         template = template or self.template
         if template is None:
             raise BadInput("--chat: this checkpoint has no chat template; use an instruction-tuned model")
-        guard, safe = unused_character(repr(messages)), []
+        guard, safe = unused_character(json.dumps(messages, ensure_ascii=False, default=str)), []
         for message in messages:
             # What a model answered may hold the added tokens that it writes, but no special ones.
             names = self.specials if message.get("role") == "assistant" else self.protected
@@ -199,9 +199,9 @@ def at_tokens(tokens: Any, guard: str) -> re.Pattern:
 
 def unused_character(text: str) -> str:
     """A guard: a noncharacter that the text does not have."""
-    found = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text), None)
+    found = next((c for c in map(chr, range(0xFDD0, 0xFDE0)) if c not in text), None)
     if found is None:
-        raise BadInput("the text holds all of Unicode's noncharacters")
+        raise BadInput("the text holds too many of Unicode's noncharacters")
     return found
 
 

@@ -169,7 +169,7 @@ class LibraryTokenizer(Tokenizer):
     def renamed(self) -> tuple[dict[str, str], Any]:
         """Other names for the protected tokens, and a tokenizer to which the old ones are text."""
         raw = json.loads(self.library.to_str())
-        names = {name: f"\ufdf0{self.secret}{i}\ufdf1" for i, name in enumerate(self.protected)}
+        names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
         model, vocab = raw["model"], raw["model"]["vocab"]
         kept = [token for token in raw["added_tokens"] if token["content"] in self.flags]
         raw["added_tokens"] = [

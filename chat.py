@@ -120,8 +120,7 @@ class Tokenizer:
         ids, start = [], 0
         for match in at_tokens(self.flags, guard).finditer(text):
             (begin, end), entry = match.span(), self.flags[match.group()]
-            around = text[max(begin - 1, 0) : begin] + text[end : end + 1]
-            if begin < start or (entry.get("single_word") and any(map(is_of_words, around))):
+            if begin < start or not self.stands_alone(match):
                 continue
             chunk, after = text[start:begin], text[end:]
             chunk = chunk.rstrip() if entry.get("lstrip") else chunk
@@ -130,6 +129,12 @@ class Tokenizer:
             start = end + (len(after) - len(after.lstrip()) if entry.get("rstrip") else 0)
         ids += self.encode_ordinary(text[start:].replace(guard, ""), start == 0)
         return self.before + ids + self.after if whole else ids
+
+    def stands_alone(self, match: re.Match) -> bool:
+        """Whether an added token is one where it was found: some are not inside words."""
+        text, (begin, end) = match.string, match.span()
+        around = text[max(begin - 1, 0) : begin] + text[end : end + 1]
+        return not (self.flags[match.group()].get("single_word") and any(map(is_of_words, around)))
 
     def encode_checked(self, text: str, guard: str, whole: bool) -> list[int]:
         """`encode_guarded`, where every reason against it is one line of BadInput."""

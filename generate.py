@@ -47,14 +47,8 @@ from checkpoints import (  # noqa: E402
     stop_ids,
     weight_bytes,
 )
-from cli import (  # noqa: E402
-    OneLineParser,
-    check_device,
-    encode_prompt,
-    json_object,
-    load_kernels,
-    read_line,
-)
+from cli import OneLineParser, check_device, encode_prompt  # noqa: E402
+from cli import json_object, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
@@ -246,9 +240,7 @@ def load_target(args: argparse.Namespace) -> Target:
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
     model = load_model(directory, args.precision, args.device)
     precision = precision_of(model)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is not None:
-        tokenizer.context = model.config.max_context
+    tokenizer = load_tokenizer(directory, model.config.max_context)
     stops = [] if args.ignore_eos else stop_ids(directory, tokenizer)
     return Target(model, tokenizer, stops, precision)
 

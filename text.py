@@ -162,7 +162,11 @@ class LibraryTokenizer(Tokenizer):
         if guard not in text:
             return self.library.encode(text, add_special_tokens=whole).ids
         names, library = self.renamed
-        text = at_tokens(self.flags, guard).sub(lambda m: names.get(m.group(), m.group()), text)
+
+        def rename(match: re.Match) -> str:
+            return names.get(match.group(), match.group()) if self.stands_alone(match) else match.group()
+
+        text = at_tokens(self.flags, guard).sub(rename, text)
         return library.encode(text.replace(guard, ""), add_special_tokens=whole).ids
 
     @cached_property
@@ -172,9 +176,10 @@ class LibraryTokenizer(Tokenizer):
         names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
         model, vocab = raw["model"], raw["model"]["vocab"]
         kept = [token for token in raw["added_tokens"] if token["content"] in self.flags]
-        raw["added_tokens"] = [
-            token | {"content": names.get(token["content"], token["content"])} for token in kept
-        ]
+        for token in kept:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
+        raw["added_tokens"] = kept
         if isinstance(vocab, list):  # Unigram
             model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
         else:
@@ -263,23 +268,29 @@ def byte_alphabet() -> dict[str, int]:
 BYTE_OF = byte_alphabet()
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none."""
-    directory = Path(path)
-    kinds = (("tokenizer.json", LibraryTokenizer), ("tokenizer.model", SentencePieceTokenizer))
-    file, kind = next(((directory / n, k) for n, k in kinds if (directory / n).exists()), (None, None))
-    if file is None:
-        return None
-    if file.name == "tokenizer.model":
+def load_tokenizer(path: str | Path, context: int | None = None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none.
+
+    With the tokens of the model's context, it refuses a text that is surely longer before it reads it.
+    """
+    directory, kind = Path(path), None
+    if (directory / "tokenizer.json").exists():
+        file, kind = directory / "tokenizer.json", LibraryTokenizer
+    elif (directory / "tokenizer.model").exists():
+        file = directory / "tokenizer.model"
         with open(file, "rb") as stream:
             is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.read(200))
-        kind = TiktokenTokenizer if is_tiktoken else kind
+        kind = TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer
+    if kind is None:
+        return None
     try:
-        return kind(read_settings(directory), file)
+        tokenizer = kind(read_settings(directory), file)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{directory}: its tokenizer files make no sense ({error!r})") from None
+    tokenizer.context = context
+    return tokenizer
 
 
 def read_settings(directory: Path) -> Settings:

@@ -47,8 +47,7 @@ from checkpoints import (  # noqa: E402
     stop_ids,
     weight_bytes,
 )
-from cli import OneLineParser, check_device, encode_prompt  # noqa: E402
-from cli import json_object, load_kernels, read_line  # noqa: E402
+from cli import OneLineParser, check_device, encode_prompt, json_object, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402

@@ -41,7 +41,7 @@ from packing import (
 )
 from published import find_layout, translate
 from rotation import add_rotations
-from text import read_json
+from text import Tokenizer, load_tokenizer, read_json
 
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
@@ -172,13 +172,24 @@ def published_config(directory: Path, raw: dict[str, Any]) -> tuple[dict[str, An
     return inside, str(directory / "config.json")
 
 
-def stop_ids(directory: Path) -> list[int]:
-    """All end-of-text ids: those of generation_config.json, else those of config.json."""
+def stop_ids(directory: Path, tokenizer: Tokenizer | None = None) -> list[int]:
+    """All end-of-text ids: those of generation_config.json, else those of config.json; and the tokenizer's.
+
+    A chat model's own end of turn is often only in the files of its tokenizer.
+    """
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ids = read_json(directory / name).get("eos_token_id")
         if ids is not None:
-            return ids if isinstance(ids, list) else [ids]
-    return []
+            found = ids if isinstance(ids, list) else [ids]
+            if not all(type(token) is int and token >= 0 for token in found):
+                raise BadInput(
+                    f"{directory / name}: eos_token_id is {ids!r}, not a token id or a list of them"
+                )
+            break
+    tokenizer = tokenizer or load_tokenizer(directory)
+    own = None if tokenizer is None else tokenizer.specials.get(tokenizer.eos)
+    return found if own is None or own in found else [*found, own]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,6 +27,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of a flag whose value is an object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def check_device(name: str) -> None:
@@ -59,7 +70,8 @@ def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer | No
     if not args.chat:
         return tokenizer.encode(text)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
-    return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+    variables = getattr(args, "template_kwargs", None) or {}
+    return tokenizer.encode_chat([*system, {"role": "user", "content": text}], **variables)
 
 
 def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:

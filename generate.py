@@ -47,7 +47,7 @@ from checkpoints import (  # noqa: E402
     stop_ids,
     weight_bytes,
 )
-from cli import OneLineParser, check_device, encode_prompt, load_kernels, read_line  # noqa: E402
+from cli import OneLineParser, check_device, encode_prompt, json_object, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
 from drafts import Drafter, Sampling  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
@@ -84,7 +84,7 @@ COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
     *("drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py", "rotation.py"),
-    *("published.py", "checkpoints.py", "text.py", "cli.py", "show.py", "quantize.py"),
+    *("published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "show.py", "quantize.py"),
 )
 
 
@@ -138,6 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--interactive", action="store_true", help="a conversation; history is kept, so is the cache"
     )
     p.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    kwargs_help = 'variables of the chat template, as in {"enable_thinking": false}'
+    p.add_argument("--template_kwargs", metavar="JSON", type=json_object, help=kwargs_help)
     p.add_argument("--num_samples", type=int, default=1, help="outputs of each prompt")
     p.add_argument("--compile", choices=["none", "default"], default="default", help="torch.compile")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -202,8 +204,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput(f"--draft_confidence is {args.draft_confidence}; it is a probability, 0 (off) to 1")
     if "" in args.stop:
         raise BadInput("--stop is empty; give the text before which to stop")
-    if args.system is not None and not (args.chat or args.interactive):
-        raise BadInput("--system needs --chat or --interactive")
+    for name in ("system", "template_kwargs"):
+        if getattr(args, name) is not None and not (args.chat or args.interactive):
+            raise BadInput(f"--{name} needs --chat or --interactive")
     one_text = args.prompts or args.prompt_ids or args.prompt or args.num_samples > 1
     if args.interactive and (args.json or one_text):
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
@@ -235,7 +238,9 @@ def load_target(args: argparse.Namespace) -> Target:
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
     model = load_model(directory, args.precision, args.device)
     precision = precision_of(model)
-    return Target(model, load_tokenizer(directory), [] if args.ignore_eos else stop_ids(directory), precision)
+    tokenizer = load_tokenizer(directory, model.config.max_context)
+    stops = [] if args.ignore_eos else stop_ids(directory, tokenizer)
+    return Target(model, tokenizer, stops, precision)
 
 
 FLAGS_OF = {
@@ -502,7 +507,7 @@ def decode_all(
 
 def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: Stats) -> None:
     """A conversation on standard input: lines are messages or, without a chat template, more text."""
-    tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args.system)
+    tokenizer, history = target.tokenizer, Conversation(target.tokenizer, args)
     if tokenizer.template is None:
         print("no chat template: what you type is continued as text", file=sys.stderr)
     while True:
@@ -518,7 +523,7 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
             print()
         except BadInput as error:
             print(f"error: {error}; the conversation starts anew", file=sys.stderr)
-            history = Conversation(tokenizer, args.system)
+            history = Conversation(tokenizer, args)
             continue
         history.answer(output)
 
@@ -526,8 +531,9 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
 class Conversation:
     """What has been said, as the prompt of the next answer."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None):
-        self.tokenizer, self.ids = tokenizer, []
+    def __init__(self, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.tokenizer, self.ids, system = tokenizer, [], args.system
+        self.template_kwargs = args.template_kwargs or {}
         self.messages = [{"role": "system", "content": system}] if system is not None else []
 
     def ask(self, line: str) -> list[int]:
@@ -538,7 +544,7 @@ class Conversation:
             )
             return self.ids
         self.messages.append({"role": "user", "content": line.rstrip("\n")})
-        return self.tokenizer.encode_chat(self.messages)
+        return self.tokenizer.encode_chat(self.messages, **self.template_kwargs)
 
     def answer(self, output: Output) -> None:
         """Add the answer to the history."""

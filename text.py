@@ -1,185 +1,79 @@
-"""text.py: text to token ids and back: tokenizers, chat templates, and text as it grows.
+"""text.py: text to token ids and back: the tokenizers of checkpoints, and text as it grows.
 
     from text import TextStream, load_tokenizer
     tokenizer = load_tokenizer("DIR")               # whichever kind the directory has; None without one
     stream = TextStream(tokenizer, stops=["###"])    # stream.add(token), stream.new_spans()
 
-This file knows bytes, characters and token ids. It knows nothing of models and tensors.
+This file knows bytes, characters and token ids. It knows nothing of models and tensors. Files of tokenizers
+are read by the libraries that wrote them; what is here gives them what a directory says beside those files.
 
-The one idea: a text is text. Special tokens come from a chat template alone, never from what a user typed;
-and a token is bytes, so half a character waits until it is whole.
+The one idea: a token is bytes, so half a character waits until it is whole.
 """
 
 from __future__ import annotations
 
-import base64
 import codecs
 import json
 import re
-import time
-import unicodedata
-from dataclasses import dataclass, field
+import secrets
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from chat import Settings, Tokenizer, at_tokens, naming_failures, read_json
 from model import BadInput
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
 LLAMA3_SPECIALS = [
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
     *("eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))),
 ]
-GUARD = "\ufdd0"  # a noncharacter: put inside special tokens that a user typed, so that they stay text
-
-
-@dataclass
-class Settings:
-    """What the files of a checkpoint say about a tokenizer of any kind. `specials` have no text, and only a
-    chat template can write them; `added` are ordinary text that is one token, like the <think> of Qwen3."""
-
-    bos: str | None
-    eos: str | None
-    add_bos: bool | None  # None: not said
-    template: str | None
-    specials: dict[str, int] = field(default_factory=dict)
-    added: dict[str, int] = field(default_factory=dict)
-
-    def sort_added(self, tokens: dict[Any, dict[str, Any]]) -> None:
-        """Put added tokens, by id, with the special ones or with those that are text."""
-        for token, entry in tokens.items():
-            (self.specials if entry.get("special", True) else self.added)[entry["content"]] = int(token)
-
-
-def read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file, unless `required`. BadInput for anything else."""
-    if not path.exists() and not required:
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file; a checkpoint directory needs it") from None
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
-
-
-class Tokenizer:
-    """Text to token ids and back. Subclasses know ordinary tokens, this class the added ones."""
-
-    size: int  # ordinary ids are below it
-
-    def __init__(self, settings: Settings):
-        self.specials, self.added, self.template = settings.specials, settings.added, settings.template
-        self.bos, self.eos = settings.bos, settings.eos
-        self.add_bos = bool(settings.add_bos) and self.bos in self.specials
-        self.special_ids = set(self.specials.values())
-        self.added_bytes = {token: text.encode() for text, token in self.added.items()}
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text without added tokens."""
-        raise NotImplementedError
-
-    def piece(self, token: int) -> bytes:
-        """The bytes of an ordinary token."""
-        raise NotImplementedError
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens have no meaning. Raises BadInput for half a character."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadInput("the text holds half a character, which UTF-8 cannot write") from None
-        tokens = []
-        for part in split_at(self.added, text):
-            tokens += [self.added[part]] if part in self.added else self.encode_ordinary(part)
-        return tokens
-
-    def encode(self, text: str) -> list[int]:
-        """A prompt: BOS where the model wants one, then the text as it is. `</s>` in it is text."""
-        return ([self.specials[self.bos]] if self.add_bos else []) + self.encode_text(text)
-
-    def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text: nothing for special ones and ids that only pad the vocabulary."""
-        if token in self.added_bytes:
-            return self.added_bytes[token]
-        return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
-
-    def decode(self, tokens: list[int]) -> str:
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation, up to where the answer begins. Special tokens come from the template alone."""
-        if self.template is None:
-            raise BadInput("--chat: this checkpoint has no chat template; use an instruction-tuned model")
-
-        def guard(text: str) -> str:
-            parts = split_at(self.specials, text)
-            return "".join(p[0] + GUARD + p[1:] if p in self.specials else p for p in parts)
-
-        guarded = [{**message, "content": guard(message["content"])} for message in messages]
-        tokens = []
-        for part in split_at(self.specials, render_chat(self.template, guarded, self.bos, self.eos)):
-            plain = part.replace(GUARD, "")
-            tokens += [self.specials[part]] if part in self.specials else self.encode_text(plain)
-        return tokens
-
-
-def split_at(tokens: dict[str, int], text: str) -> list[str]:
-    """The text cut before and after every token that occurs in it, longer ones first."""
-    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
-    return [part for part in re.split(f"({pattern})", text) if part] if pattern else [text]
-
-
-def render_chat(template: str, messages: list[dict[str, str]], bos: str | None, eos: str | None) -> str:
-    """A chat template in jinja2's sandbox, with the helpers that published templates expect."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = ImmutableSandboxedEnvironment(**options)
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-    variables = {"add_generation_prompt": True, "bos_token": bos or "", "eos_token": eos or ""}
-    try:
-        return environment.from_string(template).render(messages=messages, **variables)
-    except Exception as error:  # the template is a downloaded program
-        reason = f"the checkpoint's chat template does not take this conversation: {error}"
-        raise BadInput(f"--chat: {reason}") from None
+LONG_BLANK = 5_000  # blanks in a row that tiktoken's regular expression need not try
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model` of Llama 2, Mistral and the shipped models."""
+    """`tokenizer.model` of Llama 2, Mistral and the shipped models.
+
+    Llama 2 puts a space before every text: `legacy` says whether before every piece between added tokens too.
+    """
 
     def __init__(self, settings: Settings, path: Path):
         import sentencepiece
 
+        model = path.read_bytes()
+        no_prefix = (
+            b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec { add_dummy_prefix: false }, merged into it
+        )
         try:
-            self.processor = p = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.bare = sentencepiece.SentencePieceProcessor(model_proto=model + no_prefix)
         except (OSError, RuntimeError) as error:
             reason = f"neither a SentencePiece model nor a tiktoken vocabulary ({error})"
             raise BadInput(f"{path}: {reason}") from None
         self.size = p.get_piece_size()
-        control = {p.id_to_piece(i): i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)}
-        settings.specials = control | settings.specials
-        settings.bos = settings.bos or (p.id_to_piece(p.bos_id()) if p.bos_id() >= 0 else None)
-        settings.eos = settings.eos or (p.id_to_piece(p.eos_id()) if p.eos_id() >= 0 else None)
-        settings.add_bos = settings.add_bos is not False
-        super().__init__(settings)
-        # Llama 2 puts a space before every text.
-        self.dummy_prefix = p.encode("a", out_type=str)[0].startswith("\u2581")
+        settings.name_special("bos_token", p.id_to_piece(p.bos_id()) if p.bos_id() >= 0 else None)
+        settings.name_special("eos_token", p.id_to_piece(p.eos_id()) if p.eos_id() >= 0 else None)
+        control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
+        super().__init__(settings, {i: {"content": p.id_to_piece(i)} for i in control} | settings.added)
+        config, llama = settings.config, settings.kind == "LlamaTokenizer"
+        self.legacy = bool(config.get("legacy", not llama))
+        self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
+        wanted = not (llama and config.get("add_prefix_space") is False)
+        self.prefixes = p.encode("a", out_type=str)[0].startswith("\u2581")
+        self.dummy_prefix = wanted and (llama or self.prefixes)
+        self.shrinks |= p.encode("  a  a") == p.encode("a a")
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+    def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
+        blank = self.skips_blank and text.startswith((" ", "\u2581"))
+        prefix = self.dummy_prefix and (first or self.legacy) and not blank
+        if prefix and self.prefixes:
+            return self.processor.encode(text)
+        return self.bare.encode(" " + text if prefix and text else text)
 
     def piece(self, token: int) -> bytes:
         text, is_byte = self.processor.id_to_piece(token), self.processor.is_byte(token)
@@ -191,59 +85,177 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Byte-level BPE: `tokenizer.model` of Llama 3, or a `tokenizer.json` (Llama 3, Qwen) read as one.
+    """`tokenizer.model` of Llama 3: base64 and rank, a line a token; special tokens follow the last."""
 
-    ranks: bytes -> merge priority. ids: priority -> token id, where the two differ.
-    """
+    def __init__(self, settings: Settings, path: Path):
+        import tiktoken.load
 
-    normal_form: str | None = None  # of Unicode, into which a text is brought first
+        with naming_failures(f"{path}: not a whole tiktoken vocabulary"):
+            self.ranks = tiktoken.load.load_tiktoken_bpe(str(path))
+            self.encoding = self.encoding_of(LLAMA3_PATTERN)
+        self.pieces = {rank: text for text, rank in self.ranks.items()}
+        self.size = max(self.pieces) + 1
+        names = {self.size + i: {"content": f"<|{name}|>"} for i, name in enumerate(LLAMA3_SPECIALS)}
+        settings.name_special("bos_token", "<|begin_of_text|>")
+        settings.name_special("eos_token", "<|end_of_text|>")
+        super().__init__(settings, settings.added or names)
 
-    def __init__(
-        self, settings: Settings, ranks: dict[bytes, int], pattern: str, ids: list[int] | None = None
-    ):
+    def encoding_of(self, pattern: str) -> Any:
         import tiktoken
 
-        self.ids, vocabulary = ids, {"mergeable_ranks": ranks, "special_tokens": {}}
-        self.encoding = tiktoken.Encoding("checkpoint", pat_str=pattern, **vocabulary)
-        self.pieces = {(ids[rank] if ids else rank): text for text, rank in ranks.items()}
-        self.size = max(self.pieces) + 1
-        super().__init__(settings)
+        return tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
-        ranks = self.encoding.encode_ordinary(text)
-        return [self.ids[rank] for rank in ranks] if self.ids else ranks
+    @cached_property
+    def uncut(self) -> Any:
+        """An encoding that does not cut texts into words."""
+        return self.encoding_of(r"[\s\S]+")
+
+    def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
+        ids, start = [], 0
+        for match in re.finditer(rf"[^\S\r\n]{{{LONG_BLANK},}}", text):  # where tiktoken gives up
+            end = match.end() - (match.end() < len(text))  # the last blank belongs to what follows
+            if text[match.end() : match.end() + 1] not in ("\r", "\n"):
+                ids += self.encoding.encode_ordinary(text[start : match.start()])
+                ids += self.uncut.encode_ordinary(text[match.start() : end])
+                start = end
+        return ids + self.encoding.encode_ordinary(text[start:])
 
     def piece(self, token: int) -> bytes:
         return self.pieces.get(token, b"")
 
 
 class LibraryTokenizer(Tokenizer):
-    """Any other `tokenizer.json`, through the optional package `tokenizers`."""
+    """`tokenizer.json`, through the package `tokenizers`."""
 
-    def __init__(self, settings: Settings, path: Path, reason: str):
+    def __init__(self, settings: Settings, path: Path):
         try:
             import tokenizers
         except ImportError:
-            raise BadInput(f"{path}: {reason}; `pip install tokenizers` makes it readable") from None
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing more specific
-            raise BadInput(f"{path}: not a tokenizer ({error})") from None
-        self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
-        self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.byte_level = "ByteLevel" in json.dumps(read_json(path).get("decoder") or {})
-        super().__init__(settings)
+            raise BadInput(f"{path}: `pip install tokenizers` makes it readable") from None
+        with naming_failures(f"{path}: not a tokenizer"):
+            self.library = library = tokenizers.Tokenizer.from_file(str(path))
+        library.no_truncation()
+        library.no_padding()
+        shape = b"".join(part.__getstate__() for part in (library.decoder, library.pre_tokenizer) if part)
+        self.byte_level = b"ByteLevel" in shape
+        if settings.kind == "Qwen2Tokenizer" or (settings.kind == "LlamaTokenizer" and not self.byte_level):
+            build_as_class(library, settings)
+        add_tokens(library, settings)
+        self.size = library.get_vocab_size(with_added_tokens=True)
+        decoder = {token: read_flags(entry) for token, entry in library.get_added_tokens_decoder().items()}
+        bytes_too = getattr(library.model, "byte_fallback", False)
+        as_bytes = [i for i, entry in decoder.items() if bytes_too and byte_of(entry["content"])]
+        super().__init__(settings, {i: entry for i, entry in decoder.items() if i not in as_bytes})
+        self.shrinks |= not (self.byte_level or bytes_too)
+        tokens = library.encode("a", add_special_tokens=False).tokens
+        self.dummy_prefix = bool(tokens) and tokens[0].startswith("\u2581")
+        self.secret = secrets.token_hex(8)  # so that nobody can type what stands for a special token
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def normalize(self, text: str) -> str:
+        return self.library.normalizer.normalize_str(text) if self.library.normalizer else text
+
+    def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
+        return self.encode_text(text)
+
+    def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
+        """As transformers does where there is no guard; else in names that no text has."""
+        if guard not in text:
+            return self.library.encode(text, add_special_tokens=whole).ids
+        names, library = self.renamed
+
+        def rename(match: re.Match) -> str:
+            return names.get(match.group(), match.group()) if self.stands_alone(match) else match.group()
+
+        text = at_tokens(self.flags, guard).sub(rename, text)
+        return library.encode(text.replace(guard, ""), add_special_tokens=whole).ids
+
+    @cached_property
+    def renamed(self) -> tuple[dict[str, str], Any]:
+        """Other names for the protected tokens, and a tokenizer to which the old ones are text."""
+        raw = json.loads(self.library.to_str())
+        names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
+        model, vocab = raw["model"], raw["model"]["vocab"]
+        kept = [token for token in raw["added_tokens"] if token["content"] in self.flags]
+        for token in kept:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
+        raw["added_tokens"] = kept
+        if isinstance(vocab, list):  # Unigram
+            model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+        else:
+            model["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", []))
+        model |= (
+            {"merges": [m for m in pairs if not names.keys() & {*m, "".join(m)}]} if "merges" in model else {}
+        )
+        model |= (
+            {"unk_token": names.get(model["unk_token"], model["unk_token"])} if "unk_token" in model else {}
+        )
+        return names, type(self.library).from_str(json.dumps(raw))
 
     def piece(self, token: int) -> bytes:
-        text = self.tokenizer.id_to_token(token) or ""
+        text = self.library.id_to_token(token) or ""
         if self.byte_level:
-            return unmap_bytes(text)
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
-        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+            return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
+        return byte_of(text) or text.replace("\u2581", " ").encode()
+
+    def decode(self, tokens: list[int]) -> str:
+        text = super().decode(tokens)
+        return text.removeprefix(" ") if self.dummy_prefix else text
+
+
+def build_as_class(library: Any, settings: Settings) -> None:
+    """Two classes of transformers read only the vocabulary of a tokenizer.json; the rest is in their code."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    model, prefix = library.model, settings.config.get("add_prefix_space")
+    if settings.kind == "Qwen2Tokenizer":
+        model.unk_token, model.byte_fallback, model.fuse_unk = None, False, False
+        library.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+        for key in ("unk_token", "eos_token", "pad_token"):
+            settings.name_special(key, "<|endoftext|>")
+        return
+    model.unk_token, model.byte_fallback, model.fuse_unk = None, True, True
+    scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
+    if "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
+        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
+    library.normalizer = None
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    for key, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):
+        settings.name_special(key, token)
+
+
+FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+def read_flags(token: Any) -> dict[str, Any]:
+    """An added token of the library as the files describe it."""
+    return {flag: getattr(token, flag) for flag in FLAGS}
+
+
+def add_tokens(library: Any, settings: Settings) -> None:
+    """Give the library the added tokens that the other files of a directory have."""
+    from tokenizers import AddedToken
+
+    named = list(settings.named.values())
+    entries = [{flag: e[flag] for flag in FLAGS if flag in e} for _, e in sorted(settings.added.items())]
+    entries = [e | {"special": True} if e["content"] in named else e for e in entries]
+    known = {entry["content"] for entry in entries}
+    known |= {entry.content for entry in library.get_added_tokens_decoder().values()}
+    more = dict.fromkeys([*named, *extra_specials(settings.config)])
+    entries += [{"content": name, "special": True} for name in more if name not in known]
+    library.add_tokens([AddedToken(**entry) for entry in entries])
+    if settings.kind == "Qwen2Tokenizer":  # whose code adds them once more
+        library.add_tokens([AddedToken(name, special=True) for name in more])
+
+
+def byte_of(text: str) -> bytes | None:
+    """The byte of a token like <0x0A>."""
+    found = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
+    return bytes([int(found[1], 16)]) if found else None
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -256,86 +268,60 @@ def byte_alphabet() -> dict[str, int]:
 BYTE_OF = byte_alphabet()
 
 
-def unmap_bytes(text: str) -> bytes:
-    """The bytes of a token in GPT-2's visible characters; of any other token, its UTF-8."""
-    return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
+def load_tokenizer(path: str | Path, context: int | None = None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none.
 
-
-def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory, whichever kind it is; None where there is none."""
-    directory = Path(path)
+    With the tokens of the model's context, it refuses a text that is surely longer before it reads it.
+    """
+    directory, kind = Path(path), None
+    if (directory / "tokenizer.json").exists():
+        file, kind = directory / "tokenizer.json", LibraryTokenizer
+    elif (directory / "tokenizer.model").exists():
+        file = directory / "tokenizer.model"
+        with open(file, "rb") as stream:
+            is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.read(200))
+        kind = TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer
+    if kind is None:
+        return None
     try:
-        return read_tokenizer(directory)
+        tokenizer = kind(read_settings(directory), file)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{directory}: its tokenizer files make no sense ({error!r})") from None
-
-
-def read_tokenizer(directory: Path) -> Tokenizer | None:
-    """`load_tokenizer`, with the exceptions of files that make no sense."""
-    raw = read_json(directory / "tokenizer_config.json")
-    bos, eos = special_name(raw.get("bos_token")), special_name(raw.get("eos_token"))
-    settings = Settings(bos, eos, raw.get("add_bos_token"), chat_template(directory, raw))
-    settings.sort_added(raw.get("added_tokens_decoder") or {})
-    model = directory / "tokenizer.model"
-    if model.exists():
-        with open(model, "rb") as file:
-            is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", file.read(200))
-        return read_tiktoken(model, settings) if is_tiktoken else SentencePieceTokenizer(settings, model)
-    if (directory / "tokenizer.json").exists():
-        return read_tokenizer_json(directory / "tokenizer.json", settings)
-    return None
-
-
-def read_tiktoken(path: Path, settings: Settings) -> Tokenizer:
-    """`tokenizer.model` of Llama 3: base64 and rank, a line a token; special tokens follow the last."""
-    lines = (line.split() for line in path.read_bytes().splitlines() if line)
-    try:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    except ValueError as error:
-        raise BadInput(f"{path}: not a whole tiktoken vocabulary ({error})") from None
-    names = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
-    settings.specials = settings.specials or names
-    settings.bos = settings.bos or "<|begin_of_text|>"
-    settings.eos = settings.eos or "<|end_of_text|>"
-    settings.add_bos = settings.add_bos is not False
-    return TiktokenTokenizer(settings, ranks, LLAMA3_PATTERN)
-
-
-def read_tokenizer_json(path: Path, settings: Settings) -> Tokenizer:
-    """A byte-level BPE becomes a tiktoken encoding; anything else needs the package `tokenizers`."""
-    raw = read_json(path)
-    model, normalizer, pattern = raw.get("model") or {}, raw.get("normalizer"), split_pattern(raw)
-    settings.sort_added({token["id"]: token for token in raw.get("added_tokens") or []})
-    if settings.add_bos is None:  # then the post-processor says whether texts begin with BOS
-        processor = json.dumps(raw.get("post_processor"))
-        settings.add_bos = settings.bos is not None and f'"{settings.bos}"' in processor
-    plain = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback") and model.get("merges")
-    if pattern is None or not plain or normalizer not in (None, {"type": "NFC"}):
-        return LibraryTokenizer(settings, path, "not a byte-level BPE of the kind of Llama 3 or Qwen2")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = dict.fromkeys(a + b for a, b in pairs)  # in order of priority, each token once
-    singles = [text for text in model["vocab"] if len(text) == 1 and text in BYTE_OF]
-    order = [text for text in [*singles, *merged] if text in model["vocab"]]
-    ranks = {unmap_bytes(text): rank for rank, text in enumerate(order)}
-    ids = [model["vocab"][text] for text in order]
-    tokenizer = TiktokenTokenizer(settings, ranks, pattern, ids)
-    tokenizer.normal_form = "NFC" if normalizer else None
+    tokenizer.context = context
     return tokenizer
 
 
-def split_pattern(raw: dict[str, Any]) -> str | None:
-    """The regular expression by which a byte-level BPE `tokenizer.json` cuts texts; None for another kind."""
-    steps = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or [raw.get("pre_tokenizer") or {}]
-    kinds = [step.get("type") for step in steps]
-    own_pattern, prefix = steps[-1].get("use_regex", True), steps[-1].get("add_prefix_space")
-    if kinds == ["ByteLevel"] and own_pattern and not prefix:
-        return GPT2_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not own_pattern and not prefix:
-        plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        return (steps[0].get("pattern") or {}).get("Regex") if plain else None
-    return None
+def read_settings(directory: Path) -> Settings:
+    """What stands beside the tokenizer itself, as transformers puts it together."""
+    config, raw = read_json(directory / "tokenizer_config.json"), read_json(directory / "config.json")
+    added = {int(token): entry for token, entry in (config.get("added_tokens_decoder") or {}).items()}
+    others = {}
+    if "added_tokens_decoder" not in config:
+        config |= read_json(directory / "special_tokens_map.json")
+        others = read_json(directory / "added_tokens.json")
+    is_name = {
+        k: special_name(v) for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))
+    }
+    extra = config.get("extra_special_tokens")
+    named = is_name | (extra if isinstance(extra, dict) else {})
+    specials = {*named.values(), *extra_specials(config)}
+    for name, token in others.items():
+        added[token] = {"content": name, "special": name in specials, "normalized": name not in specials}
+    family = raw.get("model_type")
+    kind = (config.get("tokenizer_class") or raw.get("tokenizer_class") or "").removesuffix("Fast")
+    if family == "qwen2" or (family == "qwen3" and not kind):
+        kind = "Qwen2Tokenizer"
+    elif family in ("mistral", "mixtral", "phi3"):  # which transformers reads as they are
+        kind = ""
+    return Settings(config, kind, named, added, chat_templates(directory, config))
+
+
+def extra_specials(config: dict[str, Any]) -> list[str]:
+    """Special tokens without a name of their own."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else [special_name(token) for token in extra]
 
 
 def special_name(value: Any) -> str | None:
@@ -343,15 +329,17 @@ def special_name(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def chat_template(directory: Path, raw: dict[str, Any]) -> str | None:
-    """The template in a file of its own, else the one in tokenizer_config.json."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = raw.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        return next((t.get("template") for t in template if t.get("name") == "default"), None)
-    return template
+def chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name, "default" first of all: in files of their own, else in tokenizer_config.json."""
+    files = {path.stem: path for path in directory.glob("additional_chat_templates/*.jinja")}
+    if (directory / "chat_template.jinja").exists():
+        files["default"] = directory / "chat_template.jinja"
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    given = config.get("chat_template") or {}
+    if isinstance(given, list):
+        return {entry["name"]: entry["template"] for entry in given}
+    return {"default": given} if isinstance(given, str) else dict(given)
 
 
 class TextStream:

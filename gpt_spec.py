@@ -215,6 +215,7 @@ class Level:
         return draft.tokens, draft.parent, report, *expected
 
     def replay(self) -> tuple[Draft, Tensor]:
+        """`speculate`, from its recording."""
         tokens, parent, report, *expected = self.whole_step()
         draft = Draft(tokens, parent, self.drafter.max_depth(tokens.shape[1]))
         draft.expected = expected[0] if expected else None

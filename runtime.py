@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from costs import measure_costs
+from costs import Stopwatch, measure_costs
 
 
 @dataclass(frozen=True)
@@ -91,16 +90,16 @@ class Recorded:
     """
 
     def __init__(self, function: Callable, pool: tuple[int, int]):
-        self.function, self.pool, self.compiled = function, pool, set()
+        self.function, self.pool, self.seen = function, pool, set()  # seen: keys of calls that have run
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]] = {}
 
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
         key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
-        if key not in self.compiled:
+        if key not in self.seen:
             results = self.function(*arguments)
-            self.compiled.add(key)  # not before: it may have been interrupted
+            self.seen.add(key)  # not before: it may have been interrupted
             return results
         if key not in self.graphs:
             self.graphs[key] = self.record(arguments)
@@ -147,7 +146,7 @@ def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
 
     `costs`: what steps cost, if that was measured before. What is missing and needed is measured and added.
     """
-    started = time.perf_counter()
+    watch = Stopwatch()
     level.extend_blank()
     for _ in range(2 if level.setup.runtime.records else 1):  # the second time records
         if level.is_one_graph:
@@ -156,7 +155,7 @@ def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
             warm_up_parts(level)
     if level.drafter.needs_costs:
         measure_costs(level, {} if costs is None else costs)
-    return time.perf_counter() - started
+    return watch.seconds
 
 
 def warm_up_parts(level: Any) -> None:

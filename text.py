@@ -185,12 +185,10 @@ class LibraryTokenizer(Tokenizer):
         else:
             model["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", []))
-        model |= (
-            {"merges": [m for m in pairs if not names.keys() & {*m, "".join(m)}]} if "merges" in model else {}
-        )
-        model |= (
-            {"unk_token": names.get(model["unk_token"], model["unk_token"])} if "unk_token" in model else {}
-        )
+        if "merges" in model:
+            model["merges"] = [m for m in pairs if not names.keys() & {*m, "".join(m)}]
+        if "unk_token" in model:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         return names, type(self.library).from_str(json.dumps(raw))
 
     def piece(self, token: int) -> bytes:

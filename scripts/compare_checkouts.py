@@ -147,8 +147,9 @@ def compare_speed(checkouts: list[str], turns: int, only: str) -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] in (["write_texts"], ["decode_when_asked"]):
-        globals()[sys.argv[1]](*sys.argv[2:])
+    inside = {"write_texts": write_texts, "decode_when_asked": decode_when_asked}
+    if sys.argv[1:2] and sys.argv[1] in inside:
+        inside[sys.argv[1]](*sys.argv[2:])
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

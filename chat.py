@@ -196,6 +196,19 @@ def is_of_words(character: str) -> bool:
     return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
+def check_tokens(ours: Tokenizer | None, targets: Tokenizer | None) -> None:
+    """Raise BadInput where a token of a drafter is another one of its target. Either may be unknown, or lack
+    the last tokens; and added tokens of one id may have other names, as of a model that was trained further.
+    """
+    if ours is None or targets is None:
+        return
+    for token in range(min(ours.size, targets.size)):
+        a, b = ours.token_bytes(token), targets.token_bytes(token)
+        added = token in ours.added_bytes and token in targets.added_bytes
+        if a and b and a != b and not added:
+            raise BadInput(f"the drafter has another vocabulary: token {token} is {a!r}, not {b!r}")
+
+
 def at_tokens(tokens: Any, guard: str) -> re.Pattern:
     """Where one of the tokens is in a text, the longest one, unless a guard follows it."""
     names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)

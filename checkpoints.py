@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from drafts import check_vocabulary
 from eagle import Eagle3Head, EagleHead
 from model import BadInput, Linear, ModelConfig, Transformer, integer, rope_frequencies
 from packing import (
@@ -438,12 +439,14 @@ def build_head(raw: dict[str, Any], tensors: dict[str, Tensor], target: Transfor
     present = {name: f"{layer}.{key}" in tensors for name, key in optional.items()}
     config = replace(config, num_layers=1, **present)
     width = integer_of(raw, "target_hidden_size", config.hidden_size, where) if third else config.hidden_size
-    for name, ours, theirs in (
-        ("vocabulary", config.vocab_size, target.config.vocab_size),
-        ("hidden size", width, target.config.hidden_size),
-    ):
-        if ours != theirs:
-            raise BadInput(f"{where}: the head is for a target with a {name} of {ours}, not {theirs}")
+    if width != target.config.hidden_size:
+        wanted = f"a hidden size of {width}, not {target.config.hidden_size}"
+        raise BadInput(f"{where}: the head is for a target with {wanted}")
+    try:
+        check_vocabulary(config.vocab_size, target.config.vocab_size)
+    except BadInput:
+        wanted = f"a vocabulary of {config.vocab_size}, not {target.config.vocab_size}"
+        raise BadInput(f"{where}: the head is for a target with {wanted}") from None
     with torch.device("meta"):
         if not third:
             return EagleHead(config, fc_bias="fc.bias" in tensors)

@@ -18,11 +18,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from costs import Pace, Stats
-from model import BadInput, KVCache, Transformer
+from model import BadInput, CheckpointModule, KVCache, Transformer
 
 # --------------------------------------------------------------------------------------------------
 # Sampling: greedy decoding of perturbed logits
@@ -239,6 +239,21 @@ class State:
 MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a move to the parent, unrolled in one graph
 
 
+PADDING = 128  # tokens, or an eighth of a vocabulary: what sizes of one vocabulary may differ by
+
+
+def check_vocabulary(size: int, target_size: int) -> int:
+    """How many tokens, from 0 on, a drafter of `size` has in common with its target. BadInput if it is
+    another vocabulary.
+
+    Published models of one vocabulary have different sizes: Qwen2.5 pads its 151,665 tokens to 151,936 or to
+    152,064. Who has both tokenizers can compare them (`chat.check_tokens`), tensors have a size only.
+    """
+    if abs(size - target_size) > max(PADDING, max(size, target_size) // 8):
+        raise BadInput(f"the drafter has another vocabulary: {size} tokens, not {target_size}")
+    return min(size, target_size)
+
+
 class Verified(NamedTuple):
     """What the verifying model made of one row of a draft."""
 
@@ -257,7 +272,7 @@ class Drafter:
     without a memory. docs/hacking.md adds one from start to end."""
 
     max_nodes = 1  # of any draft, root included
-    models: tuple[nn.Module, ...] = ()  # whose weights count as the drafter's
+    models: tuple[CheckpointModule, ...] = ()  # whose weights count as the drafter's
     needs_costs = False  # does `propose` ask `self.pace` what a step costs?
     needs_host = False  # does `propose` look at a tensor, or decide anything, on the host?
 

@@ -24,7 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from drafts import MAX_DRAFT_DEPTH, PREFILL_CHUNK, Draft, Drafter, State, Verified, gumbel
+from drafts import (
+    MAX_DRAFT_DEPTH,
+    PREFILL_CHUNK,
+    Draft,
+    Drafter,
+    State,
+    Verified,
+    check_vocabulary,
+    gumbel,
+)
 from model import (
     Attention,
     BadInput,
@@ -110,9 +119,20 @@ class EagleHead(CheckpointModule):
     def layer(self) -> HeadLayer:
         return self.layers[0]
 
+    @property
+    def target_hidden_size(self) -> int:
+        return self.config.hidden_size
+
     def logits(self, features: Tensor) -> Tensor:
         """[B, n, hidden] -> float32 [B, n, drafted vocabulary]."""
         return self.lm_head(features)
+
+    def drafted(self, vocabulary: int) -> int:
+        """How many logits are of tokens below `vocabulary`, those that the target has. Its ids ascend."""
+        if self.draft_ids is None:
+            return min(self.lm_head.out_features, vocabulary)
+        beyond = (self.draft_ids >= vocabulary).nonzero()  # [beyond, 1]
+        return int(beyond[0]) if len(beyond) else len(self.draft_ids)
 
 
 class HeadLayer(nn.Module):
@@ -152,6 +172,10 @@ class Eagle3Head(EagleHead):
     @property
     def layer(self) -> HeadLayer:
         return self.midlayer
+
+    @property
+    def target_hidden_size(self) -> int:
+        return self.fc.in_features // 3
 
     def attach(self, target: Transformer) -> EagleHead:
         if not hasattr(self, "embed_tokens"):
@@ -245,11 +269,18 @@ class TreeDrafter(Drafter):
 
     def start(self, level: Any) -> None:
         super().start(level)
+        wanted, given = self.head.target_hidden_size, level.model.config.hidden_size
+        if wanted != given:
+            raise BadInput(f"the head is for a target with a hidden size of {wanted}, not {given}")
         like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
         # True entries that may be new: those of the longest path, and those of the levels above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        check_vocabulary(self.head.config.vocab_size, level.vocabulary)
+        self.drafted = self.head.drafted(level.vocabulary)
+        if self.topk > self.drafted:
+            raise BadInput(f"tree_topk is {self.topk}; the head drafts {self.drafted} tokens of the target")
         self.sampling = setup.sampling
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 
@@ -282,10 +313,12 @@ class TreeDrafter(Drafter):
     ) -> tuple[Tensor, Tensor]:
         """The k best tokens at `position` int64 [B], given features [B, n, hidden] -> int64 [B, n, k], and
         their log-probabilities."""
-        logits = self.head.logits(features)  # [B, n, V]
+        logits = self.head.logits(features)[..., : self.drafted]  # [B, n, V]
         if self.sampling.temperature > 0:
-            noise = gumbel(seed, position[:, None], self.head.config.vocab_size)  # [B, 1, V]
-            noise = noise if self.head.draft_ids is None else noise[..., self.head.draft_ids]
+            ids = self.head.draft_ids
+            size = self.drafted if ids is None else self.head.config.vocab_size
+            noise = gumbel(seed, position[:, None], size)  # [B, 1, V]
+            noise = noise if ids is None else noise[..., ids[: self.drafted]]
             logits = logits + self.sampling.temperature * noise
         logits = trust * logits
         best, index = kernels.top_k(logits, self.topk)

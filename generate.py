@@ -49,7 +49,7 @@ from checkpoints import (  # noqa: E402
 )
 from cli import OneLineParser, check_device, encode_prompt, json_object, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
-from drafts import Drafter, Sampling  # noqa: E402
+from drafts import Drafter, Sampling, check_vocabulary  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
     MIN_DRAFT_LENGTH,
@@ -64,7 +64,7 @@ from gpt_spec import (  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
-from text import TextStream, Tokenizer, load_tokenizer, read_json  # noqa: E402
+from text import TextStream, Tokenizer, check_tokens, load_tokenizer, read_json  # noqa: E402
 
 DEFAULT_PROMPT = '''def load(path, mode='r', **kwargs):
     """Load a document from a file, returning a new document.
@@ -366,9 +366,11 @@ def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Tra
         return target.drafts[path]
     directory = find_checkpoint(path, "--draft_checkpoint_path")
     model = load_model(directory, precision, args.device, "--draft_checkpoint_path")
-    difference = compare_vocabularies(target, model.config.vocab_size, load_tokenizer(directory))
-    if difference:
-        raise BadInput(f"--draft_checkpoint_path: {path} has another vocabulary: {difference}")
+    try:
+        check_vocabulary(model.config.vocab_size, target.model.config.vocab_size)
+        check_tokens(load_tokenizer(directory), target.tokenizer)
+    except BadInput as error:
+        raise BadInput(f"--draft_checkpoint_path: {path}: {error}") from None
     target.drafts[path] = model
     return model
 
@@ -385,16 +387,6 @@ def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transform
     if draft not in (own, *lower):
         raise BadInput(f"--draft_precision is {draft}; weights of {own} draft in {' or '.join(lower)}")
     return share_weights(target.model, draft)
-
-
-def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None) -> str | None:
-    """How a drafter's vocabulary differs from the target's; None where it does not."""
-    if size != target.model.config.vocab_size:
-        return f"{size} tokens, not {target.model.config.vocab_size}"
-    if tokenizer is None or target.tokenizer is None:
-        return None
-    pairs = ((target.tokenizer.token_bytes(i), tokenizer.token_bytes(i)) for i in range(size))
-    return next((f"token {i} is {b!r}, not {a!r}" for i, (a, b) in enumerate(pairs) if a != b), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -668,8 +660,8 @@ def run(args: argparse.Namespace) -> int:
     longest = max((len(output.prompt_ids) for output in outputs), default=CHAT_CONTEXT) + args.max_new_tokens
     window = config.sliding_window or config.max_context
     max_length = cache_length(config, min(longest, config.max_context, window))
-    for model in drafter.models:
-        check_window(model.config, max_length)
+    for model in drafter.models:  # a conversation may grow to all of it
+        check_window(model.config, max_length if args.interactive else min(longest, max_length))
     compile = can_compile(args)
     try:
         decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, compile)

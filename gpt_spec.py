@@ -34,6 +34,7 @@ from drafts import (
     State,
     Verified,
     accept,
+    check_vocabulary,
     extend,
     pick,
     prefill,
@@ -138,6 +139,8 @@ class Level:
         self.model, self.drafter, self.setup = model, drafter, setup
         self.stats, self.watch, self.clock = Stats(), Stopwatch(), Clock()
         self.taps = drafter.taps(model.config.num_layers)
+        # Tokens from here on are never picked: this model or one above does not have them.
+        self.vocabulary = min(model.config.vocab_size, above.vocabulary if above else model.config.vocab_size)
         self.verifications: dict[tuple[int, int], Callable] = {}  # by number of nodes and depth
         # How many tokens a text may have gained since the drafter was last asked, beyond its draft and the
         # bonus of this level: one for each level above.
@@ -165,7 +168,7 @@ class Level:
     def pick(self, logits: Tensor, positions: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
         """The model's own token after every node, int64 [B, n]. `benchmarks/synthetic.py` overrides this, and
         needs the tree for it."""
-        return pick(logits, positions, self.state.seed, self.setup.sampling)
+        return pick(logits[..., : self.vocabulary], positions, self.state.seed, self.setup.sampling)
 
     def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
         """`verify` of `speculate`, compiled and recorded where the runtime does so: once for each size of
@@ -407,6 +410,8 @@ class Decoder(Level):
             raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
+            for model in (self.model, *self.drafter.models):
+                check_window(model.config, min(len(tokens) + max_new_tokens, self.max_length))
 
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
         """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
@@ -645,6 +650,7 @@ UNROLLED_LAYERS = 32  # at most, in a compiled call that writes more than one to
 
 class SequentialDrafter(Drafter):
     """A smaller model of the same vocabulary writes K tokens in a row (Leviathan et al., arXiv 2211.17192).
+    Its `vocab_size` may be padded otherwise: see `check_vocabulary`.
 
     It picks with the target's noise, so at any temperature it agrees with the target as often as their
     distributions allow. If a whole draft is accepted, the small model has not read its last token yet. So
@@ -684,6 +690,7 @@ class SequentialDrafter(Drafter):
 
     def start(self, level: Level) -> None:
         super().start(level)
+        self.vocabulary = check_vocabulary(self.model.config.vocab_size, level.vocabulary)
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
         self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
         self.acceptance = Acceptance()
@@ -708,7 +715,7 @@ class SequentialDrafter(Drafter):
         tokens, sure, row = [], [], torch.arange(len(fed), device=fed.device)[:, None]  # [B, 1]
         for _ in range(count):
             features, _ = extend(self.model, self.cache, fed, start)
-            logits = self.model.lm_head(features[row, last[:, None]])  # [B, 1, V]
+            logits = self.model.lm_head(features[row, last[:, None]])[..., : self.vocabulary]  # [B, 1, V]
             start, last = start + last + 1, torch.zeros_like(last)
             fed = pick(logits, start[:, None], seed, self.sampling)  # [B, 1]
             tokens.append(fed)
@@ -809,6 +816,7 @@ class HierarchicalDrafter(Drafter):
         super().start(level)
         # A shared cache means shared features, and the target renews those of everything drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
+        check_vocabulary(self.model.config.vocab_size, level.vocabulary)
         self.level = self.make_level(level, renewed)
         runtime = level.setup.runtime
         feed = runtime.compiled(self.feed)

@@ -199,10 +199,14 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A state for every token. Models, EAGLE heads and GPTQ all embed by calling this module."""
+    """A state for every token. Models, EAGLE heads and GPTQ all embed by calling this module.
+
+    A drafter may lack the last tokens of its target's vocabulary. It reads its own last one instead.
+    """
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return kernels.embedding(self.weight, tokens)  # int64 [B, n] -> [B, n, hidden]
+        known = tokens.clamp(max=self.num_embeddings - 1)
+        return kernels.embedding(self.weight, known)  # int64 [B, n] -> [B, n, hidden]
 
 
 class Rotation(nn.Module):

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chat import Settings, Tokenizer, at_tokens, naming_failures, read_json
+from chat import Settings, Tokenizer, at_tokens, check_tokens, naming_failures, read_json  # noqa: F401
 from model import BadInput
 
 LLAMA3_PATTERN = (

@@ -263,7 +263,7 @@ def test_a_head_loads_in_every_precision(deep, tmp_path, kind, precision):
     "change, words",
     [
         ({"hidden_size": 64, "head_dim": 12}, "hidden size of 64, not 48"),
-        ({"vocab_size": 60}, "vocabulary of 60, not 61"),
+        ({"vocab_size": 600}, "vocabulary of 600, not 61"),
         ({"intermediate_size": 72}, "has shape"),
         ({"num_attention_heads": "4"}, "num_attention_heads"),
     ],

@@ -453,8 +453,8 @@ def check_dynamic(config: ModelConfig, longest: int) -> None:
     """Raise BadInput where a text of `longest` tokens outgrows what dynamic RoPE is implemented for."""
     if config.rope_scaling.kind == "dynamic" and longest > config.max_context:
         raise BadInput(
-            f"dynamic RoPE is implemented within the trained context of {config.max_context} tokens only, and "
-            f"the text may grow to {longest}"
+            f"dynamic RoPE is implemented within the trained context of {config.max_context} tokens only, "
+            f"and the text may grow to {longest}"
         )
 
 

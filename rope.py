@@ -108,18 +108,20 @@ def read_settings(rope: dict[str, Any], raw: dict[str, Any]) -> tuple[float, Rop
     theta = positive(base, "rope_theta")
     if kind == "default":
         return theta, RopeScaling()
-    factor = positive(rope, "factor")
     if kind in ("linear", "dynamic"):
-        return theta, RopeScaling(kind, factor)
-    # As in transformers, the key of the whole configuration comes first.
-    original = positive(rope if raw.get(ORIGINAL) is None else raw, ORIGINAL)
+        return theta, RopeScaling(kind, positive(rope, "factor"))
+    # As in transformers, the key of the whole configuration comes first, and without it the context counts.
+    trained = raw.get("max_position_embeddings", 2048)
+    original = positive(rope if raw.get(ORIGINAL) is None else raw, ORIGINAL, trained)
     if original % 1:
         raise ValueError(f"{ORIGINAL} is {original}; it must be a whole number")
-    read = read_llama3 if kind == "llama3" else read_yarn
-    return theta, read(rope, theta, factor, int(original))
+    if kind == "llama3":
+        return theta, read_llama3(rope, positive(rope, "factor"), int(original))
+    factor = trained / original if rope["factor"] is None else positive(rope, "factor")
+    return theta, read_yarn(rope, theta, factor, int(original))
 
 
-def read_llama3(rope: dict[str, Any], theta: float, factor: float, original: int) -> RopeScaling:
+def read_llama3(rope: dict[str, Any], factor: float, original: int) -> RopeScaling:
     low, high = positive(rope, "low_freq_factor"), positive(rope, "high_freq_factor")
     if low >= high:
         raise ValueError(f"low_freq_factor {low} is not below high_freq_factor {high}")

@@ -57,6 +57,12 @@ ARCHITECTURES = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN_ROPE, "head_dim": 32}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN_ROPE | YARN_GIVEN, "tie_word_embeddings": True}),
     "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN_ROPE | YARN_MSCALE, "head_dim": 24}),
+    # What transformers takes for a factor that is null, and for an original context that is not given.
+    "llama-yarn-ratio": ("Llama", {"rope_parameters": YARN_ROPE | {"factor": None}}),
+    "llama-yarn-whole": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+    ),
 }
 
 
@@ -299,9 +305,7 @@ def test_configurations_that_cannot_work(change, message):
     [
         *(({"factor": value}, f"factor {value!r}") for value in (0, -4.0, "4", [4], True, float("nan"))),
         ({"factor": float("inf")}, "factor inf makes no sense; it must be a positive number"),
-        ({"factor": None}, "factor None"),
         ({"factor": ...}, "the key 'factor' is missing"),
-        ({"original_max_position_embeddings": ...}, "the key 'original_max_position_embeddings' is missing"),
         ({"original_max_position_embeddings": 0}, "original_max_position_embeddings 0"),
         ({"original_max_position_embeddings": 8.5}, "is 8.5; it must be a whole number"),
         ({"beta_fast": 0.5}, "beta_fast 0.5 is below beta_slow 1.0"),

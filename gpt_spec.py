@@ -299,6 +299,7 @@ class Decoder(Level):
         compile: bool = True,
     ):
         kernels.load()
+        check_dynamic(model.config, max_length)
         drafter, self.max_length = drafter or Drafter(), max_length
         runtime = Runtime(compile, model.norm.weight.device)
         super().__init__(model, drafter, Setup(sampling, batch_size, max_length + drafter.slack, runtime))
@@ -453,10 +454,20 @@ def check_window(config: ModelConfig, longest: int) -> None:
         )
 
 
+def check_dynamic(config: ModelConfig, longest: int) -> None:
+    """Raise BadInput where a text of `longest` tokens outgrows what dynamic RoPE is implemented for."""
+    if config.rope_scaling.kind == "dynamic" and longest > config.max_context:
+        raise BadInput(
+            f"dynamic RoPE is implemented within the trained context of {config.max_context} tokens only, "
+            f"and the text may grow to {longest}"
+        )
+
+
 def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
     """Raise BadInput for a prompt that cannot be decoded; `max_length` counts at least one new token."""
     if not tokens:
         raise BadInput("the prompt is empty; at least one token is needed")
+    check_dynamic(config, len(tokens) + 1)
     if len(tokens) >= max_length:
         raise BadInput(
             f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one"

@@ -13,7 +13,6 @@ The two are separate arguments. In a chain they coincide. In a tree, siblings sh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from rope import RopeScaling, frequencies, read_rope
 
 
 class BadInput(ValueError):
@@ -32,19 +32,6 @@ class BadInput(ValueError):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context."""
-
-    kind: str = "default"  # or "linear" or "llama3"
-    factor: float = 1.0
-    # Of llama3: wavelengths above original_context / low_freq_factor are slowed by `factor`, those below
-    # original_context / high_freq_factor are left alone.
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_context: int  # max_position_embeddings: positions the model was trained for
+    max_context: int  # positions the model was made for: max_position_embeddings, or more with YaRN
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
@@ -87,7 +74,7 @@ class ModelConfig:
             )
         try:
             heads, hidden = integer(raw, "num_attention_heads"), integer(raw, "hidden_size")
-            theta, scaling = read_rope(raw, where)
+            theta, scaling = read_rope(raw)
             bias = bool(raw.get("attention_bias", False))
             config = ModelConfig(
                 vocab_size=integer(raw, "vocab_size"),
@@ -97,7 +84,7 @@ class ModelConfig:
                 num_heads=heads,
                 num_kv_heads=integer(raw, "num_key_value_heads", heads),
                 head_dim=integer(raw, "head_dim", hidden // heads),
-                max_context=integer(raw, "max_position_embeddings", 2048),
+                max_context=scaling.context(integer(raw, "max_position_embeddings", 2048)),
                 norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=theta,
                 rope_scaling=scaling,
@@ -126,10 +113,6 @@ class ModelConfig:
             raise BadInput(
                 f"{where}: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} kv heads"
             )
-        if not (0 < self.rope_theta < math.inf and 0 < self.rope_scaling.factor < math.inf):
-            raise BadInput(
-                f"{where}: the RoPE base is {self.rope_theta}, its factor {self.rope_scaling.factor}"
-            )
         if self.head_dim % 2:
             raise BadInput(f"{where}: head_dim is {self.head_dim}; RoPE needs an even one")
 
@@ -143,23 +126,6 @@ def integer(raw: dict[str, Any], name: str, default: int | None = None) -> int:
     return value
 
 
-def read_rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
-    """RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
-    (before)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise BadInput(f"{where}: RoPE scaling {kind!r} is not supported; use default, linear or llama3")
-    if kind == "default":
-        return theta, RopeScaling()
-    factor = float(rope["factor"])
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor)
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    return theta, RopeScaling("llama3", factor, low, high, int(rope["original_max_position_embeddings"]))
-
-
 def read_sliding_window(raw: dict[str, Any], kind: str) -> int | None:
     """Mistral uses a window whenever one is given; Qwen only with `use_sliding_window`; Llama never."""
     used = kind == "mistral" or (kind in ("qwen2", "qwen3") and raw.get("use_sliding_window", False))
@@ -168,19 +134,7 @@ def read_sliding_window(raw: dict[str, Any], kind: str) -> int | None:
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of every rotated pair, float32 [head_dim / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        # A pair's share of `factor` depends on its number of cycles in the original context: all of it below
-        # low_freq_factor cycles, none above high_freq_factor, and a linear blend between.
-        cycles = scaling.original_context * frequencies / (2 * math.pi)
-        blend = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = blend.clamp(0.0, 1.0)
-        return blend * frequencies + (1 - blend) * frequencies / scaling.factor
-    return frequencies
+    return frequencies(config.rope_theta, config.rope_scaling, config.head_dim)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,7 +314,8 @@ class CheckpointModule(nn.Module):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions int64 [B, n] -> cos and sin, float32 [B, n, 1, D / 2]."""
         angles = positions[..., None, None].float() * self.frequencies
-        return angles.cos(), angles.sin()
+        scale = self.config.rope_scaling.attention_factor
+        return (angles.cos(), angles.sin()) if scale == 1 else (scale * angles.cos(), scale * angles.sin())
 
     def parts(self, path: str, rows: int) -> dict[str, int]:
         """Hugging Face module paths that the module at `path` stands for, with their numbers of output rows.

@@ -41,6 +41,7 @@ from gpt_spec import (
 )
 from model import BadInput, Transformer, causal_attention
 from packing import PRECISIONS, share_weights
+from rope import RopeScaling
 from runtime import Recorded, Runtime
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
@@ -369,6 +370,30 @@ def check_every_step(target, drafter: Drafter, sampling: Sampling, batch_size: i
 @pytest.mark.parametrize("name", NAMES)
 def test_caches_equal_a_recomputation_after_every_step(target, name, sampling, batch_size):
     check_every_step(target, drafters(target)[name], sampling, batch_size)
+
+
+@pytest.fixture(scope="module")
+def yarn_target() -> Transformer:
+    """Stretched from 16 positions to 256; its texts leave the 16 behind."""
+    return random_model(rope_scaling=RopeScaling("yarn", 16.0, 16, attention_factor=1.3))
+
+
+@pytest.mark.parametrize("name", ["lookup", "noisy", "qspec", "tree", "middle", "choosing"])
+def test_yarn(yarn_target, name):
+    """One drafter of every method: texts, and all caches after every step against a recomputation."""
+    expected = texts(yarn_target, PROMPTS, sampling=SAMPLED)
+    weaker = Transformer(replace(yarn_target.config, rope_scaling=RopeScaling("yarn", 16.0, 16)))
+    weaker.requires_grad_(False).load_state_dict(yarn_target.state_dict())
+    assert texts(weaker, PROMPTS, sampling=SAMPLED) != expected  # the factor reaches the text
+    assert texts(yarn_target, PROMPTS, drafters(yarn_target)[name], SAMPLED, batch_size=2) == expected
+    check_every_step(yarn_target, drafters(yarn_target)[name], SAMPLED, batch_size=2)
+
+
+def test_yarn_compiled(yarn_target):
+    """The factor reaches compiled code, too."""
+    positions = torch.arange(0, 256, 5)[None]
+    for ours, expected in zip(torch.compile(yarn_target.rope)(positions), yarn_target.rope(positions)):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a_stale_cache_is_seen(target, monkeypatch):

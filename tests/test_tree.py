@@ -29,10 +29,11 @@ def norm(x, weight, eps=1e-5):
 
 
 def rope(x, positions, theta):
-    """x: [n, heads, D]"""
+    """x: [n, heads, D]. theta: the base, or what BY_HAND has"""
     half = x.shape[-1] // 2
-    angle = positions[:, None, None] * theta ** (-torch.arange(half) / half)
-    a, b = x[..., :half], x[..., half:]
+    base, change, scale = theta if isinstance(theta, tuple) else (theta, 1.0, 1.0)
+    angle = positions[:, None, None] * base ** (-torch.arange(half) / half) * change
+    a, b = scale * x[..., :half], scale * x[..., half:]
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
 
 
@@ -152,10 +153,20 @@ def deep():
     return random_model(num_layers=8)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# The same by hand: base, change of the frequencies, scale. The 6 pairs of a head make 10.2, 2.2, 0.5, ...
+# cycles in 64 positions. So the limits, 32 cycles and one, are pairs 0 and 2: pair 0 is left alone, pair 1 is
+# half slowed, the others are slowed.
+BY_HAND = (10000.0, torch.tensor([1, 0.625, 0.25, 0.25, 0.25, 0.25]), 1 + 0.1 * math.log(4))
 KINDS = {
     "eagle2": (eagle2, 500000.0),
     "eagle2 with a bias": (lambda *args: eagle2(*args, bias=True), 500000.0),
     "eagle3": (eagle3, 10000.0),
+    "eagle2 with YaRN": (lambda *args: eagle2(*args, rope_theta=10000.0, rope_scaling=YARN), BY_HAND),
+    "eagle3 with YaRN": (
+        lambda *args: eagle3(*args, rope_parameters=YARN | {"rope_theta": 10000.0}),
+        BY_HAND,
+    ),
 }
 
 
@@ -184,7 +195,7 @@ def test_a_published_head_agrees_with_a_naive_one(deep, tmp_path, kind):
     torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
     logits = naive_logits(w, theirs, deep.lm_head.weight)
     torch.testing.assert_close(head.logits(ours)[0], logits, rtol=1e-4, atol=1e-3)
-    if kind == "eagle3":
+    if "eagle3" in kind:
         assert head.draft_ids.tolist() == list(range(0, 60, 3))
 
 
@@ -423,7 +434,7 @@ def test_trees_of_published_heads_equal_brute_force(deep, tmp_path, kind, sampli
     """Of EAGLE-3 too: its taps, its own tokens, whose noise is that of the target's, its RoPE base."""
     make, theta = KINDS[kind]
     w = make(deep, tmp_path)
-    third = kind == "eagle3"
+    third = "eagle3" in kind
     taps, ids = ((2, 4, 5), torch.arange(20) * 3) if third else ((8,), torch.arange(61))
     check_trees(deep, w, theta, taps, ids, TreeDrafter(load_head(tmp_path, deep), 16, 4, 3), sampling, 1.0)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from model import BadInput, Transformer
 from packing import FLOAT_TYPES, STORED_GROUP_SIZES, Quantization, Stored, named_linears, pack_nibbles
 
-READABLE = "AutoAWQ gemm and GPTQ, compressed-tensors pack-quantized and int-quantized are"
+READABLE = "AutoAWQ gemm, GPTQ and compressed-tensors pack-quantized and int-quantized are"
 IN_ORDER, AWQ_ORDER = tuple(range(8)), (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word for column 0, 1, ...
 ONLINE = ("transform_config", "rotation", "rotation_config", "hadamard_config", "adapter")
 DROPPED = re.compile(r"(^|\.)(input|output|q|k|v|kv|prob|prob_output)_((global_)?scale|zero_point)$")
@@ -193,7 +193,7 @@ def find_layout(raw: dict[str, Any], where: str) -> Layout | None:
         refuse(where, f"quant_method {method!r}" + (f" ({raw['quant_algo']})" if "quant_algo" in raw else ""))
     for key in ONLINE:  # what the tensors do not show
         if raw.get(key):
-            refuse(where, f"{method} with a {key}")
+            refuse(where, f"{method} with {'an' if key == 'adapter' else 'a'} {key}")
     try:
         layout = readers[method](with_numbers(raw, where), where)
     except (TypeError, AttributeError, KeyError) as error:
@@ -212,10 +212,11 @@ def refuse(where: str, what: str) -> NoReturn:
 def with_numbers(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The same settings with numbers where bits and group sizes are text. BadInput for text that is none."""
     keys = ("bits", "w_bit", "num_bits", "group_size", "q_group_size")
-    try:
-        return raw | {key: int(raw[key]) for key in keys if isinstance(raw.get(key), str)}
-    except ValueError as error:
-        raise BadInput(f"{where}: the quantization_config is not understood: {error}") from None
+    texts = {key: raw[key] for key in keys if isinstance(raw.get(key), str)}
+    for key, text in texts.items():
+        if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+            raise BadInput(f"{where}: {key} is {text!r}, which is no whole number")
+    return raw | {key: int(text) for key, text in texts.items()}
 
 
 def check_bits(bits: Any, known: tuple[int, ...], tool: str, where: str) -> int:
@@ -432,7 +433,7 @@ class PublishedLinear:
     def read_signed(self, suffix: str) -> Tensor:
         """A tensor of integers; those of a byte each must be of so many bits."""
         stored, limit = self.read(suffix), 1 << self.layout.bits - 1
-        if stored.dtype == torch.int8 and not -limit <= stored.min() <= stored.max() < limit:
+        if stored.dtype == torch.int8 and not -limit <= int(stored.min()) <= int(stored.max()) < limit:
             raise self.wrong(suffix, f"is not within {-limit} and {limit - 1}")
         return stored
 

@@ -188,7 +188,7 @@ def find_layout(raw: dict[str, Any], where: str) -> Layout | None:
     readers = {"awq": awq_layout, "gptq": gptq_layout, "compressed-tensors": compressed_layout}
     readers |= {"auto-round": auto_round_layout, "intel/auto-round": auto_round_layout}
     if not isinstance(method, str) or method not in readers:
-        if method is None and {"bits", "group_size"} <= raw.keys():  # all that MLX says
+        if method is None and {"bits", "group_size"} <= raw.keys() and "sym" not in raw:  # all that MLX says
             refuse(where, "MLX")
         refuse(where, f"quant_method {method!r}" + (f" ({raw['quant_algo']})" if "quant_algo" in raw else ""))
     for key in ONLINE:  # what the tensors do not show
@@ -317,22 +317,23 @@ def unmet_wishes(raw: dict[str, Any]) -> list[str]:
 def drop_scales(
     tensors: dict[str, Stored], raw: dict[str, Any] | None, layout: Layout | None, where: str
 ) -> dict[str, Stored]:
-    """Tensors without the scales of quantized caches and static activations, which we have not.
+    """The tensors without scales of quantized caches and static activations, which this engine does not have.
 
-    One line is printed for what the configuration asks for, the tensors have, and nobody gets.
+    One line says so, and what else the configuration asks for in vain.
     """
     dropped = [name for name in tensors if DROPPED.search(name)]
     wishes = unmet_wishes(raw or {})
     if dropped or wishes:
-        ours = "int8 with a scale for each token" if layout and layout.activation_bits == 8 else "16-bit"
+        eight = layout is not None and layout.activation_bits == 8
+        ours = "int8 activations with a scale for each token, and a 16-bit cache," if eight else "16 bits"
         asks = f"asks for {' and '.join(wishes)}" if wishes else "has scales of a cache or of activations"
         lost = f"; {len(dropped)} scales like {dropped[0]} are dropped" if dropped else ""
-        print(f"{where}: {asks}; the cache stays 16-bit, activations are {ours}{lost}", file=sys.stderr)
+        print(f"{where}: {asks}; {ours} it is{lost}", file=sys.stderr)
     return {name: stored for name, stored in tensors.items() if name not in dropped}
 
 
 def refuse_foreign(tensors: dict[str, Stored], where: str) -> None:
-    """Raise BadInput, naming the tool, if tensors are those of a format that no configuration tells of."""
+    """Raise BadInput, naming the tool, for tensors of another tool that no configuration tells of."""
     for name, stored in tensors.items():
         tool = next((tool for suffix, tool in NAMES.items() if name.endswith(f".{suffix}")), None)
         if name.endswith(".scales") and f"{name.removesuffix('scales')}biases" in tensors:
@@ -394,9 +395,8 @@ class PublishedLinear:
             what = f"has groups of {self.group} inputs; {name} of 8 bits is read with one scale a row"
             raise self.wrong(integers, what)
         if self.out % word and not isinstance(self.layout, PackedLayout):
-            raise self.wrong(
-                integers, f"has {self.out} outputs by config.json, but {name} packs {word} a word"
-            )
+            what = f"has {self.out} outputs by config.json, but {name} packs {word} into a word"
+            raise self.wrong(integers, what)
         for suffix, forms in self.layout.forms(self.out, self.inputs, self.groups).items():
             tensor = f"{self.module}.{suffix}"
             if tensor in self.tensors:

@@ -79,11 +79,11 @@ class Layout:
         raise NotImplementedError
 
     def read_scales(self, stored: Tensor) -> Tensor:
-        """-> [out, groups]"""
+        """-> [out, groups], or a single number for a whole matrix"""
         return stored.T
 
     def read_zeros(self, stored: Tensor, out: int) -> Tensor:
-        """-> uint8 [out, groups], before `zero_offset` is added"""
+        """-> uint8 like the scales, before `zero_offset` is added"""
         return unpack_words(stored, self.bits).T
 
 
@@ -166,12 +166,6 @@ class IntLayout(PackedLayout):
 
     def read_integers(self, stored: Tensor) -> Tensor:
         return unsigned(stored, self.bits)
-
-    def read_scales(self, stored: Tensor) -> Tensor:
-        return stored if stored.dim() == 2 else stored.reshape(1, 1)
-
-    def read_zeros(self, stored: Tensor, out: int) -> Tensor:
-        return super().read_zeros(self.read_scales(stored), out).expand(out, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,9 +366,9 @@ class PublishedLinear:
         return -(-self.inputs // self.group)
 
     def spread(self, numbers: Tensor) -> Tensor:
-        """[out, groups], or [1, 1] for a whole matrix -> [out, in / ours]"""
+        """[out, groups], or a single number for a whole matrix -> [out, in / ours]"""
         first = torch.arange(0, self.inputs, self.ours)
-        return numbers.expand(self.out, -1)[:, first // self.group]
+        return numbers.reshape(-1, self.groups).expand(self.out, -1)[:, first // self.group]
 
     def read(self, suffix: str) -> Tensor:
         return self.tensors[f"{self.module}.{suffix}"].read()
@@ -427,7 +421,7 @@ class PublishedLinear:
         return order
 
     def stored_zeros(self) -> Tensor:
-        """uint8 [out, groups]"""
+        """uint8 [out, groups], or a single one"""
         return self.layout.read_zeros(self.read_signed(self.layout.zeros), self.out)
 
     def read_signed(self, suffix: str) -> Tensor:

@@ -21,7 +21,7 @@ SHUFFLED = torch.cat((SHUFFLED[SHUFFLED < 64], SHUFFLED[SHUFFLED >= 64]))  # an 
 FORMATS = ["awq", "gptq", "gptq_v2", "compressed", "compressed old", "int"]
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 KINDS = ("packed", "scales", "zeros")
-FORMATS_8 = ["gptq", "gptq_v2", "compressed", "int", "int whole"]
+FORMATS_8 = ["gptq", "gptq_v2", "compressed", "int", "int whole", "int whole scalar"]
 
 
 # ---- models of known integers, and writers that know the formats from their description alone -----------
@@ -112,14 +112,17 @@ def write_compressed(known: Known, symmetric: bool, old: bool) -> dict[str, torc
     return tensors
 
 
-def write_int(known: Known, symmetric: bool, whole: bool) -> dict[str, torch.Tensor]:
-    """A byte each, signed; `whole`: one scale for the matrix, in which all rows must have the same."""
+def write_int(known: Known, symmetric: bool, shape: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """A byte each, signed; `shape`: of one scale for the matrix, in which all rows then have the same."""
     tensors = write_compressed(known, symmetric, old=True)
     del tensors["weight_packed"], tensors["weight_shape"]
     tensors["weight"] = (known.q - 2 ** (known.bits - 1)).to(torch.int8)
-    if whole:
+    if shape is not None:
         known.scales[:] = known.scales[:1].clone()
-        tensors["weight_scale"] = known.scales[0, :1].bfloat16()
+        tensors["weight_scale"] = known.scales[0, :1].bfloat16().view(shape)
+        if not symmetric:
+            known.zeros[:] = known.zeros[:1].clone()
+            tensors["weight_zero_point"] = tensors["weight_zero_point"][0, :1].view(shape)
     return tensors
 
 
@@ -135,7 +138,7 @@ def settings(form: str, group: int, symmetric: bool, bits: int = 4) -> dict:
             "desc_act": False,
         }
         return names | ({"checkpoint_format": "gptq_v2"} if form == "gptq_v2" else {})
-    strategy = {"strategy": "tensor" if form == "int whole" else "channel", "group_size": None}
+    strategy = {"strategy": "tensor" if form.startswith("int whole") else "channel", "group_size": None}
     strategy = strategy if group == -1 else {"strategy": "group"}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group} | strategy
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
@@ -149,7 +152,7 @@ def write(form: str, known: Known, symmetric: bool) -> dict[str, torch.Tensor]:
     if form.startswith("gptq"):
         return write_gptq(known, less=0 if form == "gptq_v2" else 1)
     if form.startswith("int"):
-        return write_int(known, symmetric, whole=form.endswith("whole"))
+        return write_int(known, symmetric, {"int whole": (1,), "int whole scalar": ()}.get(form))
     return write_compressed(known, symmetric, old=form.endswith("old"))
 
 
@@ -192,8 +195,20 @@ def test_every_number_is_what_was_written(tmp_path, form, symmetric, group):
     tensors = read_all(directory)
     assert any(name.endswith(".zeros") for name in tensors) != symmetric
     for module, known in linears.items():
-        kinds = [tensors.get(f"{module}.{kind}") for kind in ("packed", "scales", "zeros")]
+        kinds = [tensors.get(f"{module}.{kind}") for kind in KINDS]
         assert torch.equal(kernels.dequantize(*kinds), known.weight), module
+
+
+@pytest.mark.parametrize("form", ["int whole", "int whole scalar"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_scale_for_a_whole_matrix_of_4_bits(tmp_path, form, symmetric):
+    directory, linears = publish(tmp_path, form, -1, symmetric)
+    tensors = read_all(directory)
+    for module, known in linears.items():
+        kinds = [tensors.get(f"{module}.{kind}") for kind in KINDS]
+        assert kinds[1].shape == (len(known.q), 1) and symmetric == (kinds[2] is None)
+        assert torch.equal(kernels.dequantize(*kinds), known.weight), module
+    assert logits(load_model(directory)).isfinite().all()
 
 
 @pytest.mark.parametrize("order", [None, SHUFFLED], ids=["in order", "act-order"])
@@ -215,7 +230,7 @@ def test_act_order(tmp_path, form):
     for module, known in linears.items():
         permutation = tensors[f"{module}.permutation"].long()
         assert not torch.equal(permutation, permutation.sort().values)
-        kinds = [tensors[f"{module}.{kind}"] for kind in ("packed", "scales", "zeros")]
+        kinds = [tensors[f"{module}.{kind}"] for kind in KINDS]
         assert torch.equal(kernels.dequantize(*kinds)[:, permutation.argsort()], known.weight), module
     exact, loaded = exact_logits(directory, linears), load_model(directory)
     assert (logits(loaded) - exact).norm() < 0.02 * exact.norm()
@@ -422,6 +437,7 @@ def test_8_bits_are_taken_as_they_are(tmp_path, form):
     for module, known in linears.items():
         quantized, scales = tensors[f"{module}.quantized"], tensors[f"{module}.scales"]
         assert torch.equal(quantized, (known.q - 128).to(torch.int8)) and quantized.min() == -128
+        assert scales.shape == (len(quantized), 1)
         assert torch.equal(kernels.dequantize(quantized, scales), known.weight), module
     exact = exact_logits(directory, linears)
     for precision, error in (("w8a16", 0.02), ("w8a8", 0.05)):
@@ -443,7 +459,7 @@ def test_8_bits_that_ours_cannot_say_are_refused(tmp_path, form):
         BadInput, match=r"config.json: asymmetric (GPTQ|compressed-tensors .*) of 8 bits is not"
     ):
         open_checkpoint(directory)
-    if form != "int whole":
+    if not form.startswith("int whole"):
         directory, _ = publish(tmp_path, form, 32, True, bits=8)
         with pytest.raises(
             BadInput, match="q_proj.weight.* has groups of 32|q_proj.qweight has groups of 32"
@@ -508,8 +524,10 @@ def test_scales_that_float16_turns_into_0(tmp_path, bits, form):
             tensors[f"{UP}.qweight"][:, 3] = middle - 2**32
 
     edit_weights(directory, empty)
-    load_model(directory)
-    assert read_all(directory)[f"{UP}.scales"][3, 0] == 0
+    for label in (form, "gptq_v2" if form == "gptq" else form):  # a wrong label changes nothing, as it should
+        edit_config(directory, quantization_config=settings(label, -1, True, bits))
+        load_model(directory)
+        assert read_all(directory)[f"{UP}.scales"][3, 0] == 0
 
 
 def test_bytes_that_are_too_large_for_4_bits(tmp_path):

@@ -127,10 +127,11 @@ class PackedLayout(Layout):
 
     def forms(self, out: int, inputs: int, groups: int) -> Forms:
         word = 32 // self.bits
+        shapes = [(out, groups), *([(1,), ()] if self.group == -1 else [])]  # or one for a whole matrix
         return {
             "weight_packed": [("I32", (out, inputs // word))],
-            "weight_scale": [(kind, (out, groups)) for kind in FLOAT_TYPES],
-            "weight_zero_point": [("I32", (-(-out // word), groups)), ("I8", (out, groups))],
+            "weight_scale": [(kind, shape) for kind in FLOAT_TYPES for shape in shapes],
+            "weight_zero_point": [("I32", (-(-out // word), groups)), *(("I8", shape) for shape in shapes)],
             "weight_g_idx": [("I32", (inputs,))],
             "weight_shape": [("I64", (2,)), ("I32", (2,))],
         }
@@ -148,21 +149,15 @@ class PackedLayout(Layout):
 
 
 class IntLayout(PackedLayout):
-    """A number a byte, signed; a scale may be that of a whole matrix."""
+    """A number a byte, signed."""
 
     name = "compressed-tensors int-quantized"
     integers = "weight"
 
     def forms(self, out: int, inputs: int, groups: int) -> Forms:
-        whole = [(1,), ()] if self.group == -1 else []
-        shapes = [(out, groups), *whole]
         forms = super().forms(out, inputs, groups)
         del forms["weight_packed"]
-        return forms | {
-            "weight": [("I8", (out, inputs))],
-            "weight_scale": [(kind, shape) for kind in FLOAT_TYPES for shape in shapes],
-            "weight_zero_point": [("I8", shape) for shape in shapes],
-        }
+        return forms | {"weight": [("I8", (out, inputs))]}
 
     def read_integers(self, stored: Tensor) -> Tensor:
         return unsigned(stored, self.bits)

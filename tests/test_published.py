@@ -112,18 +112,19 @@ def write_compressed(known: Known, symmetric: bool, old: bool) -> dict[str, torc
     return tensors
 
 
-def write_int(known: Known, symmetric: bool, shape: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
-    """A byte each, signed; `shape`: of one scale for the matrix, in which all rows then have the same."""
+def write_int(known: Known, symmetric: bool) -> dict[str, torch.Tensor]:
+    """A byte each, signed."""
     tensors = write_compressed(known, symmetric, old=True)
     del tensors["weight_packed"], tensors["weight_shape"]
     tensors["weight"] = (known.q - 2 ** (known.bits - 1)).to(torch.int8)
-    if shape is not None:
-        known.scales[:] = known.scales[:1].clone()
-        tensors["weight_scale"] = known.scales[0, :1].bfloat16().view(shape)
-        if not symmetric:
-            known.zeros[:] = known.zeros[:1].clone()
-            tensors["weight_zero_point"] = tensors["weight_zero_point"][0, :1].view(shape)
     return tensors
+
+
+def make_whole(tensors: dict[str, torch.Tensor], known: Known, shape: tuple[int, ...]) -> None:
+    """Have one scale and one zero for a whole matrix: those of its first row."""
+    known.scales[:], known.zeros[:] = known.scales[:1].clone(), known.zeros[:1].clone()
+    for name in {"weight_scale", "weight_zero_point"} & tensors.keys():
+        tensors[name] = tensors[name][0, :1].view(shape)
 
 
 def settings(form: str, group: int, symmetric: bool, bits: int = 4) -> dict:
@@ -138,7 +139,7 @@ def settings(form: str, group: int, symmetric: bool, bits: int = 4) -> dict:
             "desc_act": False,
         }
         return names | ({"checkpoint_format": "gptq_v2"} if form == "gptq_v2" else {})
-    strategy = {"strategy": "tensor" if form.startswith("int whole") else "channel", "group_size": None}
+    strategy = {"strategy": "tensor" if "whole" in form else "channel", "group_size": None}
     strategy = strategy if group == -1 else {"strategy": "group"}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group} | strategy
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
@@ -152,8 +153,12 @@ def write(form: str, known: Known, symmetric: bool) -> dict[str, torch.Tensor]:
     if form.startswith("gptq"):
         return write_gptq(known, less=0 if form == "gptq_v2" else 1)
     if form.startswith("int"):
-        return write_int(known, symmetric, {"int whole": (1,), "int whole scalar": ()}.get(form))
-    return write_compressed(known, symmetric, old=form.endswith("old"))
+        tensors = write_int(known, symmetric)
+    else:
+        tensors = write_compressed(known, symmetric, old="old" in form or "whole" in form)
+    if "whole" in form:
+        make_whole(tensors, known, () if form.endswith("scalar") else (1,))
+    return tensors
 
 
 def publish(tmp_path, form, group=32, symmetric=False, order=None, bits=4, **changes):
@@ -199,7 +204,7 @@ def test_every_number_is_what_was_written(tmp_path, form, symmetric, group):
         assert torch.equal(kernels.dequantize(*kinds), known.weight), module
 
 
-@pytest.mark.parametrize("form", ["int whole", "int whole scalar"])
+@pytest.mark.parametrize("form", ["compressed whole", "int whole", "int whole scalar"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_scale_for_a_whole_matrix_of_4_bits(tmp_path, form, symmetric):
     directory, linears = publish(tmp_path, form, -1, symmetric)

@@ -18,6 +18,7 @@ import re
 import sys
 import zipfile
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,7 +41,7 @@ from packing import (
     reshape,
     set_precision,
 )
-from published import find_layout, translate
+from published import drop_scales, find_layout, refuse_foreign, translate
 from rotation import add_rotations
 from text import Tokenizer, load_tokenizer, read_json
 
@@ -52,6 +53,15 @@ HEAD_FLAG = "--eagle_checkpoint_path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
 ALL_PRECISIONS = [*DTYPES, *PRECISIONS]
 FILE_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # what a file's own dtype is decoded in
+
+
+PICKLE = "a pickle; convert it to safetensors"
+FOREIGN = {  # files that hold no checkpoint that is read here, and what they are
+    "adapter_model.*": "a LoRA adapter and no model; merge it into its model",
+    "consolidated*.safetensors": "weights under Mistral's own names; those of Hugging Face are read",
+    **{"pytorch_model*.bin": PICKLE, "consolidated*.pth": PICKLE, "*.pt": PICKLE},
+    **{"*.gguf": "a GGUF file, which is not read", "*.npz": "weights of MLX, which are not read"},
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,15 +100,31 @@ def only_file(directory: Path, name: str) -> Path | None:
     return others[0] if len(others) == 1 else None
 
 
+def refuse_files(directory: Path) -> None:
+    """Raise BadInput, naming what is there, for a directory that has weights, but none that are read here."""
+    names = sorted(path.name for path in directory.iterdir())
+    kinds = {name: next((kind for kind in FOREIGN if fnmatch(name, kind)), None) for name in names}
+    if "adapter_config.json" in names and "config.json" in names:  # transformers loads a third model then
+        raise BadInput(
+            f"{directory}: has config.json and adapter_config.json: is it a model or a LoRA adapter?"
+        )
+    if not any(name.endswith(".safetensors") and kinds[name] is None for name in names):
+        for name, kind in kinds.items():
+            if kind is not None:
+                raise BadInput(f"{directory}: has only {name}, {FOREIGN[kind]}")
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: model.safetensors, or those of its index; none from outside."""
+    """The safetensors files of a checkpoint: model.safetensors, or those of its index; none from outside.
+
+    As transformers does, a whole file is taken whatever an index beside it lists, which may be a stale one.
+    """
+    single = only_file(directory, "model.safetensors")
     index = only_file(directory, "model.safetensors.index.json")
+    if single is not None and (index is None or not re.search(r"-\d+-of-\d+\.", single.name)):
+        return [single]
     if index is None:
-        single = only_file(directory, "model.safetensors")
-        if single is not None:
-            return [single]
-        only_bin = any(directory.glob("*.bin"))
-        has = "only pytorch_model.bin; convert it to safetensors" if only_bin else "no weights"
+        has = "several weight files and no index" if any(directory.glob("*.safetensors")) else "no weights"
         raise BadInput(f"{directory}: has {has}; model.safetensors or model.safetensors.index.json is needed")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -158,19 +184,23 @@ def stored_quantization(files: list[Path]) -> Quantization | None:
 
 
 def published_config(directory: Path, raw: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """How another tool says that it quantized a checkpoint, and the file that says so; there are four places
+    """How another tool says that it quantized a checkpoint, and the file that says so; there are six places
     for it."""
-    inside = raw.get("quantization_config") or raw.get("compression_config")
-    if inside is not None and not isinstance(inside, dict):
-        raise BadInput(f"{directory / 'config.json'}: quantization_config is no object")
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise BadInput(f"{directory / 'config.json'}: {key} is no object")
+    inside = raw.get("quantization_config") or raw.get("compression_config") or raw.get("quantization")
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         beside = read_json(directory / name)
         if beside:
             where = directory / ("config.json" if inside else name)
             return {"quant_method": method} | beside | (inside or {}), str(where)
-    if inside is not None and "quant_method" not in inside and "config_groups" in inside:
+    if inside and "quant_method" not in inside and "config_groups" in inside:
         inside = {"quant_method": "compressed-tensors"} | inside
-    return inside, str(directory / "config.json")
+    beside = read_json(directory / "hf_quant_config.json").get("quantization")
+    if not inside and isinstance(beside, dict):
+        return {"quant_method": "modelopt"} | beside, str(directory / "hf_quant_config.json")
+    return inside or None, str(directory / "config.json")
 
 
 def stop_ids(directory: Path, tokenizer: Tokenizer | None = None) -> list[int]:
@@ -208,12 +238,13 @@ class Checkpoint:
     model: Transformer  # on the meta device, in the form of the tensors
     quantization: Quantization | None
     precision: str  # the files' own
-    published: str | None = None  # another tool's 4-bit format, by name
+    published: str | None = None  # another tool's format, by name
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Check a directory: its configuration, and that each weight has a place and each place a weight."""
     where = str(directory / "config.json")
+    refuse_files(directory)
     raw = read_json(directory / "config.json", required=True)
     config = ModelConfig.from_dict(raw, where)
     files = weight_files(directory)
@@ -222,9 +253,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     layout = None
     with torch.device("meta"):
         model = Transformer(config)
-    if published is not None:
-        layout = find_layout(published, settings)
-        tensors, q = translate(layout, tensors, model, settings)
+    if q is None:
+        if published is None:
+            refuse_foreign(tensors, where)
+        else:
+            layout = find_layout(published, settings)
+        tensors = drop_scales(tensors, published, layout, settings)
+        if layout is not None:
+            tensors, q = translate(layout, tensors, model, settings)
     if q is not None:
         permuted = check_permutations(tensors, model)
         try:
@@ -298,8 +334,8 @@ def load_model(
     `packing.PRECISIONS`; None is the file's own.
 
     Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
-    the precision asks for it, published 4-bit ones are brought into our format. Raises BadInput for anything
-    that does not fit.
+    the precision asks for it, those that another tool has quantized are brought into our format. Raises
+    BadInput for anything that does not fit.
     """
     checkpoint = open_checkpoint(find_checkpoint(str(path), flag))
     precision = precision or checkpoint.precision

@@ -11,7 +11,7 @@ weights (`published.py`), what a rotation is (`rotation.py`), or where to find d
 The one idea: a 4-bit weight is w = (q - zero) * scale, with one scale (and perhaps one zero) for each group
 of neighbouring inputs. Every method (round to nearest, HQQ, GPTQ; ours or another tool's) only chooses q,
 zero and scale. So there is one format, and everything else is a view of it: a checkpoint is a dictionary of
-tensors known by their headers (`Stored`), and a rotated or a published 4-bit checkpoint is the same
+tensors known by their headers (`Stored`), and a rotated or a published checkpoint is the same
 dictionary with other functions that read the tensors.
 
 A file has, for a linear with the Hugging Face module path NAME:

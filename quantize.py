@@ -434,12 +434,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of quantize.py."""
     p = OneLineParser(
         "quantize.py",
-        description="Quantize a checkpoint, or convert a published 4-bit one.",
+        description="Quantize a checkpoint, or convert one that another tool has quantized.",
         allow_abbrev=False,
     )
     p.add_argument(
         "--checkpoint_path", required=True, help="a Hugging Face directory or hub repository id, in 16 bits "
-        "or in 4 (AutoAWQ gemm, GPTQ, compressed-tensors): these are converted as they are"
+        "or quantized (AutoAWQ gemm, GPTQ, compressed-tensors): these are converted as they are"
     )  # fmt: skip
     p.add_argument("--precision", choices=list(PRECISIONS), default="w4a16", help="default: w4a16")
     p.add_argument(
@@ -511,7 +511,7 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
 
 
 def check_conversion(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raise BadInput for flags that a published 4-bit checkpoint cannot obey: it keeps its integers."""
+    """Raise BadInput for flags that a published quantized checkpoint cannot obey: it keeps its integers."""
     directory, bits = checkpoint.directory, checkpoint.quantization.bits
     if checkpoint.published is None or PRECISIONS[args.precision][0] != bits:
         raise BadInput(f"--checkpoint_path: {directory} is quantized already, to {bits} bits")
@@ -538,7 +538,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         check_conversion(args, checkpoint)
         pieces = ({name: stored.read()} for name, stored in checkpoint.tensors.items())
-        if checkpoint.precision != "w4a16":
+        if checkpoint.precision != f"w{q.bits}a16":
             print(f"the file asks for {checkpoint.precision}; ask for it with --precision", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(args.output or f"{scratch}/quantized")

@@ -153,10 +153,80 @@ def test_an_index_that_lists_a_missing_file(checkpoint):
     assert_refused(checkpoint, "model-00003.safetensors", "not there")
 
 
+def test_a_whole_file_counts_more_than_an_index_beside_it(checkpoint):
+    """As it does to transformers: a stale index, of other files or of none, hides nothing."""
+    right = load_model(checkpoint).state_dict()
+    names = ["model.safetensors", "gptq_model-4bit-128g.safetensors"]
+    for weights, index in ((names[0], names[0]), (names[1], names[1]), (names[1], names[0])):
+        for content in ("{", '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'):
+            (checkpoint / "model.safetensors").rename(checkpoint / weights)
+            (checkpoint / f"{index}.index.json").write_text(content)
+            loaded = load_model(checkpoint).state_dict()
+            assert all(torch.equal(right[name], loaded[name]) for name in right), (weights, index)
+            (checkpoint / f"{index}.index.json").unlink()
+            (checkpoint / weights).rename(checkpoint / "model.safetensors")
+
+
+def test_a_whole_file_counts_more_than_shards_beside_it(checkpoint):
+    right, whole = load_model(checkpoint).state_dict(), (checkpoint / "model.safetensors").read_bytes()
+    shard(checkpoint)
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        edit_shard = {key: tensor + 1 for key, tensor in load_file(checkpoint / name).items()}
+        save_file(edit_shard, checkpoint / name)
+    (checkpoint / "model.safetensors").write_bytes(whole)
+    loaded = load_model(checkpoint).state_dict()
+    assert all(torch.equal(right[name], loaded[name]) for name in right)
+
+
+def test_one_shard_of_two_is_no_whole_file(checkpoint):
+    shard(checkpoint)
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    assert_refused(checkpoint, "index.json", "lists model-00002-of-00002.safetensors, which is not there")
+
+
+def test_shards_without_an_index(checkpoint):
+    shard(checkpoint)
+    (checkpoint / "model.safetensors.index.json").unlink()
+    assert_refused(checkpoint, "has several weight files and no index")
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": 3}}', '{"weight_map": []}'])
 def test_an_index_that_is_no_index(checkpoint, content):
+    shard(checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text(content)
     assert_refused(checkpoint, "index.json")
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("pytorch_model-00001-of-00002.bin", "a pickle; convert it to safetensors"),
+        ("consolidated.00.pth", "a pickle; convert it to safetensors"),
+        ("consolidated.safetensors", "weights under Mistral's own names"),
+        ("model-Q4_K_M.gguf", "a GGUF file"),
+        ("weights.npz", "weights of MLX"),
+        ("adapter_model.safetensors", "a LoRA adapter and no model; merge it into its model"),
+        ("adapter_model.bin", "a LoRA adapter and no model"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_directories_of_other_formats_are_named(checkpoint, name, what, config):
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+    if not config:
+        (checkpoint / "config.json").unlink()
+    assert_refused(checkpoint, f"{checkpoint}: has only {name}, {what}")
+
+
+def test_files_of_other_formats_beside_a_model_are_none_of_our_business(checkpoint):
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "model.gguf", "consolidated.safetensors"):
+        (checkpoint / name).write_bytes(b"")
+    load_model(checkpoint)
+
+
+def test_a_model_and_an_adapter_in_one_directory(checkpoint):
+    """For transformers this is a third model, with the adapter on it."""
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
+    assert_refused(checkpoint, "config.json and adapter_config.json")
 
 
 def test_no_config_no_weights_only_bin(checkpoint, tmp_path):

@@ -15,7 +15,7 @@ from conftest import ROOT
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
     **{"reference.py": 320, "kernels.py": 400, "kernels_cuda.py": 800, "kernels.cpp": 1300},
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
-    **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 400},
+    **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 560},
     **{"checkpoints.py": 700, "text.py": 420, "cli.py": 120, "show.py": 300, "quantize.py": 700},
     **{"generate.py": 720, "bench.py": 260, "chat.py": 300, "rope.py": 250},
 }

@@ -131,8 +131,11 @@ def sum_inputs(
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, ACTIVATIONS: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Chunks first .. last - 1 of the inputs -> [BLOCK_OUT, BLOCK_ROWS], float32; int8 by int8: int32."""
-    exact: tl.constexpr = BITS == 8 and ACTIVATIONS == 8
+    """Chunks first .. last - 1 of the inputs -> [BLOCK_OUT, BLOCK_ROWS], float32; int8 by int8: int32.
+
+    GROUP: inputs that share a scale; 0 where an 8-bit weight has one for a whole row, or a bf16 one has none.
+    """
+    exact: tl.constexpr = BITS == 8 and ACTIVATIONS == 8 and GROUP == 0
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32 if exact else tl.float32)
     if BITS == 4:
         coming = tl.load(scales + group_of(first * CHUNK, inputs, GROUP) * out + o)
@@ -148,6 +151,19 @@ def sum_inputs(
                     x, words, scale, zeros, x_scales, row, o, c, out, inputs, acc,
                     GROUP, ACTIVATIONS, RAGGED, begin, PLANES,
                 )  # fmt: skip
+        elif BITS == 8 and GROUP > 0:
+            for begin in tl.static_range(0, 4, PLANES):
+                first_input = c * CHUNK + begin * PLANE
+                k = first_input + tl.arange(0, PLANES * PLANE)
+                place = weight + o.to(tl.int64)[:, None] * inputs + k[None, :]
+                w = tl.load(place, mask=k[None, :] < inputs, other=0) if RAGGED else tl.load(place)
+                xc = load_activations(x, row, first_input, inputs, PLANES * PLANE, RAGGED)
+                if ACTIVATIONS == 8:
+                    part = tl.dot(w, xc, out_dtype=tl.int32).to(tl.float32)
+                else:
+                    part = tl.dot(w.to(tl.bfloat16), xc)
+                scale = tl.load(scales + group_of(first_input, inputs, GROUP) * out + o)
+                acc += scale.to(tl.float32)[:, None] * part
         else:
             k = c * CHUNK + tl.arange(0, CHUNK)
             place = weight + o.to(tl.int64)[:, None] * inputs + k[None, :]
@@ -162,11 +178,12 @@ def sum_inputs(
 
 @triton.jit
 def finish(
-    acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS: tl.constexpr, ACTIVATIONS: tl.constexpr
-):
+    acc, scales, x_scales, bias, residual, y, r, o, n, out,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATIONS: tl.constexpr,
+):  # fmt: skip
     """From the sums of all inputs to what is asked for, rounded where the reference rounds."""
     inside = (o[:, None] < out) & (r[None, :] < n)
-    if BITS == 8:
+    if BITS == 8 and GROUP == 0:
         acc *= tl.load(scales + o, mask=o < out, other=0).to(tl.float32)[:, None]
     if ACTIVATIONS == 8:
         acc *= tl.load(x_scales + r, mask=r < n, other=0)[None, :]
@@ -200,7 +217,7 @@ def linear_kernel(
         BITS, GROUP, PLANES, ACTIVATIONS, RAGGED, BLOCK_OUT, BLOCK_ROWS,
     ).to(tl.float32)  # fmt: skip
     if SPLIT == 1:
-        finish(acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS, ACTIVATIONS)
+        finish(acc, scales, x_scales, bias, residual, y, r, o, n, out, BITS, GROUP, ACTIVATIONS)
     else:
         tile, size = rows * tl.num_programs(0) + block, BLOCK_OUT * BLOCK_ROWS
         mine = partial + tile.to(tl.int64) * SPLIT * size + j[None, :] * BLOCK_OUT + i[:, None]
@@ -211,7 +228,7 @@ def linear_kernel(
             total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
             for s in tl.range(0, SPLIT, loop_unroll_factor=2):
                 total += tl.load(mine + s * size, mask=used, other=0, cache_modifier=".cg")
-            finish(total, scales, x_scales, bias, residual, y, r, o, n, out, BITS, ACTIVATIONS)
+            finish(total, scales, x_scales, bias, residual, y, r, o, n, out, BITS, GROUP, ACTIVATIONS)
             tl.store(arrived + tile, 0)  # as the next launch wants it
 
 
@@ -244,7 +261,8 @@ def multiply(
     y = torch.empty(n, out, dtype=torch.float32 if float32_out else torch.bfloat16, device=x.device)
     # Rows and outputs of a program decide how often each is read, and no bits.
     block_rows = min(max(triton.next_power_of_2(n), 16), 64)
-    group = inputs // scales.shape[0] if bits == 4 else CHUNK.value
+    groups = 1 if scales is None else scales.shape[0]
+    group = inputs // groups if bits == 4 or groups > 1 else 0
     planes = 1 if group % CHUNK.value else 4  # that share a scale
     larger = 2 if block_rows == 64 and planes == 4 else 1
     grid = (triton.cdiv(out, larger * plan.block_out), plan.split, triton.cdiv(n, block_rows))

@@ -17,7 +17,7 @@ dictionary with other functions that read the tensors.
 A file has, for a linear with the Hugging Face module path NAME:
 
     NAME.packed     uint8 [out, in / 2]             4 bits; the low nibble is the even input
-    NAME.quantized  int8 [out, in]                  8 bits, symmetric, one scale for each output row
+    NAME.quantized  int8 [out, in]                  8 bits, symmetric; ours have one scale a row
     NAME.scales     float16 [out, in / group] or [out, 1]
     NAME.zeros      float16 [out, in / group]       only if asymmetric; symmetric means zero = 8
     NAME.permutation  int32 [in]                    only if its columns are in another order than its inputs
@@ -62,7 +62,7 @@ class Quantization:
     """The format of a checkpoint's weights; the metadata of its files, as JSON."""
 
     bits: int  # 8 or 4, of every linear of the layers but those below
-    group: int = -1  # inputs that share a scale; -1: all of a row. 8-bit weights always have -1
+    group: int = -1  # inputs that share a scale; -1: all of a row, as for lm_head where its bits differ
     symmetric: bool = True
     lm_head_bits: int = 16  # or 8, or 4
     modules_16_bit: tuple[str, ...] = ()  # Hugging Face module paths
@@ -95,7 +95,7 @@ class Quantization:
 
     def group_of(self, module: str, inputs: int) -> int:
         """Inputs that share a scale. Raises BadInput where they do not come out even."""
-        whole = self.group == -1 or self.group > inputs or self.bits_of(module) == 8
+        whole = self.group == -1 or self.group > inputs or self.bits_of(module) != self.bits
         group = inputs if whole else self.group
         if inputs % group or group % kernels.LANES:
             if inputs % kernels.LANES:

@@ -380,9 +380,6 @@ class PublishedLinear:
     def check(self) -> None:
         """Raise BadInput if a tensor is missing, or has a form that its layout does not have."""
         name, integers, word = self.layout.name, self.layout.integers, 32 // self.layout.bits
-        if self.layout.bits == 8 and self.groups > 1:
-            what = f"has groups of {self.group} inputs; {name} of 8 bits is read with one scale a row"
-            raise self.wrong(integers, what)
         if self.out % word and not isinstance(self.layout, PackedLayout):
             what = f"has {self.out} outputs by config.json, but {name} packs {word} into a word"
             raise self.wrong(integers, what)
@@ -522,7 +519,7 @@ def common_group(layout: Layout, inputs: list[int]) -> int:
     Where groups do not divide the inputs the last one is shorter. Then parts of groups that do, each with
     the scale of the whole, say the same.
     """
-    if layout.bits == 8 or layout.group == -1:
+    if layout.group == -1:
         return -1
     parts = [size for size in STORED_GROUP_SIZES if size > 0 and layout.group % size == 0]
     fit = [size for size in parts if all(n % size == 0 or n < size for n in inputs)]

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -97,14 +98,14 @@ def linears() -> None:
         for rows in (1, 32, 64):
             x, after = bf16(rows, inputs), (None, residual[:rows])
             kernels_cuda.linear(x, words, scales, None, *after, *extras, out, bits, False)
-    small, whole = torch.zeros(inputs // 32, out).half(), scales[:1].T.contiguous()
+    small, whole = torch.zeros(inputs // 32, out).half(), scales[:1]
     wide = torch.zeros(out, inputs, dtype=torch.int8)
     for x in (bf16(1, inputs), bf16(64, inputs)):
         for bits in (16, 8, 4):
             kernels_cuda.linear(x, words, scales, scales, None, None, *extras, out, bits, False)
             kernels_cuda.linear(x, words, small, None, None, None, *extras, out, bits, False)
-        for bits in (16, 8):
-            kernels_cuda.linear(x, wide, whole, None, None, None, *extras, out, bits, False)
+        for bits, numbers in product((16, 8), (whole, scales, small)):
+            kernels_cuda.linear(x, wide, numbers, None, None, None, *extras, out, bits, False)
         kernels_cuda.linear(x, bf16(out, inputs), None, None, None, None, *extras, out, 16, True)
     ragged, few = torch.zeros(out, 16 * 3, dtype=torch.int32), torch.zeros(11, out).half()
     for rows in (1, 64):

@@ -92,7 +92,8 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
     head = head.requires_grad_(False)
     guess = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
     head.fc.weight.copy_(guess + noise * torch.randn(size, 2 * size) / size**0.5)
-    return head.to(target.norm.weight.device).attach(target)
+    like = target.norm.weight
+    return head.to(like.device, like.dtype).pack().attach(target)
 
 
 def random_prompts(lengths: list[int], vocab_size: int = 61) -> list[list[int]]:

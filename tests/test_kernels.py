@@ -17,7 +17,8 @@ from model import KVCache, ModelConfig
 from rotation import hadamard
 from runtime import Runtime
 
-FORMATS = ["bf16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4", "w4a16 asymmetric", "w4a8 asymmetric"]
+FORMATS = ["bf16", "w8a16", "w8a8", "w8a16 in groups", "w8a8 in groups", "w4a16", "w4a8", "w4a4"]
+FORMATS += ["w4a16 asymmetric", "w4a8 asymmetric"]
 # out, in, group: whole blocks; no multiple of 64 or 16; a single group; one row of outputs; many groups
 SHAPES = [(192, 256, 128), (100, 96, 32), (37, 80, 80), (1, 64, 64), (70, 1024, 64)]
 ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 100]
@@ -32,7 +33,8 @@ def random_weights(form: str, out: int, inputs: int, group: int):
         return torch.randn(out, inputs).bfloat16(), None, None, activation_bits
     if form.startswith("w8"):
         weight = torch.randint(-128, 128, (out, inputs), dtype=torch.int8)
-        return weight, torch.rand(out, 1).half(), None, activation_bits
+        groups = inputs // group if "groups" in form else 1
+        return weight, torch.rand(out, groups).half(), None, activation_bits
     weight = torch.randint(0, 256, (out, inputs // 2), dtype=torch.uint8)
     zeros = (15 * torch.rand(out, inputs // group)).half() if "asymmetric" in form else None
     return weight, torch.rand(out, inputs // group).half(), zeros, activation_bits

@@ -434,21 +434,32 @@ def test_the_layouts_of_auto_round(tmp_path):
 # ---- 8 bits ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS_8)
-def test_8_bits_are_taken_as_they_are(tmp_path, form):
-    directory, linears = publish(tmp_path, form, -1, True, bits=8)
+IN_GROUPS = [form for form in FORMATS_8 if not form.startswith("int whole")]
+
+
+@pytest.mark.parametrize("form, group", [*((f, -1) for f in FORMATS_8), *((f, 32) for f in IN_GROUPS)])
+def test_8_bits_are_taken_as_they_are(tmp_path, form, group):
+    directory, linears = publish(tmp_path, form, group, True, bits=8)
     checkpoint, tensors = open_checkpoint(directory), read_all(directory)
     assert checkpoint.precision == "w8a16" and checkpoint.quantization.modules_16_bit == ()
     for module, known in linears.items():
         quantized, scales = tensors[f"{module}.quantized"], tensors[f"{module}.scales"]
         assert torch.equal(quantized, (known.q - 128).to(torch.int8)) and quantized.min() == -128
-        assert scales.shape == (len(quantized), 1)
+        assert scales.shape == (len(quantized), 1 if group == -1 else quantized.shape[1] // group)
         assert torch.equal(kernels.dequantize(quantized, scales), known.weight), module
     exact = exact_logits(directory, linears)
     for precision, error in (("w8a16", 0.02), ("w8a8", 0.05)):
         assert (logits(load_model(directory, precision)) - exact).norm() < error * exact.norm()
     with pytest.raises(BadInput, match="has 8-bit weights; use w8a16 or w8a8, not w4a16"):
         load_model(directory, "w4a16")
+
+
+def test_8_bits_in_groups_with_act_order(tmp_path):
+    directory, linears = publish(tmp_path, "gptq", 32, True, SHUFFLED, bits=8)
+    assert any(name.endswith("permutation") for name in read_all(directory))
+    exact = exact_logits(directory, linears)
+    for precision, error in (("w8a16", 0.02), ("w8a8", 0.05)):
+        assert (logits(load_model(directory, precision)) - exact).norm() < error * exact.norm()
 
 
 def test_8_bits_with_act_order_of_one_group(tmp_path):
@@ -464,12 +475,6 @@ def test_8_bits_that_ours_cannot_say_are_refused(tmp_path, form):
         BadInput, match=r"config.json: asymmetric (GPTQ|compressed-tensors .*) of 8 bits is not"
     ):
         open_checkpoint(directory)
-    if not form.startswith("int whole"):
-        directory, _ = publish(tmp_path, form, 32, True, bits=8)
-        with pytest.raises(
-            BadInput, match="q_proj.weight.* has groups of 32|q_proj.qweight has groups of 32"
-        ):
-            open_checkpoint(directory)
 
 
 def test_8_bit_activations(tmp_path, capsys):
@@ -706,7 +711,7 @@ def test_generate_takes_the_directory_as_it_is(tmp_path, capsys):
         ("awq", {"group_size": 64}, r"q_proj.qzeros is I32 \(2, 8\); AutoAWQ gemm has I32 \(1, 8\) here"),
         ("awq", {"group_size": 16}, r"self_attn.*qzeros is I32 \(2, 8\); AutoAWQ gemm has I32 \(4, 8\) here"),
         ("gptq", {"bits": 3}, "GPTQ of 3 bits is not supported"),
-        ("gptq", {"bits": 8}, "q_proj.qweight has groups of 32 inputs; GPTQ of 8 bits is read with one"),
+        ("gptq", {"bits": 8}, r"q_proj.qweight is I32 \(8, 64\); GPTQ has I32 \(16, 64\) here"),
         ("gptq", {"bits": 8, "group_size": -1}, r"qweight is I32 \(8, 64\); GPTQ has I32 \(16, 64\) here"),
         ("gptq", {"bits": "four"}, "config.json: bits is 'four', which is no whole number"),
         ("gptq", {"group_size": "a row"}, "config.json: group_size is 'a row', which is no whole"),
@@ -747,10 +752,7 @@ def test_other_formats_are_refused_by_name(tmp_path, form, changes, message):
 def test_compressed_weights_of_other_widths_are_refused(tmp_path):
     directory, _ = publish(tmp_path, "compressed")
     for changes, message in (
-        (
-            {"num_bits": 8},
-            "weight_packed has groups of 32 inputs; compressed-tensors pack-quantized of 8 bits",
-        ),
+        ({"num_bits": 8}, r"weight_packed is I32 \(64, 8\); compressed-tensors pack-quantized has I32"),
         ({"num_bits": 2}, "int of 2 bits"),
         ({"num_bits": "two"}, "num_bits is 'two', which is no whole number"),
         ({"type": "float"}, "float of 4 bits"),

@@ -78,8 +78,7 @@ def test_greedy_texts_equal_those_of_transformers(questions, reference):
 
 def tree(model) -> TreeDrafter:
     """Of a head that nobody trained: it guesses by the last token alone, so its drafts are bad."""
-    head = guessing_head(model).to(model.norm.weight.dtype).pack()
-    return TreeDrafter(head, 16, 4, 4)
+    return TreeDrafter(guessing_head(model), 16, 4, 4)
 
 
 def methods(target, precision: str) -> dict[str, Drafter]:

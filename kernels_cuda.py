@@ -162,7 +162,8 @@ def sum_inputs(
                     part = tl.dot(w, xc, out_dtype=tl.int32).to(tl.float32)
                 else:
                     part = tl.dot(w.to(tl.bfloat16), xc)
-                scale = tl.load(scales + group_of(first_input, inputs, GROUP) * out + o)
+                # These weights lie in rows, and so do their scales: [out, groups].
+                scale = tl.load(scales + o * (inputs // GROUP) + group_of(first_input, inputs, GROUP))
                 acc += scale.to(tl.float32)[:, None] * part
         else:
             k = c * CHUNK + tl.arange(0, CHUNK)
@@ -261,7 +262,7 @@ def multiply(
     y = torch.empty(n, out, dtype=torch.float32 if float32_out else torch.bfloat16, device=x.device)
     # Rows and outputs of a program decide how often each is read, and no bits.
     block_rows = min(max(triton.next_power_of_2(n), 16), 64)
-    groups = 1 if scales is None else scales.shape[0]
+    groups = count_groups(scales, bits)
     group = inputs // groups if bits == 4 or groups > 1 else 0
     planes = 1 if group % CHUNK.value else 4  # that share a scale
     larger = 2 if block_rows == 64 and planes == 4 else 1
@@ -279,6 +280,11 @@ def multiply(
         BLOCK_ROWS=block_rows, num_warps=larger * plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
+
+
+def count_groups(scales: Tensor | None, bits: int) -> int:
+    """Scales of a row: words have theirs as [groups, out], rows as [out, groups]."""
+    return 1 if scales is None else scales.shape[0 if bits == 4 else 1]
 
 
 def linear(
@@ -300,8 +306,13 @@ def linear(
     float32_out: bool,
     plan: Tiles | None = None,
 ) -> Tensor:
-    """See `kernels.linear`. Weights are int32 words of `reference.pack_words`, int8 or bf16 rows."""
-    if x.dtype != torch.bfloat16 or weight.dtype not in (torch.int32, torch.int8, torch.bfloat16):
+    """See `kernels.linear`. Weights are int32 words of `reference.pack_words` with scales [groups, out], int8
+    rows with scales [out, groups], or bf16 rows."""
+    known = weight.dtype in (torch.int32, torch.int8, torch.bfloat16)
+    narrow = (
+        weight.dtype == torch.int8 and scales.shape[1] > 1 and x.shape[-1] // scales.shape[1] % PLANE.value
+    )
+    if x.dtype != torch.bfloat16 or not known or narrow:
         return reference.linear_reference(
             x, weight, scales, zeros, bias, residual, norm, eps, gated, rotation, power, stride, permutation,
             out_features, activation_bits, float32_out,
@@ -313,7 +324,7 @@ def linear(
         rows, norm, gated = rotate(rows, rotation, power, stride, torch.float32), None, False
     x_scales = None
     if norm is not None or gated or rotation is not None or permutation is not None or activation_bits < 16:
-        groups = scales.shape[0] if activation_bits == 4 else 1
+        groups = scales.shape[0] if activation_bits == 4 else 1  # of 4-bit activations, which meet words
         rows, x_scales = prepare(rows, norm, eps, gated, permutation, activation_bits, groups)
     if residual is not None:
         residual = residual.reshape(-1, out_features).contiguous()

@@ -98,13 +98,13 @@ def linears() -> None:
         for rows in (1, 32, 64):
             x, after = bf16(rows, inputs), (None, residual[:rows])
             kernels_cuda.linear(x, words, scales, None, *after, *extras, out, bits, False)
-    small, whole = torch.zeros(inputs // 32, out).half(), scales[:1]
+    small, whole = torch.zeros(inputs // 32, out).half(), scales[:1].T.contiguous()
     wide = torch.zeros(out, inputs, dtype=torch.int8)
     for x in (bf16(1, inputs), bf16(64, inputs)):
         for bits in (16, 8, 4):
             kernels_cuda.linear(x, words, scales, scales, None, None, *extras, out, bits, False)
             kernels_cuda.linear(x, words, small, None, None, None, *extras, out, bits, False)
-        for bits, numbers in product((16, 8), (whole, scales, small)):
+        for bits, numbers in product((16, 8), (whole, scales.T.contiguous(), small.T.contiguous())):
             kernels_cuda.linear(x, wide, numbers, None, None, None, *extras, out, bits, False)
         kernels_cuda.linear(x, bf16(out, inputs), None, None, None, None, *extras, out, 16, True)
     ragged, few = torch.zeros(out, 16 * 3, dtype=torch.int32), torch.zeros(11, out).half()

@@ -14,6 +14,11 @@ after that is the same for all methods.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import argparse
 import hashlib
 import json
@@ -116,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
     )
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file")
+    source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file, @@ is the text @")
     source.add_argument("--prompt_ids", help="token ids, 1,2,3, used as they are")
     source.add_argument(
         "--prompts", metavar="FILE", help='JSON lines: {"prompt": TEXT} or {"prompt_ids": [...]}'
@@ -403,11 +408,14 @@ def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None)
 
 
 def read_text(value: str) -> str:
-    """--prompt: a text, - for standard input, @FILE for a file. Nothing is stripped."""
+    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with one @. Nothing
+    is stripped."""
     try:
         if value == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        return Path(value[1:]).read_bytes().decode("utf-8") if value.startswith("@") else value
+        if value.startswith("@@") or not value.startswith("@"):
+            return value.removeprefix("@")
+        return Path(value[1:]).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
 
@@ -512,11 +520,16 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         print("no chat template: what you type is continued as text", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()
         if not line:
             return
         try:
-            output = Output(history.ask(line), TextStream(tokenizer, args.stop))
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:  # nothing was asked
+            print(f"error: this line is not UTF-8 text: {error}", file=sys.stderr)
+            continue
+        try:
+            output = Output(history.ask(text), TextStream(tokenizer, args.stop))
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             output.finish("stop")
@@ -700,15 +713,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(build_parser().parse_args(argv))
     except BadInput as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our text, like head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return process.report("error: " + " ".join(str(error).split()), 2)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.run(main))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +56,15 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
     Returns the draft, and the report that the host reads, int64 [B, 2 + max_depth + 1]: the number of tokens
     accepted, the number drafted, then the new tokens. `draft`: verify this one instead of proposing.
     """
-    state, cache, model = level.state, level.cache, level.model
+    state, cache = level.state, level.cache
     if draft is None:
         # 1. Propose. Node 0 is the root, the last committed token; node i continues the text at its parent.
         draft = level.drafter.propose(state)  # tokens, parent: int64 [B, n]
         level.stats.drafting_seconds += level.watch.lap()
     max_depth = draft.max_depth
 
-    def verify(tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def verify(level: Level, tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, cache, model = level.state, level.cache, level.model
         # 2. One forward of the target over all nodes. Each has a slot of its own, and sees its ancestors.
         length, node = state.length, torch.arange(tokens.shape[1], device=tokens.device)
         ancestors, depth = tree_geometry(parent, max_depth)  # [B, n, n], [B, n]
@@ -168,11 +170,11 @@ class Level:
         return pick(logits, positions, self.state.seed, self.setup.sampling)
 
     def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
-        """`verify` of `speculate`, compiled and recorded where the runtime does so: once for each size of
-        drafts. It depends on the level and on `max_depth` alone, so the first one serves all later steps."""
+        """`verify` of `speculate` for this level, compiled and recorded where the runtime does so: once for
+        each size of drafts. It depends on `max_depth` alone, so the first one serves all later steps."""
         key, runtime = (nodes, max_depth), self.setup.runtime
         if key not in self.verifications:
-            self.verifications[key] = runtime.recorded(runtime.compiled(verify))
+            self.verifications[key] = runtime.recorded(runtime.compiled(MethodType(verify, self)))
         return self.verifications[key]
 
     @torch.no_grad()
@@ -811,8 +813,7 @@ class HierarchicalDrafter(Drafter):
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
         self.level = self.make_level(level, renewed)
         runtime = level.setup.runtime
-        feed = runtime.compiled(self.feed)
-        self.feed_some = runtime.recorded(lambda tokens, start: feed(tokens, start, self.level.state))
+        self.feed_some = runtime.recorded(partial(runtime.compiled(self.feed), self.level.state))
 
     def make_level(self, above: Level, renewed: int) -> Level:
         return Level(self.model, self.drafter, above.setup, above, self.shares_cache, renewed)
@@ -842,7 +843,7 @@ class HierarchicalDrafter(Drafter):
         inside.length.copy_(torch.minimum(inside.length, length))
         self.drafter.rewind(inside.length)
 
-    def feed(self, tokens: Tensor, start: Tensor, inside: State) -> tuple:
+    def feed(self, inside: State, tokens: Tensor, start: Tensor) -> tuple:
         """Tokens int64 [B, n] at `start` int64 [B]: the middle model's keys, values and features of them."""
         _, tapped = extend(self.model, self.level.cache, tokens, start, self.level.taps)
         if self.level.taps:

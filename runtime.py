@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ class Runtime:
     cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
 
     def compiled(self, function: Callable) -> Callable:
-        """The function, compiled for every shape that it meets; itself where nothing is compiled."""
+        """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a
+        method, what `without_owner` makes of it."""
         if not self.compile:
-            return function
+            return without_owner(function)
         import torch._dynamo.config  # slow to import, and only needed here
 
         # One function serves every number of nodes, model and batch size of a process: that is not the
@@ -50,7 +53,8 @@ class Runtime:
         # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
         can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
         isolate = {"isolate_recompiles": True} if can_isolate else {}
-        return torch.compile(function, fullgraph=True, dynamic=False, options=options, **isolate)
+        compile = partial(torch.compile, fullgraph=True, dynamic=False, options=options, **isolate)
+        return without_owner(function, compile)
 
     @property
     def records(self) -> bool:
@@ -58,13 +62,28 @@ class Runtime:
         return self.compile and self.device.type == "cuda" and kernels.load_cuda()
 
     def recorded(self, function: Callable) -> Callable:
-        """The function as CUDA graphs; itself where nothing is recorded."""
+        """The function as CUDA graphs; itself where nothing is recorded. Of a method, what `without_owner`
+        makes of it."""
+        function = without_owner(function)
         return Recorded(function, self.pool) if self.records else function
 
     @cached_property
     def pool(self) -> tuple[int, int]:
         """The memory that all graphs share: none needs its own any more when the next one is launched."""
         return torch.cuda.graph_pool_handle()
+
+
+def without_owner(method: Callable, change: Callable = lambda function: function) -> Callable:
+    """A method as a function that does not keep its object alive, after a `change` to what takes the object
+    as its first argument. Any other function goes through `change` alone.
+
+    A decoder keeps its compiled methods. If these kept the decoder, its caches would stay in memory until
+    Python looks for cycles, which it does by the number of objects, not by their size.
+    """
+    if not isinstance(method, MethodType):
+        return change(method)
+    function, owner = change(method.__func__), weakref.ref(method.__self__)
+    return lambda *arguments: function(owner(), *arguments)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -71,6 +71,21 @@ class Runtime:
     def pool(self) -> tuple[int, int]:
         """The memory that all graphs share: none needs its own any more when the next one is launched."""
         return torch.cuda.graph_pool_handle()
+
+
+def no_grad(function: Callable) -> Callable:
+    """`torch.no_grad`, and out of the inference mode that a caller may be in: what a decoder allocates there
+    could not be written to outside."""
+    usual = torch.no_grad()(function)
+
+    @wraps(function)
+    def in_either_mode(*arguments, **named):
+        if not torch.is_inference_mode_enabled():
+            return usual(*arguments, **named)
+        with torch.inference_mode(False):
+            return usual(*arguments, **named)
+
+    return in_either_mode
 
 
 def without_owner(method: Callable, change: Callable = lambda function: function) -> Callable:
@@ -158,7 +173,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-@torch.no_grad()
+@no_grad
 def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
     """Run everything once that decoding will run, so that it is compiled and recorded -> seconds. The level
     must hold no text yet.

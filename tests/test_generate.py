@@ -352,7 +352,7 @@ def test_lines_that_are_nearly_right(capsys, tmp_path):
 
 
 def talk(capsys, monkeypatch, text: str, *flags: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     return run(capsys, "--interactive", *flags)
 
 

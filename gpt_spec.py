@@ -43,7 +43,7 @@ from drafts import (
 )
 from eagle import TreeDrafter  # noqa: F401  all drafters can be imported from here
 from model import BadInput, KVCache, ModelConfig, Transformer
-from prompts import Prompts, plain, short, token_lists, whole_number, whole_numbers
+from prompts import Prompts, number, plain, short, token_lists, whole_number, whole_numbers
 from runtime import Fetch, Runtime, no_grad, warm_up
 
 # --------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ class Decoder(Level):
         `reuse` continues a conversation: what a prompt shares with the row's last text is not computed again.
         `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
         """
-        prompts = token_lists(prompts, None) if len(prompts) else []
+        prompts = token_lists(prompts, None)
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
@@ -514,7 +514,7 @@ def generate(
     for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
         print(emissions[0].tokens)
     """
-    ids = token_lists(prompts, tokenizer)
+    ids = token_lists(prompts, tokenizer) or [[]]  # which `run` refuses
     longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
     decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
@@ -692,6 +692,8 @@ class SequentialDrafter(Drafter):
         `shares_cache`: the model is the target in another precision of activations, and uses its cache.
         """
         k = CHAIN_SIZES[-1] - 1 if speculate_k is None else whole_number("speculate_k", speculate_k, 1)
+        if not 0 <= number("draft_confidence", draft_confidence) <= 1:
+            raise BadInput(f"draft_confidence is {draft_confidence}; it is a probability, 0 (off) to 1")
         self.model, self.shares_cache, self.max_nodes = model, shares_cache, k + 1
         self.models = () if shares_cache else (model,)
         self.draft_confidence, self.needs_costs = draft_confidence, speculate_k is None

@@ -49,13 +49,14 @@ def whole_numbers(name: str, values: Any) -> list[int]:
 
 
 def token_lists(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
-    """Every prompt as token ids. Of a 2-D tensor, as transformers' `input_ids`, each row is a prompt: padding
-    counts as text. Raises BadInput for what is no prompt, and for texts without a tokenizer."""
+    """Every prompt as token ids; of an empty list, none. Of a 2-D tensor, as transformers' `input_ids`, each
+    row is a prompt, and padding counts as text. Raises BadInput for what is no prompt, and for texts without
+    a tokenizer."""
     prompts = plain(prompts)
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
         raise BadInput(f"prompts are token ids or texts, not {short(prompts)}")
     prompts = [prompts] if isinstance(prompts, str) else [plain(prompt) for prompt in prompts]
-    if not prompts or not isinstance(prompts[0], (str, Iterable)):
+    if prompts and not isinstance(prompts[0], Iterable):  # a text is one, too
         prompts = [prompts]  # one prompt of token ids
     return [tokens_of(prompt, tokenizer) for prompt in prompts]
 

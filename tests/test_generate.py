@@ -263,6 +263,20 @@ def test_a_prompt_is_used_as_it_is(capsys, tmp_path, monkeypatch):
     assert run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, ids)))["outputs"] == direct
 
 
+def test_a_prompt_that_begins_with_at(capsys, tmp_path, monkeypatch):
+    """@ names a file; @@ stands for a text that begins with one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataclass").write_text("in the file")
+    (tmp_path / "@dataclass").write_text("in the other file")
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    texts = {"@dataclass": "in the file", "@@dataclass": "@dataclass", "@./@dataclass": "in the other file"}
+    texts |= {"@@@": "@@", "@@": "@", "a@@b": "a@@b"}
+    for prompt, text in texts.items():
+        [output] = run_json(capsys, *EAGER, "--max_new_tokens", "1", "--prompt", prompt)["outputs"]
+        assert output["prompt_ids"] == tokenizer.encode(text)
+    assert_refused(capsys, [*EAGER, "--prompt", "@missing"], "--prompt: @missing cannot be read")
+
+
 def test_an_empty_prompt_begins_at_the_beginning(capsys):
     [output] = run_json(capsys, *SHORT, "--prompt", "")["outputs"]
     assert output["prompt_ids"] == [1] and output["text"]
@@ -351,8 +365,9 @@ def test_lines_that_are_nearly_right(capsys, tmp_path):
 # ---- conversations -------------------------------------------------------------------------------
 
 
-def talk(capsys, monkeypatch, text: str, *flags: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+def talk(capsys, monkeypatch, text: str | bytes, *flags: str) -> tuple[int, str, str]:
+    typed = text.encode() if isinstance(text, str) else text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     return run(capsys, "--interactive", *flags)
 
 
@@ -365,6 +380,13 @@ def test_interactive_continues_the_text(capsys, monkeypatch):
     history = first["prompt_ids"] + first["token_ids"] + tokenizer.encode_ordinary("class A:\n")
     second = run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, history)))["outputs"][0]
     assert out.rstrip("\n").endswith(second["text"].rstrip("\n"))
+
+
+def test_a_bad_byte_is_not_asked_and_ends_nothing(capsys, monkeypatch):
+    _, expected, _ = talk(capsys, monkeypatch, "def f(x):\nclass A:\n", *SHORT)
+    status, out, err = talk(capsys, monkeypatch, b"def f(x):\ndef g(\xff\nclass A:\n", *SHORT)
+    assert (status, out) == (0, expected)
+    assert err.count("error: this line is not UTF-8") == err.count("error") == 1
 
 
 @pytest.fixture(scope="module")

@@ -408,8 +408,7 @@ def compare_vocabularies(target: Target, size: int, tokenizer: Tokenizer | None)
 
 
 def read_text(value: str) -> str:
-    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with one @. Nothing
-    is stripped."""
+    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with @."""
     try:
         if value == "-":
             return sys.stdin.buffer.read().decode("utf-8")
@@ -524,16 +523,14 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         if not line:
             return
         try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:  # nothing was asked
-            print(f"error: this line is not UTF-8 text: {error}", file=sys.stderr)
-            continue
-        try:
-            output = Output(history.ask(text), TextStream(tokenizer, args.stop))
+            output = Output(history.ask(line.decode("utf-8")), TextStream(tokenizer, args.stop))
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             output.finish("stop")
             print()
+        except UnicodeDecodeError as error:  # nothing was asked
+            print(f"error: this line is not UTF-8 text: {error}", file=sys.stderr)
+            continue
         except BadInput as error:
             print(f"error: {error}; the conversation starts anew", file=sys.stderr)
             history = Conversation(tokenizer, args)

@@ -149,7 +149,7 @@ def test_what_is_no_prompt_is_refused_in_a_line(target, prompts, words):
     with pytest.raises(BadInput):
         complete(target, prompts, **FEW)
     decoder = Decoder(target, max_length=32, compile=False)
-    if prompts == []:  # a list of prompts, of which there are none
+    if isinstance(prompts, list) and not prompts:  # a list of prompts, of which there are none
         assert list(decoder.run(prompts, 4)) == []
     else:
         with pytest.raises(BadInput):

@@ -313,11 +313,8 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
     A head of the target's hidden size belongs to the target. Any other head belongs to the small model, and
     makes a hierarchy. One of the shipped models is not tried: it takes minutes to compile, and loses.
     """
-    shipped, small, head = (
-        args.checkpoint_path is None,
-        args.draft_checkpoint_path,
-        args.eagle_checkpoint_path,
-    )
+    shipped = args.checkpoint_path is None
+    small, head = args.draft_checkpoint_path, args.eagle_checkpoint_path
     names = ["lookup"]
     if small != "self" and (small or shipped):
         names.append("sequential")
@@ -519,15 +516,17 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         print("no chat template: what you type is continued as text", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()
+        line, output = sys.stdin.buffer.readline(), None
         if not line:
             return
         try:
             output = Output(history.ask(line.decode("utf-8")), TextStream(tokenizer, args.stop))
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
-            output.finish("stop")
             print()
+            if output is None:  # nothing was asked yet
+                continue
+            output.finish("stop")
         except UnicodeDecodeError as error:  # nothing was asked
             print(f"error: this line is not UTF-8 text: {error}", file=sys.stderr)
             continue
@@ -549,12 +548,13 @@ class Conversation:
     def ask(self, line: str) -> list[int]:
         """The prompt that ends with this line from the user."""
         if self.tokenizer.template is None:
-            self.ids = self.ids + (
-                self.tokenizer.encode_text(line) if self.ids else self.tokenizer.encode(line)
-            )
+            encode = self.tokenizer.encode_text if self.ids else self.tokenizer.encode
+            self.ids = self.ids + encode(line)
             return self.ids
-        self.messages.append({"role": "user", "content": line.rstrip("\n")})
-        return self.tokenizer.encode_chat(self.messages, **self.template_kwargs)
+        messages = [*self.messages, {"role": "user", "content": line.rstrip("\n")}]
+        ids = self.tokenizer.encode_chat(messages, **self.template_kwargs)
+        self.messages = messages  # last: Ctrl-C may have come before
+        return ids
 
     def answer(self, output: Output) -> None:
         """Add the answer to the history."""

@@ -389,6 +389,25 @@ def test_a_bad_byte_is_not_asked_and_ends_nothing(capsys, monkeypatch):
     assert err.count("error: this line is not UTF-8") == err.count("error") == 1
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_ctrl_c_before_an_answer_takes_the_question_back(capsys, monkeypatch, chat_model, chat):
+    flags = [*SHORT, "--stop", "\n\n", *(["--checkpoint_path", chat_model] if chat else [])]
+    _, expected, _ = talk(capsys, monkeypatch, "def f(x):\nclass A:\n", *flags)
+    encode = "encode_chat" if chat else "encode_text"
+    original, calls = getattr(generate.Tokenizer, encode), []
+
+    def interrupted(self, *arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 2:  # the second question
+            raise KeyboardInterrupt
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(generate.Tokenizer, encode, interrupted)
+    status, out, _ = talk(capsys, monkeypatch, "def f(x):\ndef g(\nclass A:\n", *flags)
+    assert status == 0 and len(calls) == 3
+    assert out.replace("\n", "") == expected.replace("\n", "")
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """The shipped target with a chat template."""

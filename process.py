@@ -15,6 +15,7 @@ for programs alone: who imports gpt-spec as a library keeps the streams and the 
 from __future__ import annotations
 
 import _signal as signal  # all of it that is needed here: importing the rest takes as long as Python to start
+import atexit
 import io
 import os
 import sys
@@ -31,6 +32,7 @@ UNREAD = 141  # where the reader of standard output has left
 def begin() -> None:
     """Before the imports: streams that can be used, and Ctrl-C that ends the program at once."""
     heed_ctrl_c(leave)
+    atexit.register(heed_ctrl_c, signal.SIG_IGN)  # Python would put back the default, which kills
     sys.unraisablehook = ignore_or_leave
     open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
@@ -38,9 +40,9 @@ def begin() -> None:
     sys.stderr = io.TextIOWrapper(forgiving, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
-def heed_ctrl_c(handler: Callable) -> None:
+def heed_ctrl_c(handler: Callable | int) -> None:
     """Have Ctrl-C call this. Not where it is ignored, as a shell wants of what runs in the background."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
 
 

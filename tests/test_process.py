@@ -74,6 +74,14 @@ def test_ctrl_c_in_a_program(body):
     assert interrupt(start("-c", program(body))) == (130, "", "\ninterrupted\n")
 
 
+def test_ctrl_c_is_ignored_where_nothing_is_left_to_do():
+    """The modules are taken down: what was asked for is done, and Python has no handlers any more."""
+    last = "class Last:\n    def __del__(self, read=os.read, write=os.write):\n"
+    last += "        write(1, b'inside\\n')\n        read(0, 1)\n"
+    body = program("global last\nlast = Last()\nreturn 0").replace("def main", last + "def main")
+    assert interrupt(start("-c", body)) == (0, "", "")
+
+
 def test_ctrl_c_stays_ignored_where_it_was():
     body = "import signal\nprint('inside', flush=True)\nsys.stdin.readline()\n"
     body += "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\nprint('done')\nreturn 0"

@@ -243,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(build_parser().parse_args(argv))
     except BadInput as error:
         return process.report("error: " + " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return process.report("\ninterrupted", process.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
     if args.chat and args.prompt_ids:
         raise BadInput("--chat needs a text to put into the template, not --prompt_ids")
-    if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
+    profile = Path(args.profile or __file__)  # what is no file, like /dev/null, would be replaced by one
+    if (profile.exists() and not profile.is_file()) or not profile.absolute().parent.is_dir():
         raise BadInput(f"--profile: {args.profile} is no file that can be written")
     check_device(args.device)
 
@@ -711,6 +712,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(build_parser().parse_args(argv))
     except BadInput as error:
         return process.report("error: " + " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return process.report("\ninterrupted", process.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -565,6 +565,8 @@ def main(argv: list[str] | None = None) -> int:
         run(build_parser().parse_args(argv))
     except BadInput as error:
         return process.report("error: " + " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return process.report("\ninterrupted", process.INTERRUPTED)
     return 0
 
 

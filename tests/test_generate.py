@@ -521,6 +521,12 @@ def test_wrong_flags_get_one_line(capsys, flags, words):
     assert_refused(capsys, [*EAGER, *flags], *words)
 
 
+def test_a_profile_does_not_take_the_place_of_a_device(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(capsys, [*SHORT, "--profile", str(tmp_path / "pipe")], "--profile", "pipe")
+    assert not (tmp_path / "pipe").is_file()
+
+
 def test_a_drafter_of_another_vocabulary(capsys, tiny, tmp_path):
     assert_refused(capsys, [*EAGER, "--draft_checkpoint_path", tiny], "another vocabulary", "61", "4096")
     other = tmp_path / "other"

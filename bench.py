@@ -44,6 +44,11 @@ host's.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import argparse
 import json
 import subprocess
@@ -237,12 +242,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(build_parser().parse_args(argv))
     except BadInput as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return process.report("error: " + " ".join(str(error).split()), 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        return process.report("\ninterrupted", process.INTERRUPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.run(main))

@@ -23,6 +23,7 @@ from torch import Tensor
 import kernels
 from costs import Pace, Stats
 from model import BadInput, CheckpointModule, KVCache, Transformer
+from prompts import number, whole_number
 
 # --------------------------------------------------------------------------------------------------
 # Sampling: greedy decoding of perturbed logits
@@ -39,14 +40,23 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self):
+        for name, read in (("temperature", number), ("top_p", number), ("top_k", whole_number)):
+            object.__setattr__(self, name, read(name, getattr(self, name)))  # perhaps of NumPy
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if not 0 <= self.temperature < math.inf:
             raise BadInput(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:
             raise BadInput(f"top_k is {self.top_k}; it must be 0 (keep all) or the number of tokens to keep")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not -(2**62) < self.seed < 2**62:
-            raise BadInput(f"seed is {self.seed}; it must be between -2**62 and 2**62")
+
+
+def check_seed(value: Any) -> int:
+    """A seed. BadInput where seed + the index of a prompt might not be an int64."""
+    seed = whole_number("seed", value)
+    if not -(2**62) < seed < 2**62:
+        raise BadInput(f"seed is {seed}; it must be between -2**62 and 2**62")
+    return seed
 
 
 def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -47,6 +47,8 @@ from model import (
     RMSNorm,
     Transformer,
 )
+from prompts import whole_number
+from runtime import no_grad
 
 # --------------------------------------------------------------------------------------------------
 # Heads
@@ -222,6 +224,7 @@ class TreeDrafter(Drafter):
 
     SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
 
+    @no_grad
     def __init__(
         self,
         head: EagleHead,
@@ -230,6 +233,9 @@ class TreeDrafter(Drafter):
         tree_topk: int = TREE_TOPK,
     ):
         """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
+        tree_depth = whole_number("tree_depth", tree_depth)
+        tree_topk = whole_number("tree_topk", tree_topk, 1)
+        tree_size = None if tree_size is None else whole_number("tree_size", tree_size)
         if not 1 <= tree_depth <= MAX_DRAFT_DEPTH:
             raise BadInput(f"tree_depth is {tree_depth}; it must be 1 to {MAX_DRAFT_DEPTH}")
         pool = tree_topk + (tree_depth - 1) * tree_topk**2

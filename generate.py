@@ -14,6 +14,11 @@ after that is the same for all methods.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import argparse
 import hashlib
 import json
@@ -116,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
     )
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file")
+    source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file, @@ is the text @")
     source.add_argument("--prompt_ids", help="token ids, 1,2,3, used as they are")
     source.add_argument(
         "--prompts", metavar="FILE", help='JSON lines: {"prompt": TEXT} or {"prompt_ids": [...]}'
@@ -212,7 +217,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
     if args.chat and args.prompt_ids:
         raise BadInput("--chat needs a text to put into the template, not --prompt_ids")
-    if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
+    profile = Path(args.profile or __file__)  # what is no file, like /dev/null, would be replaced by one
+    if (profile.exists() and not profile.is_file()) or not profile.absolute().parent.is_dir():
         raise BadInput(f"--profile: {args.profile} is no file that can be written")
     check_device(args.device)
 
@@ -308,11 +314,8 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
     A head of the target's hidden size belongs to the target. Any other head belongs to the small model, and
     makes a hierarchy. One of the shipped models is not tried: it takes minutes to compile, and loses.
     """
-    shipped, small, head = (
-        args.checkpoint_path is None,
-        args.draft_checkpoint_path,
-        args.eagle_checkpoint_path,
-    )
+    shipped = args.checkpoint_path is None
+    small, head = args.draft_checkpoint_path, args.eagle_checkpoint_path
     names = ["lookup"]
     if small != "self" and (small or shipped):
         names.append("sequential")
@@ -395,11 +398,13 @@ def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transform
 
 
 def read_text(value: str) -> str:
-    """--prompt: a text, - for standard input, @FILE for a file. Nothing is stripped."""
+    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with @."""
     try:
         if value == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        return Path(value[1:]).read_bytes().decode("utf-8") if value.startswith("@") else value
+        if value.startswith("@@") or not value.startswith("@"):
+            return value.removeprefix("@")
+        return Path(value[1:]).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
 
@@ -504,15 +509,20 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         print("no chat template: what you type is continued as text", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line, output = sys.stdin.buffer.readline(), None
         if not line:
             return
         try:
-            output = Output(history.ask(line), TextStream(tokenizer, args.stop))
+            output = Output(history.ask(line.decode("utf-8")), TextStream(tokenizer, args.stop))
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
-            output.finish("stop")
             print()
+            if output is None:  # nothing was asked yet
+                continue
+            output.finish("stop")
+        except UnicodeDecodeError as error:  # nothing was asked
+            print(f"error: this line is not UTF-8 text: {error}", file=sys.stderr)
+            continue
         except BadInput as error:
             print(f"error: {error}; the conversation starts anew", file=sys.stderr)
             history = Conversation(tokenizer, args)
@@ -531,12 +541,13 @@ class Conversation:
     def ask(self, line: str) -> list[int]:
         """The prompt that ends with this line from the user."""
         if self.tokenizer.template is None:
-            self.ids = self.ids + (
-                self.tokenizer.encode_text(line) if self.ids else self.tokenizer.encode(line)
-            )
+            encode = self.tokenizer.encode_text if self.ids else self.tokenizer.encode
+            self.ids = self.ids + encode(line)
             return self.ids
-        self.messages.append({"role": "user", "content": line.rstrip("\n")})
-        return self.tokenizer.encode_chat(self.messages, **self.template_kwargs)
+        messages = [*self.messages, {"role": "user", "content": line.rstrip("\n")}]
+        ids = self.tokenizer.encode_chat(messages, **self.template_kwargs)
+        self.messages = messages  # last: Ctrl-C may have come before
+        return ids
 
     def answer(self, output: Output) -> None:
         """Add the answer to the history."""
@@ -692,15 +703,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(build_parser().parse_args(argv))
     except BadInput as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return process.report("error: " + " ".join(str(error).split()), 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our text, like head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return process.report("\ninterrupted", process.INTERRUPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.run(main))

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from costs import Acceptance, Clock, Stats, Stopwatch
@@ -34,6 +35,7 @@ from drafts import (
     State,
     Verified,
     accept,
+    check_seed,
     check_vocabulary,
     extend,
     pick,
@@ -42,7 +44,8 @@ from drafts import (
 )
 from eagle import TreeDrafter  # noqa: F401  all drafters can be imported from here
 from model import BadInput, KVCache, ModelConfig, Transformer
-from runtime import Fetch, Runtime, warm_up
+from prompts import Prompts, number, plain, short, token_lists, whole_number, whole_numbers
+from runtime import Fetch, Runtime, no_grad, warm_up
 
 # --------------------------------------------------------------------------------------------------
 # The loop
@@ -56,14 +59,15 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
     Returns the draft, and the report that the host reads, int64 [B, 2 + max_depth + 1]: the number of tokens
     accepted, the number drafted, then the new tokens. `draft`: verify this one instead of proposing.
     """
-    state, cache, model = level.state, level.cache, level.model
+    state, cache = level.state, level.cache
     if draft is None:
         # 1. Propose. Node 0 is the root, the last committed token; node i continues the text at its parent.
         draft = level.drafter.propose(state)  # tokens, parent: int64 [B, n]
         level.stats.drafting_seconds += level.watch.lap()
     max_depth = draft.max_depth
 
-    def verify(tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def verify(level: Level, tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, cache, model = level.state, level.cache, level.model
         # 2. One forward of the target over all nodes. Each has a slot of its own, and sees its ancestors.
         length, node = state.length, torch.arange(tokens.shape[1], device=tokens.device)
         ancestors, depth = tree_geometry(parent, max_depth)  # [B, n, n], [B, n]
@@ -171,14 +175,14 @@ class Level:
         return pick(logits[..., : self.vocabulary], positions, self.state.seed, self.setup.sampling)
 
     def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
-        """`verify` of `speculate`, compiled and recorded where the runtime does so: once for each size of
-        drafts. It depends on the level and on `max_depth` alone, so the first one serves all later steps."""
+        """`verify` of `speculate` for this level, compiled and recorded where the runtime does so: once for
+        each size of drafts. It depends on `max_depth` alone, so the first one serves all later steps."""
         key, runtime = (nodes, max_depth), self.setup.runtime
         if key not in self.verifications:
-            self.verifications[key] = runtime.recorded(runtime.compiled(verify))
+            self.verifications[key] = runtime.recorded(runtime.compiled(MethodType(verify, self)))
         return self.verifications[key]
 
-    @torch.no_grad()
+    @no_grad
     def begin(self) -> Step:
         """Begin a step. On a GPU this returns before the step is finished."""
         self.watch.start()
@@ -199,7 +203,7 @@ class Level:
         step = self.begin()
         return step.draft, self.read(step)
 
-    @torch.no_grad()
+    @no_grad
     def commit(self, draft: Draft) -> list[Verified]:
         """Verify a given draft and keep what was accepted -> what became of every row."""
         draft, report = speculate(self, draft)
@@ -288,7 +292,7 @@ class Row:
 class Decoder(Level):
     """A target, a drafter and their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
 
-    @torch.no_grad()
+    @no_grad
     def __init__(
         self,
         model: Transformer,
@@ -298,37 +302,67 @@ class Decoder(Level):
         batch_size: int = 1,
         compile: bool = True,
     ):
+        drafter = Drafter() if drafter is None else drafter
+        self.max_length = whole_number("max_length", max_length, 2)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        check_parts(drafter, sampling)
         kernels.load()
-        check_dynamic(model.config, max_length)
-        drafter, self.max_length = drafter or Drafter(), max_length
+        check_dynamic(model.config, self.max_length)
         runtime = Runtime(compile, model.norm.weight.device)
-        super().__init__(model, drafter, Setup(sampling, batch_size, max_length + drafter.slack, runtime))
+        slots = self.max_length + drafter.slack
+        super().__init__(model, drafter, Setup(sampling, batch_size, slots, runtime))
         # Begin the next step before this one is read? If the device does all the work of a step, it then
         # never waits for the host. In return, the drafter learns from a step one step late.
         self.runs_ahead = self.is_one_graph
 
     def run(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         max_new_tokens: int = 200,
-        stop_ids: Iterable[int] = (),
+        stop_ids: Iterable[int] | int = (),
         should_stop: Callable[[int, int], bool] | None = None,
         stats: Stats | None = None,
         reuse: bool = False,
         seeds: list[int] | None = None,
     ) -> Iterator[list[Emission]]:
         """Decode all prompts, yielding what every step emits. A row whose text has ended takes the next one.
+        What cannot be decoded is refused at once, with a BadInput.
 
         `should_stop(prompt index, token)` is asked about every token in order; true ends the text with it.
         `reuse` continues a conversation: what a prompt shares with the row's last text is not computed again.
         `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
         """
-        self.check_request(prompts, max_new_tokens)
+        prompts, max_new_tokens = (
+            token_lists(prompts, None),
+            whole_number("max_new_tokens", max_new_tokens, 1),
+        )
+        for tokens in prompts:
+            check_prompt(self.model.config, tokens, self.max_length)
+            for model in (self.model, *self.drafter.models):
+                check_window(model.config, min(len(tokens) + max_new_tokens, self.max_length))
+        if seeds is None:
+            seeds = [self.setup.sampling.seed + i for i in range(len(prompts))]
+        else:
+            seeds = [check_seed(seed) for seed in whole_numbers("seed", seeds)]
+        if len(seeds) != len(prompts):
+            raise BadInput(f"there are {len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
+        stops = plain(stop_ids)
+        stops = frozenset(whole_numbers("stop id", [stops] if isinstance(stops, int) else stops))
+        ends = partial(text_ends, stops, should_stop)
+        return self.decode(prompts, max_new_tokens, ends, Stats() if stats is None else stats, reuse, seeds)
+
+    def decode(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        ends: Callable[[int, int], bool],
+        stats: Stats,
+        reuse: bool,
+        seeds: list[int],
+    ) -> Iterator[list[Emission]]:
+        """`run`, after its checks. `ends(prompt index, token)`: does a text end with this token?"""
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
-        stats = Stats() if stats is None else stats
         self.count_into(stats)
-        seeds = seeds or [self.setup.sampling.seed + i for i in range(len(prompts))]
-        ends = partial(text_ends, frozenset(stop_ids), should_stop)
         waiting, total, watch = deque(range(len(prompts))), Stopwatch(), Stopwatch()
         rows: list[Row | None] = [None] * self.setup.batch_size
         ahead: tuple[Step, list[Row | None]] | None = None  # a step that was begun, and for which texts
@@ -361,7 +395,7 @@ class Decoder(Level):
             if emissions:  # none where all texts that the step was begun for are done
                 yield emissions
 
-    @torch.no_grad()
+    @no_grad
     def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
         """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
         state, device = self.state, self.state.tokens.device
@@ -405,21 +439,22 @@ class Decoder(Level):
         most = step.draft.max_depth + 1
         return self.runs_ahead and all(row is None or row.budget > most for row in rows)
 
-    def check_request(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        """Raise BadInput for what cannot be decoded."""
-        if max_new_tokens < 1:
-            raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        for tokens in prompts:
-            check_prompt(self.model.config, tokens, self.max_length)
-            for model in (self.model, *self.drafter.models):
-                check_window(model.config, min(len(tokens) + max_new_tokens, self.max_length))
-
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
         """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
         valid = int(self.state.length[row]) - 1  # a drafter may lack the last one
         old = self.state.tokens[row, : max(valid, 0)].tolist()
         pairs = zip(old, tokens[:-1])
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
+
+
+def check_parts(drafter: Any, sampling: Any) -> None:
+    """Raise BadInput for a drafter or a sampling that is something else."""
+    if isinstance(drafter, nn.Module):
+        kind = type(drafter).__name__
+        raise BadInput(f"drafter is a {kind}, not a Drafter that uses it, like SequentialDrafter(model)")
+    for name, value, kind in (("drafter", drafter, Drafter), ("sampling", sampling, Sampling)):
+        if not isinstance(value, kind):
+            raise BadInput(f"{name} is {short(value)}; it must be a {kind.__name__}")
 
 
 def text_ends(stop_ids: frozenset[int], should_stop: Callable | None, prompt: int, token: int) -> bool:
@@ -477,9 +512,6 @@ def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> Non
         raise BadInput(f"the prompt has the token id {wrong}; the model knows 0 to {config.vocab_size - 1}")
 
 
-Prompts = list[int] | list[list[int]] | str | list[str]
-
-
 def generate(
     model: Transformer,
     prompts: Prompts,
@@ -493,19 +525,21 @@ def generate(
 ) -> Iterator[list[Emission]]:
     """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`.
 
-    Prompts are token ids, or texts where there is a `tokenizer` (anything with `encode` and `decode`).
+    Prompts are token ids in lists, tensors or arrays, of which a 2-D one is a batch, or texts where there is
+    a `tokenizer` (anything with `encode` and `decode`).
 
     stats = Stats()
     for emissions in generate(model, [1, 306, 626], drafter=SequentialDrafter(small), stats=stats):
         print(emissions[0].tokens)
     """
-    ids = prompt_ids(prompts, tokenizer)
-    longest = max(map(len, ids), default=0) + max_new_tokens
+    ids = token_lists(prompts, tokenizer) or [[]]  # which `run` refuses
+    longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
     decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
-    stats = options.setdefault("stats", Stats())
+    options["stats"] = stats = options.get("stats") or Stats()
+    steps = decoder.run(ids, max_new_tokens, **options)  # what it refuses, it refuses before the warm-up
     stats.compile_seconds += decoder.warm_up()
-    yield from decoder.run(ids, max_new_tokens, **options)
+    yield from steps
 
 
 @dataclass
@@ -526,7 +560,7 @@ class Completion:
 
 def complete(model: Transformer, prompts: Prompts, tokenizer: Any = None, **options) -> list[Completion]:
     """`generate` with the same arguments, but whole texts at the end, in the order of the prompts."""
-    texts = [Completion(ids) for ids in prompt_ids(prompts, tokenizer)]
+    texts = [Completion(ids) for ids in token_lists(prompts, tokenizer)]
     for emissions in generate(model, [text.prompt_ids for text in texts], **options):
         for emission in emissions:
             text = texts[emission.prompt_index]
@@ -537,15 +571,6 @@ def complete(model: Transformer, prompts: Prompts, tokenizer: Any = None, **opti
     for text in texts:
         text.text = tokenizer and tokenizer.decode(text.token_ids)
     return texts
-
-
-def prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
-    """Every prompt as token ids. BadInput for texts without a tokenizer."""
-    one = isinstance(prompts, str) or not prompts or isinstance(prompts[0], int)
-    prompts = [prompts] if one else prompts
-    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-        raise BadInput("a prompt is a text, and there is no tokenizer; give its token ids")
-    return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,9 +585,8 @@ class LookupDrafter(Drafter):
 
     def __init__(self, speculate_k: int = 4, ngram: int = 6):
         """`ngram`: tokens that agree, at most. The longest repetition counts, and of these the latest."""
-        if speculate_k < 1:
-            raise BadInput(f"speculate_k is {speculate_k}; it must be at least 1")
-        self.max_nodes, self.ngram = speculate_k + 1, ngram
+        self.max_nodes = whole_number("speculate_k", speculate_k, 1) + 1
+        self.ngram = whole_number("ngram", ngram, 1)
 
     def start(self, level: Level) -> None:
         super().start(level)
@@ -686,10 +710,10 @@ class SequentialDrafter(Drafter):
 
         `shares_cache`: the model is the target in another precision of activations, and uses its cache.
         """
-        if speculate_k is not None and speculate_k < 1:
-            raise BadInput(f"speculate_k is {speculate_k}; it must be at least 1")
-        self.model, self.shares_cache = model, shares_cache
-        self.max_nodes = CHAIN_SIZES[-1] if speculate_k is None else speculate_k + 1
+        k = CHAIN_SIZES[-1] - 1 if speculate_k is None else whole_number("speculate_k", speculate_k, 1)
+        if not 0 <= number("draft_confidence", draft_confidence) <= 1:
+            raise BadInput(f"draft_confidence is {draft_confidence}; it is a probability, 0 (off) to 1")
+        self.model, self.shares_cache, self.max_nodes = model, shares_cache, k + 1
         self.models = () if shares_cache else (model,)
         self.draft_confidence, self.needs_costs = draft_confidence, speculate_k is None
         self.needs_host = draft_confidence > 0 or self.needs_costs
@@ -805,6 +829,7 @@ class HierarchicalDrafter(Drafter):
         cache. It never writes below `length`, and the keys, values and features that it writes above are
         replaced by the target's when it verifies.
         """
+        min_draft_length = whole_number("min_draft_length", min_draft_length)
         if not 1 <= min_draft_length <= MAX_DRAFT_DEPTH:
             raise BadInput(f"min_draft_length is {min_draft_length}; it must be 1 to {MAX_DRAFT_DEPTH}")
         self.model, self.drafter, self.shares_cache = model, drafter, shares_cache
@@ -830,8 +855,7 @@ class HierarchicalDrafter(Drafter):
         check_vocabulary(self.model.config.vocab_size, level.vocabulary)
         self.level = self.make_level(level, renewed)
         runtime = level.setup.runtime
-        feed = runtime.compiled(self.feed)
-        self.feed_some = runtime.recorded(lambda tokens, start: feed(tokens, start, self.level.state))
+        self.feed_some = runtime.recorded(partial(runtime.compiled(self.feed), self.level.state))
 
     def make_level(self, above: Level, renewed: int) -> Level:
         return Level(self.model, self.drafter, above.setup, above, self.shares_cache, renewed)
@@ -861,7 +885,7 @@ class HierarchicalDrafter(Drafter):
         inside.length.copy_(torch.minimum(inside.length, length))
         self.drafter.rewind(inside.length)
 
-    def feed(self, tokens: Tensor, start: Tensor, inside: State) -> tuple:
+    def feed(self, inside: State, tokens: Tensor, start: Tensor) -> tuple:
         """Tokens int64 [B, n] at `start` int64 [B]: the middle model's keys, values and features of them."""
         _, tapped = extend(self.model, self.level.cache, tokens, start, self.level.taps)
         if self.level.taps:

@@ -138,7 +138,7 @@ def load_cuda() -> bool:
 
 
 def compiled_library() -> Path:
-    """The shared library of `PATH`, compiled if the cache does not have it yet."""
+    """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
     source, torch_directory = Path(__file__).with_name("kernels.cpp"), Path(torch.__file__).parent
     compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler) is None:
@@ -148,15 +148,32 @@ def compiled_library() -> Path:
     key = " ".join([compiler, *options, torch.__version__, str(torch_directory)])
     name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + source.read_bytes()).hexdigest()[:16]}.so"
     library = cache_directory() / name
-    if not library.exists():
+    if not is_whole(library):
         print(f"compiling kernels.cpp for {PATH}, once on this machine", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
             includes = [f"-isystem{torch_directory / 'include'}"]
             links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
             command = [compiler, *options, *includes, str(source), "-o", f"{scratch}/{name}", *links]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            seal(Path(scratch, name))
             os.replace(f"{scratch}/{name}", library)
     return library
+
+
+def seal(file: Path) -> None:
+    """Append the hash of what is in the file, which a loader does not look at."""
+    digest = hashlib.sha256(file.read_bytes()).digest()
+    with file.open("ab") as end:
+        end.write(digest)
+
+
+def is_whole(file: Path) -> bool:
+    """Is the file there, as it was sealed? Loading a library that was cut off can kill the process."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def cache_directory() -> Path:

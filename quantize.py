@@ -15,6 +15,11 @@ adds a pass over the layers: each is read, run, rounded and forgotten.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import argparse
 import json
 import math
@@ -559,13 +564,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(build_parser().parse_args(argv))
     except BadInput as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return process.report("error: " + " ".join(str(error).split()), 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        return process.report("\ninterrupted", process.INTERRUPTED)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.run(main))

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ class Runtime:
     cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
 
     def compiled(self, function: Callable) -> Callable:
-        """The function, compiled for every shape that it meets; itself where nothing is compiled."""
+        """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a
+        method, what `without_owner` makes of it."""
         if not self.compile:
-            return function
+            return without_owner(function)
         import torch._dynamo.config  # slow to import, and only needed here
 
         # One function serves every number of nodes, model and batch size of a process: that is not the
@@ -50,7 +53,8 @@ class Runtime:
         # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
         can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
         isolate = {"isolate_recompiles": True} if can_isolate else {}
-        return torch.compile(function, fullgraph=True, dynamic=False, options=options, **isolate)
+        compile = partial(torch.compile, fullgraph=True, dynamic=False, options=options, **isolate)
+        return without_owner(function, compile)
 
     @property
     def records(self) -> bool:
@@ -58,13 +62,43 @@ class Runtime:
         return self.compile and self.device.type == "cuda" and kernels.load_cuda()
 
     def recorded(self, function: Callable) -> Callable:
-        """The function as CUDA graphs; itself where nothing is recorded."""
+        """The function as CUDA graphs; itself where nothing is recorded. Of a method, what `without_owner`
+        makes of it."""
+        function = without_owner(function)
         return Recorded(function, self.pool) if self.records else function
 
     @cached_property
     def pool(self) -> tuple[int, int]:
         """The memory that all graphs share: none needs its own any more when the next one is launched."""
         return torch.cuda.graph_pool_handle()
+
+
+def no_grad(function: Callable) -> Callable:
+    """`torch.no_grad`, and out of the inference mode that a caller may be in: what a decoder allocates there
+    could not be written to outside."""
+    usual = torch.no_grad()(function)
+
+    @wraps(function)
+    def in_either_mode(*arguments, **named):
+        if not torch.is_inference_mode_enabled():
+            return usual(*arguments, **named)
+        with torch.inference_mode(False):
+            return usual(*arguments, **named)
+
+    return in_either_mode
+
+
+def without_owner(method: Callable, change: Callable = lambda function: function) -> Callable:
+    """A method as a function that does not keep its object alive, after a `change` to what takes the object
+    as its first argument. Any other function goes through `change` alone.
+
+    A decoder keeps its compiled methods. If these kept the decoder, its caches would stay in memory until
+    Python looks for cycles, which it does by the number of objects, not by their size.
+    """
+    if not isinstance(method, MethodType):
+        return change(method)
+    function, owner = change(method.__func__), weakref.ref(method.__self__)
+    return lambda *arguments: function(owner(), *arguments)
 
 
 @contextmanager
@@ -139,7 +173,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-@torch.no_grad()
+@no_grad
 def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
     """Run everything once that decoding will run, so that it is compiled and recorded -> seconds. The level
     must hold no text yet.

@@ -5,7 +5,7 @@ test_decoding.py."""
 
 import json
 import sys
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -430,7 +430,7 @@ def test_a_conversation_goes_on(target):
 
 
 def run(monkeypatch, capsys, *flags: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", StringIO(""))
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"")))
     status = command.main(["--compile", "none", "--max_new_tokens", "30", *flags])
     captured = capsys.readouterr()
     return status, captured.out, captured.err

@@ -263,6 +263,20 @@ def test_a_prompt_is_used_as_it_is(capsys, tmp_path, monkeypatch):
     assert run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, ids)))["outputs"] == direct
 
 
+def test_a_prompt_that_begins_with_at(capsys, tmp_path, monkeypatch):
+    """@ names a file; @@ stands for a text that begins with one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataclass").write_text("in the file")
+    (tmp_path / "@dataclass").write_text("in the other file")
+    tokenizer = generate.load_tokenizer(SHIPPED_TARGET)
+    texts = {"@dataclass": "in the file", "@@dataclass": "@dataclass", "@./@dataclass": "in the other file"}
+    texts |= {"@@@": "@@", "@@": "@", "a@@b": "a@@b"}
+    for prompt, text in texts.items():
+        [output] = run_json(capsys, *EAGER, "--max_new_tokens", "1", "--prompt", prompt)["outputs"]
+        assert output["prompt_ids"] == tokenizer.encode(text)
+    assert_refused(capsys, [*EAGER, "--prompt", "@missing"], "--prompt: @missing cannot be read")
+
+
 def test_an_empty_prompt_begins_at_the_beginning(capsys):
     [output] = run_json(capsys, *SHORT, "--prompt", "")["outputs"]
     assert output["prompt_ids"] == [1] and output["text"]
@@ -351,8 +365,9 @@ def test_lines_that_are_nearly_right(capsys, tmp_path):
 # ---- conversations -------------------------------------------------------------------------------
 
 
-def talk(capsys, monkeypatch, text: str, *flags: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+def talk(capsys, monkeypatch, text: str | bytes, *flags: str) -> tuple[int, str, str]:
+    typed = text.encode() if isinstance(text, str) else text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     return run(capsys, "--interactive", *flags)
 
 
@@ -365,6 +380,32 @@ def test_interactive_continues_the_text(capsys, monkeypatch):
     history = first["prompt_ids"] + first["token_ids"] + tokenizer.encode_ordinary("class A:\n")
     second = run_json(capsys, *SHORT, "--prompt_ids", ",".join(map(str, history)))["outputs"][0]
     assert out.rstrip("\n").endswith(second["text"].rstrip("\n"))
+
+
+def test_a_bad_byte_is_not_asked_and_ends_nothing(capsys, monkeypatch):
+    _, expected, _ = talk(capsys, monkeypatch, "def f(x):\nclass A:\n", *SHORT)
+    status, out, err = talk(capsys, monkeypatch, b"def f(x):\ndef g(\xff\nclass A:\n", *SHORT)
+    assert (status, out) == (0, expected)
+    assert err.count("error: this line is not UTF-8") == err.count("error") == 1
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_ctrl_c_before_an_answer_takes_the_question_back(capsys, monkeypatch, chat_model, chat):
+    flags = [*SHORT, "--stop", "\n\n", *(["--checkpoint_path", chat_model] if chat else [])]
+    _, expected, _ = talk(capsys, monkeypatch, "def f(x):\nclass A:\n", *flags)
+    encode = "encode_chat" if chat else "encode_text"
+    original, calls = getattr(generate.Tokenizer, encode), []
+
+    def interrupted(self, *arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 2:  # the second question
+            raise KeyboardInterrupt
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(generate.Tokenizer, encode, interrupted)
+    status, out, _ = talk(capsys, monkeypatch, "def f(x):\ndef g(\nclass A:\n", *flags)
+    assert status == 0 and len(calls) == 3
+    assert out.replace("\n", "") == expected.replace("\n", "")
 
 
 @pytest.fixture(scope="module")
@@ -478,6 +519,12 @@ def test_a_conversation_that_outgrows_the_context_says_so(capsys, monkeypatch):
 )  # fmt: skip
 def test_wrong_flags_get_one_line(capsys, flags, words):
     assert_refused(capsys, [*EAGER, *flags], *words)
+
+
+def test_a_profile_does_not_take_the_place_of_a_device(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(capsys, [*SHORT, "--profile", str(tmp_path / "pipe")], "--profile", "pipe")
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_a_drafter_of_another_vocabulary(capsys, tiny, tmp_path):

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,6 +77,7 @@ class Tokenizer:
     """
 
     size: int  # ordinary ids are below it
+    finder: Any  # of the package `tokenizers`: finds the added tokens in a text
     context: int | None = None  # tokens that the model takes: a text that is surely longer is refused at once
     shrinks = False  # a text may lose characters on its way to tokens
 
@@ -85,11 +85,11 @@ class Tokenizer:
         self.named, self.bos = settings.named, settings.named.get("bos_token")
         self.eos, self.templates = settings.named.get("eos_token"), settings.templates
         self.template, self.specials, self.added = settings.templates.get("default"), {}, {}
-        self.flags = {entry["content"]: entry for entry in added.values()}
         for token, entry in sorted(added.items()):
             special = entry.get("special", True) or entry["content"] in self.named.values()
             (self.specials if special else self.added)[entry["content"]] = token
         self.shrinks = any(entry.get(flag) for entry in added.values() for flag in ("lstrip", "rstrip"))
+        self.added_ids = self.specials | self.added
         self.special_ids = set(self.specials.values())
         self.added_bytes = {token: text.encode() for text, token in self.added.items()}
         source = "".join(settings.templates.values())
@@ -115,26 +115,24 @@ class Tokenizer:
         """The characters that become tokens."""
         return text
 
+    def added_in(self, text: str, guard: str) -> Iterator[tuple[str, int, int]]:
+        """The added tokens of a text and where they are, with the blanks that they take from around them."""
+        found = self.finder.encode(text, add_special_tokens=False)
+        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            name = self.finder.id_to_token(token)
+            typed = len(name) == 1 and text.startswith(guard, end)  # no guard is inside one character
+            if name in self.added_ids and name in text[begin:end] and not typed:
+                yield name, begin, end
+
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """Ids of a text in which every added token is one that holds no guard; `whole`: with BOS and EOS."""
         ids, start = [], 0
-        for match in at_tokens(self.flags, guard).finditer(text):
-            (begin, end), entry = match.span(), self.flags[match.group()]
-            if begin < start or not self.stands_alone(match):
-                continue
-            chunk, after = text[start:begin], text[end:]
-            chunk = chunk.rstrip() if entry.get("lstrip") else chunk
-            ids += self.encode_ordinary(chunk.replace(guard, ""), start == 0)
-            ids.append(self.specials.get(match.group(), self.added.get(match.group())))
-            start = end + (len(after) - len(after.lstrip()) if entry.get("rstrip") else 0)
+        for name, begin, end in self.added_in(text, guard):
+            ids += self.encode_ordinary(text[start:begin].replace(guard, ""), start == 0)
+            ids.append(self.added_ids[name])
+            start = end
         ids += self.encode_ordinary(text[start:].replace(guard, ""), start == 0)
         return self.before + ids + self.after if whole else ids
-
-    def stands_alone(self, match: re.Match) -> bool:
-        """Whether an added token is one where it was found: some are not inside words."""
-        text, (begin, end) = match.string, match.span()
-        around = text[max(begin - 1, 0) : begin] + text[end : end + 1]
-        return not (self.flags[match.group()].get("single_word") and any(map(is_of_words, around)))
 
     def encode_checked(self, text: str, guard: str, whole: bool) -> list[int]:
         """`encode_guarded`, where every reason against it is one line of BadInput."""
@@ -152,7 +150,7 @@ class Tokenizer:
     @cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
-        return max(1, *map(len, self.flags), *(len(self.token_bytes(i)) for i in range(self.size)))
+        return max(1, *map(len, self.added_ids), *(len(self.token_bytes(i)) for i in range(self.size)))
 
     def encode_text(self, text: str, whole: bool = False) -> list[int]:
         """Ids of a text in which special tokens have no meaning. Raises BadInput for half a character."""
@@ -191,17 +189,6 @@ class Tokenizer:
         return self.encode_checked(render_chat(template, safe, variables), guard, whole=False)
 
 
-def is_of_words(character: str) -> bool:
-    """Whether a character belongs to words, accents included."""
-    return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
-
-
-def at_tokens(tokens: Any, guard: str) -> re.Pattern:
-    """Where one of the tokens is in a text, the longest one, unless a guard follows it."""
-    names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
-    return re.compile(f"(?:{names})(?!{guard})" if names else r"(?!)")
-
-
 def unused_character(text: str) -> str:
     """A guard: a noncharacter that the text does not have."""
     found = next((c for c in map(chr, range(0xFDD0, 0xFDE0)) if c not in text), None)
@@ -210,10 +197,11 @@ def unused_character(text: str) -> str:
     return found
 
 
-def guarded(value: Any, tokens: Any, guard: str) -> Any:
-    """A text, or all texts in lists and objects, with a guard in every one of the tokens."""
+def guarded(value: Any, tokens: Iterable[str], guard: str) -> Any:
+    """A text, or all texts in lists and objects, with a guard behind the first character of those tokens."""
     if isinstance(value, str):
-        return at_tokens(tokens, guard).sub(lambda m: m.group()[0] + guard + m.group()[1:], value)
+        names = "|".join(re.escape(token) for token in tokens if token)
+        return re.sub(f"(?s)(?=(?:{names}))(.)", rf"\1{guard}", value) if names else value
     if isinstance(value, list):
         return [guarded(item, tokens, guard) for item in value]
     return {k: guarded(v, tokens, guard) for k, v in value.items()} if isinstance(value, dict) else value

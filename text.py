@@ -16,11 +16,12 @@ import codecs
 import json
 import re
 import secrets
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chat import Settings, Tokenizer, at_tokens, naming_failures, read_json
+from chat import Settings, Tokenizer, naming_failures, read_json
 from model import BadInput
 
 LLAMA3_PATTERN = (
@@ -59,12 +60,15 @@ class SentencePieceTokenizer(Tokenizer):
         settings.name_special("bos_token", p.id_to_piece(p.bos_id()) if p.bos_id() >= 0 else None)
         settings.name_special("eos_token", p.id_to_piece(p.eos_id()) if p.eos_id() >= 0 else None)
         control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
-        super().__init__(settings, {i: {"content": p.id_to_piece(i)} for i in control} | settings.added)
+        added = {i: {"content": p.id_to_piece(i), "special": True} for i in control} | settings.added
+        super().__init__(settings, added)
         config, llama = settings.config, settings.kind == "LlamaTokenizer"
         self.legacy = bool(config.get("legacy", not llama))
         self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
         wanted = not (llama and config.get("add_prefix_space") is False)
         self.prefixes = p.encode("a", out_type=str)[0].startswith("\u2581")
+        at_once = {} if llama or not self.prefixes else {"normalized": False}
+        self.finder = finder_of(entry | at_once for entry in added.values())
         self.dummy_prefix = wanted and (llama or self.prefixes)
         self.shrinks |= p.encode("  a  a") == p.encode("a a")
 
@@ -95,10 +99,12 @@ class TiktokenTokenizer(Tokenizer):
             self.encoding = self.encoding_of(LLAMA3_PATTERN)
         self.pieces = {rank: text for text, rank in self.ranks.items()}
         self.size = max(self.pieces) + 1
-        names = {self.size + i: {"content": f"<|{name}|>"} for i, name in enumerate(LLAMA3_SPECIALS)}
+        names = [{"content": f"<|{name}|>", "special": True} for name in LLAMA3_SPECIALS]
+        added = settings.added or dict(enumerate(names, start=self.size))
         settings.name_special("bos_token", "<|begin_of_text|>")
         settings.name_special("eos_token", "<|end_of_text|>")
-        super().__init__(settings, settings.added or names)
+        super().__init__(settings, added)
+        self.finder = finder_of(added.values())
 
     def encoding_of(self, pattern: str) -> Any:
         import tiktoken
@@ -149,6 +155,7 @@ class LibraryTokenizer(Tokenizer):
         self.shrinks |= not (self.byte_level or bytes_too)
         tokens = library.encode("a", add_special_tokens=False).tokens
         self.dummy_prefix = bool(tokens) and tokens[0].startswith("\u2581")
+        self.finder = library
         self.secret = secrets.token_hex(8)  # so that nobody can type what stands for a special token
 
     def normalize(self, text: str) -> str:
@@ -161,13 +168,13 @@ class LibraryTokenizer(Tokenizer):
         """As transformers does where there is no guard; else in names that no text has."""
         if guard not in text:
             return self.library.encode(text, add_special_tokens=whole).ids
-        names, library = self.renamed
-
-        def rename(match: re.Match) -> str:
-            return names.get(match.group(), match.group()) if self.stands_alone(match) else match.group()
-
-        text = at_tokens(self.flags, guard).sub(rename, text)
-        return library.encode(text.replace(guard, ""), add_special_tokens=whole).ids
+        (names, library), parts, start = self.renamed, [], 0
+        for name, begin, end in self.added_in(text, guard):
+            if name in names:
+                parts += [text[start:begin].replace(guard, ""), names[name]]
+                start = end
+        text = "".join([*parts, text[start:].replace(guard, "")])
+        return library.encode(text, add_special_tokens=whole).ids
 
     @cached_property
     def renamed(self) -> tuple[dict[str, str], Any]:
@@ -175,10 +182,10 @@ class LibraryTokenizer(Tokenizer):
         raw = json.loads(self.library.to_str())
         names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
         model, vocab = raw["model"], raw["model"]["vocab"]
-        kept = [token for token in raw["added_tokens"] if token["content"] in self.flags]
+        kept = [token for token in raw["added_tokens"] if token["content"] in self.added_ids]
         for token in kept:
             if token["content"] in names:
-                token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
+                token |= {"content": names[token["content"]], **dict.fromkeys(WHERE, False)}
         raw["added_tokens"] = kept
         if isinstance(vocab, list):  # Unigram
             model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
@@ -226,7 +233,8 @@ def build_as_class(library: Any, settings: Settings) -> None:
         settings.name_special(key, token)
 
 
-FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+WHERE = ("lstrip", "rstrip", "single_word")  # what is around an added token
+FLAGS = ("content", *WHERE, "normalized", "special")
 
 
 def read_flags(token: Any) -> dict[str, Any]:
@@ -234,20 +242,37 @@ def read_flags(token: Any) -> dict[str, Any]:
     return {flag: getattr(token, flag) for flag in FLAGS}
 
 
-def add_tokens(library: Any, settings: Settings) -> None:
-    """Give the library the added tokens that the other files of a directory have."""
+def added_tokens(entries: Iterable[dict[str, Any]]) -> list[Any]:
+    """The other way round."""
     from tokenizers import AddedToken
 
-    named = list(settings.named.values())
-    entries = [{flag: e[flag] for flag in FLAGS if flag in e} for _, e in sorted(settings.added.items())]
+    return [AddedToken(**{flag: entry[flag] for flag in FLAGS if flag in entry}) for entry in entries]
+
+
+def finder_of(entries: Iterable[dict[str, Any]]) -> Any:
+    """A tokenizer of the library that has these tokens and no others."""
+    from tokenizers import Tokenizer, models
+
+    finder = Tokenizer(models.BPE())
+    finder.add_tokens(added_tokens(entries))
+    return finder
+
+
+def add_tokens(library: Any, settings: Settings) -> None:
+    """Give the library the added tokens that the other files of a directory have."""
+    own, named = library.get_added_tokens_decoder(), list(settings.named.values())
+    if "added_tokens_decoder" not in settings.config:  # the ids of added_tokens.json alone say less
+        settings.added = {token: entry for token, entry in settings.added.items() if token not in own}
+    entries = [entry for _, entry in sorted(settings.added.items())]
     entries = [e | {"special": True} if e["content"] in named else e for e in entries]
-    known = {entry["content"] for entry in entries}
-    known |= {entry.content for entry in library.get_added_tokens_decoder().values()}
-    more = dict.fromkeys([*named, *extra_specials(settings.config)])
-    entries += [{"content": name, "special": True} for name in more if name not in known]
-    library.add_tokens([AddedToken(**entry) for entry in entries])
+    known = {entry["content"] for entry in entries} | {entry.content for entry in own.values()}
+    more = [
+        {"content": name, "special": True}
+        for name in dict.fromkeys([*named, *extra_specials(settings.config)])
+    ]
+    library.add_tokens(added_tokens([*entries, *(e for e in more if e["content"] not in known)]))
     if settings.kind == "Qwen2Tokenizer":  # whose code adds them once more
-        library.add_tokens([AddedToken(name, special=True) for name in more])
+        library.add_tokens(added_tokens(more))
 
 
 def byte_of(text: str) -> bytes | None:

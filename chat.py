@@ -38,8 +38,8 @@ class Settings:
 
     def name_special(self, key: str, token: str | None) -> None:
         """A special token's text, where no file says it."""
-        if token is not None:
-            self.named.setdefault(key, token)
+        if token is not None and key not in self.config:
+            self.named[key] = token
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Tokenizer:
         for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
             name = self.finder.id_to_token(token)
             typed = len(name) == 1 and text.startswith(guard, end)  # no guard is inside one character
-            if name in self.added_ids and name in text[begin:end] and not typed:
+            if name in self.added_ids and not typed:
                 yield name, begin, end
 
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:

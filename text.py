@@ -131,7 +131,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """`tokenizer.json`, through the package `tokenizers`."""
+    """`tokenizer.json`, or `vocab.json` and `merges.txt`, through the package `tokenizers`."""
 
     def __init__(self, settings: Settings, path: Path):
         try:
@@ -139,12 +139,20 @@ class LibraryTokenizer(Tokenizer):
         except ImportError:
             raise BadInput(f"{path}: `pip install tokenizers` makes it readable") from None
         with naming_failures(f"{path}: not a tokenizer"):
-            self.library = library = tokenizers.Tokenizer.from_file(str(path))
+            if path.name == "vocab.json":
+                model = tokenizers.models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
+                self.library = library = tokenizers.Tokenizer(model)
+                library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+                bos = {"add_bos_token": settings.config.get("add_bos_token", False)}
+            else:  # whose post-processor adds them
+                self.library = library = tokenizers.Tokenizer.from_file(str(path))
+                bos = {"add_bos_token": False, "add_eos_token": False}
+        settings.config |= bos
         library.no_truncation()
         library.no_padding()
         shape = b"".join(part.__getstate__() for part in (library.decoder, library.pre_tokenizer) if part)
         self.byte_level = b"ByteLevel" in shape
-        if settings.kind == "Qwen2Tokenizer" or (settings.kind == "LlamaTokenizer" and not self.byte_level):
+        if settings.kind in AS_BYTES or (settings.kind in AS_LLAMA and not self.byte_level):
             build_as_class(library, settings)
         add_tokens(library, settings)
         self.size = library.get_vocab_size(with_added_tokens=True)
@@ -167,14 +175,16 @@ class LibraryTokenizer(Tokenizer):
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """As transformers does where there is no guard; else in names that no text has."""
         if guard not in text:
-            return self.library.encode(text, add_special_tokens=whole).ids
+            ids = self.library.encode(text, add_special_tokens=whole).ids
+            return self.before + ids + self.after if whole else ids
         (names, library), parts, start = self.renamed, [], 0
         for name, begin, end in self.added_in(text, guard):
-            if name in names:
+            if name in names and name in text[begin:end]:  # the model writes <unk>, too
                 parts += [text[start:begin].replace(guard, ""), names[name]]
                 start = end
         text = "".join([*parts, text[start:].replace(guard, "")])
-        return library.encode(text, add_special_tokens=whole).ids
+        ids = library.encode(text, add_special_tokens=whole).ids
+        return self.before + ids + self.after if whole else ids
 
     @cached_property
     def renamed(self) -> tuple[dict[str, str], Any]:
@@ -209,28 +219,36 @@ class LibraryTokenizer(Tokenizer):
         return text.removeprefix(" ") if self.dummy_prefix else text
 
 
+AS_BYTES = {  # classes of transformers that read only the vocabulary, and the special tokens that they name
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+}
+LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+INFILL = {f"{name}_token": f"\u2581<{name[:3].upper()}>" for name in ("prefix", "middle", "suffix", "eot")}
+AS_LLAMA = {"LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA | INFILL | {"fill_token": "<FILL_ME>"}}
+
+
 def build_as_class(library: Any, settings: Settings) -> None:
-    """Two classes of transformers read only the vocabulary of a tokenizer.json; the rest is in their code."""
+    """What else is in a tokenizer.json means nothing to these classes: it is in their code."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    model, prefix = library.model, settings.config.get("add_prefix_space")
-    if settings.kind == "Qwen2Tokenizer":
-        model.unk_token, model.byte_fallback, model.fuse_unk = None, False, False
-        library.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
-        library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
-        for key in ("unk_token", "eos_token", "pad_token"):
-            settings.name_special(key, "<|endoftext|>")
-        return
-    model.unk_token, model.byte_fallback, model.fuse_unk = None, True, True
-    scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
-    if "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
-        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
-    library.normalizer = None
-    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    for key, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):
+    kind, model, prefix = settings.kind, library.model, settings.config.get("add_prefix_space")
+    for key, token in (AS_BYTES | AS_LLAMA)[kind].items():
         settings.name_special(key, token)
+    model.unk_token, model.byte_fallback, model.fuse_unk = None, kind in AS_LLAMA, kind in AS_LLAMA
+    library.normalizer = normalizers.NFC() if kind == "Qwen2Tokenizer" else None
+    if kind in AS_BYTES:
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=kind == "GPT2Tokenizer")
+        split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+        parts = [whole] if kind == "GPT2Tokenizer" else [split, whole]
+        library.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        return
+    scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
+    if kind == "CodeLlamaTokenizer":
+        model.unk_token, scheme = settings.named["unk_token"], scheme.replace("always", "first")
+    elif "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
+        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
 
 
 WHERE = ("lstrip", "rstrip", "single_word")  # what is around an added token
@@ -296,16 +314,15 @@ def load_tokenizer(path: str | Path, context: int | None = None) -> Tokenizer | 
 
     With the tokens of the model's context, it refuses a text that is surely longer before it reads it.
     """
-    directory, kind = Path(path), None
-    if (directory / "tokenizer.json").exists():
-        file, kind = directory / "tokenizer.json", LibraryTokenizer
-    elif (directory / "tokenizer.model").exists():
-        file = directory / "tokenizer.model"
+    directory, kind = Path(path), LibraryTokenizer
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return None
+    if file.name == "tokenizer.model":
         with open(file, "rb") as stream:
             is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.read(200))
         kind = TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer
-    if kind is None:
-        return None
     try:
         tokenizer = kind(read_settings(directory), file)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -119,7 +119,7 @@ class Tokenizer:
         """The added tokens of a text and where they are, with the blanks that they take from around them."""
         found = self.finder.encode(text, add_special_tokens=False)
         for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
-            name = self.finder.id_to_token(token)
+            name = self.found_names.get(token, "")
             typed = len(name) == 1 and text.startswith(guard, end)  # no guard is inside one character
             if name in self.added_ids and not typed:
                 yield name, begin, end
@@ -146,6 +146,11 @@ class Tokenizer:
                 raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
         with naming_failures("the tokenizer cannot encode this text"):
             return self.encode_guarded(text, guard, whole)
+
+    @cached_property
+    def found_names(self) -> dict[int, str]:
+        """The added tokens by the ids that the finder gives them."""
+        return {token: entry.content for token, entry in self.finder.get_added_tokens_decoder().items()}
 
     @cached_property
     def longest(self) -> int:

@@ -45,6 +45,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, settings: Settings, path: Path):
         import sentencepiece
+        from tokenizers import normalizers
 
         model = path.read_bytes()
         no_prefix = (
@@ -62,13 +63,14 @@ class SentencePieceTokenizer(Tokenizer):
         control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
         added = {i: {"content": p.id_to_piece(i), "special": True} for i in control} | settings.added
         super().__init__(settings, added)
-        config, llama = settings.config, settings.kind == "LlamaTokenizer"
-        self.legacy = bool(config.get("legacy", not llama))
+        config, llama = settings.config, settings.kind in AS_LLAMA
+        self.legacy = settings.kind != "CodeLlamaTokenizer" and bool(config.get("legacy", not llama))
         self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
         wanted = not (llama and config.get("add_prefix_space") is False)
         self.prefixes = p.encode("a", out_type=str)[0].startswith("\u2581")
         at_once = {} if llama or not self.prefixes else {"normalized": False}
-        self.finder = finder_of(entry | at_once for entry in added.values())
+        blanks = None if llama or self.prefixes else normalizers.Replace(" ", "\u2581")
+        self.finder = finder_of((entry | at_once for entry in added.values()), blanks)
         self.dummy_prefix = wanted and (llama or self.prefixes)
         self.shrinks |= p.encode("  a  a") == p.encode("a a")
 
@@ -267,11 +269,13 @@ def added_tokens(entries: Iterable[dict[str, Any]]) -> list[Any]:
     return [AddedToken(**{flag: entry[flag] for flag in FLAGS if flag in entry}) for entry in entries]
 
 
-def finder_of(entries: Iterable[dict[str, Any]]) -> Any:
+def finder_of(entries: Iterable[dict[str, Any]], normalizer: Any = None) -> Any:
     """A tokenizer of the library that has these tokens and no others."""
     from tokenizers import Tokenizer, models
 
     finder = Tokenizer(models.BPE())
+    if normalizer:
+        finder.normalizer = normalizer
     finder.add_tokens(added_tokens(entries))
     return finder
 

@@ -93,7 +93,8 @@ class Tokenizer:
         self.special_ids = set(self.specials.values())
         self.added_bytes = {token: text.encode() for text, token in self.added.items()}
         source = "".join(settings.templates.values())
-        self.protected = [*self.specials, *(name for name in self.added if name in source)]
+        written = [name for name in self.added if name in source and name.strip() and len(name) > 1]
+        self.protected = [*self.specials, *written]  # and no blanks, which are only text
         # What the tokenizer puts around a prompt.
         self.before, self.after = (
             [self.specials[name]] if wanted and name in self.specials else []
@@ -140,11 +141,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise BadInput("the text holds half a character, which UTF-8 cannot write") from None
-        if self.context and len(text) > LONG_TEXT and not self.shrinks:
-            least = len(self.normalize(text)) // self.longest
-            if least > self.context:
-                raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
         with naming_failures("the tokenizer cannot encode this text"):
+            if self.context and len(text) > LONG_TEXT and not self.shrinks:
+                least = len(self.normalize(text)) // self.longest
+                if least > self.context:
+                    raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
             return self.encode_guarded(text, guard, whole)
 
     @cached_property
@@ -175,11 +176,16 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
-    def encode_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
         """A conversation, up to where the answer begins. Special tokens come from the template alone.
 
-        Other arguments are variables of the template, like `enable_thinking` of Qwen3.
+        Other arguments are variables of the template, like `enable_thinking` of Qwen3, and those that it gets
+        anyway, like `add_generation_prompt` and `bos_token`. One that it does not know has no effect.
         """
+        if "messages" in template_kwargs:
+            raise BadInput(
+                "--template_kwargs: messages are the conversation itself, not a variable beside it"
+            )
         template = self.templates.get("tool_use") if template_kwargs.get("tools") is not None else None
         template = template or self.template
         if template is None:

@@ -61,9 +61,13 @@ class SentencePieceTokenizer(Tokenizer):
         settings.name_special("bos_token", p.id_to_piece(p.bos_id()) if p.bos_id() >= 0 else None)
         settings.name_special("eos_token", p.id_to_piece(p.eos_id()) if p.eos_id() >= 0 else None)
         control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
-        added = {i: {"content": p.id_to_piece(i), "special": True} for i in control} | settings.added
-        super().__init__(settings, added)
         config, llama = settings.config, settings.kind in AS_LLAMA
+        added = {i: {"content": p.id_to_piece(i), "special": True} for i in control}
+        for i in user_defined_pieces(model) if llama else ():
+            if "\u2581" not in p.id_to_piece(i):  # which stands for blanks
+                added[i] = {"content": p.id_to_piece(i), "special": False, "normalized": False}
+        added |= settings.added
+        super().__init__(settings, added)
         self.legacy = settings.kind != "CodeLlamaTokenizer" and bool(config.get("legacy", not llama))
         self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
         wanted = not (llama and config.get("add_prefix_space") is False)
@@ -88,6 +92,19 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, tokens: list[int]) -> str:
         text = super().decode(tokens)
         return text.removeprefix(" ") if self.dummy_prefix else text
+
+
+def user_defined_pieces(model: bytes) -> list[int]:
+    """Ids of the pieces that the training was given: type 4 in protobuf, which the library does not tell."""
+    found, start, token = [], 0, 0
+    while model[start : start + 1] == b"\x0a":  # a piece: its size, its text, a score of four bytes, its type
+        size, start = model[start + 1], start + 2
+        if size > 127:  # a number of two bytes
+            size, start = size - 128 + 128 * model[start], start + 1
+        start += size
+        found += [token] if re.fullmatch(rb"(?s)\x15.{4}\x18\x04", model[start - 7 : start]) else []
+        token += 1
+    return found
 
 
 class TiktokenTokenizer(Tokenizer):

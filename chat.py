@@ -211,7 +211,7 @@ def unused_character(text: str) -> str:
 def guarded(value: Any, tokens: Iterable[str], guard: str) -> Any:
     """A text, or all texts in lists and objects, with a guard behind the first character of those tokens."""
     if isinstance(value, str):
-        names = "|".join(re.escape(token) for token in tokens if token)
+        names = "|".join(re.escape(token) for token in tokens if token and token in value)
         return re.sub(f"(?s)(?=(?:{names}))(.)", rf"\1{guard}", value) if names else value
     if isinstance(value, list):
         return [guarded(item, tokens, guard) for item in value]

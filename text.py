@@ -63,7 +63,8 @@ class SentencePieceTokenizer(Tokenizer):
         control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
         config, llama = settings.config, settings.kind in AS_LLAMA
         added = {i: {"content": p.id_to_piece(i), "special": True} for i in control}
-        for i in user_defined_pieces(model) if llama else ():
+        extra = isinstance(config.get("extra_special_tokens"), list) or "additional_special_tokens" in config
+        for i in user_defined_pieces(model) if llama and not extra else ():
             if "\u2581" not in p.id_to_piece(i):  # which stands for blanks
                 added[i] = {"content": p.id_to_piece(i), "special": False, "normalized": False}
         added |= settings.added

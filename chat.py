@@ -80,6 +80,7 @@ class Tokenizer:
     finder: Any  # of the package `tokenizers`: finds the added tokens in a text
     context: int | None = None  # tokens that the model takes: a text that is surely longer is refused at once
     shrinks = False  # a text may lose characters on its way to tokens
+    dummy_prefix = False  # tokens begin with a blank that is not in the text
 
     def __init__(self, settings: Settings, added: dict[int, dict[str, Any]]):
         self.named, self.bos = settings.named, settings.named.get("bos_token")
@@ -174,7 +175,8 @@ class Tokenizer:
         return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
 
     def decode(self, tokens: list[int]) -> str:
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+        text = b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.dummy_prefix else text
 
     def encode_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
         """A conversation, up to where the answer begins. Special tokens come from the template alone.

@@ -21,6 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
 from chat import Settings, Tokenizer, naming_failures, read_json
 from model import BadInput
 
@@ -45,12 +48,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, settings: Settings, path: Path):
         import sentencepiece
-        from tokenizers import normalizers
 
         model = path.read_bytes()
-        no_prefix = (
-            b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec { add_dummy_prefix: false }, merged into it
-        )
+        no_prefix = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }, merged into it
         try:
             self.processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.bare = sentencepiece.SentencePieceProcessor(model_proto=model + no_prefix)
@@ -87,12 +87,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.bare.encode(" " + text if prefix and text else text)
 
     def piece(self, token: int) -> bytes:
-        text, is_byte = self.processor.id_to_piece(token), self.processor.is_byte(token)
-        return bytes([int(text[3:5], 16)]) if is_byte else text.replace("\u2581", " ").encode()
-
-    def decode(self, tokens: list[int]) -> str:
-        text = super().decode(tokens)
-        return text.removeprefix(" ") if self.dummy_prefix else text
+        return bytes_of(self.processor.id_to_piece(token))
 
 
 def user_defined_pieces(model: bytes) -> list[int]:
@@ -154,20 +149,15 @@ class LibraryTokenizer(Tokenizer):
     """`tokenizer.json`, or `vocab.json` and `merges.txt`, through the package `tokenizers`."""
 
     def __init__(self, settings: Settings, path: Path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise BadInput(f"{path}: `pip install tokenizers` makes it readable") from None
         with naming_failures(f"{path}: not a tokenizer"):
             if path.name == "vocab.json":
-                model = tokenizers.models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-                self.library = library = tokenizers.Tokenizer(model)
-                library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-                bos = {"add_bos_token": settings.config.get("add_bos_token", False)}
+                library = Library(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
+                library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                settings.config.setdefault("add_bos_token", False)
             else:  # whose post-processor adds them
-                self.library = library = tokenizers.Tokenizer.from_file(str(path))
-                bos = {"add_bos_token": False, "add_eos_token": False}
-        settings.config |= bos
+                library = Library.from_file(str(path))
+                settings.config |= {"add_bos_token": False, "add_eos_token": False}
+        self.library = library
         library.no_truncation()
         library.no_padding()
         shape = b"".join(part.__getstate__() for part in (library.decoder, library.pre_tokenizer) if part)
@@ -176,14 +166,14 @@ class LibraryTokenizer(Tokenizer):
             build_as_class(library, settings)
         add_tokens(library, settings)
         self.size = library.get_vocab_size(with_added_tokens=True)
-        decoder = {token: read_flags(entry) for token, entry in library.get_added_tokens_decoder().items()}
         bytes_too = getattr(library.model, "byte_fallback", False)
-        as_bytes = [i for i, entry in decoder.items() if bytes_too and byte_of(entry["content"])]
-        super().__init__(settings, {i: entry for i, entry in decoder.items() if i not in as_bytes})
+        found = library.get_added_tokens_decoder().items()
+        added = {i: t.__getstate__() for i, t in found if not (bytes_too and A_BYTE.fullmatch(t.content))}
+        super().__init__(settings, added)
+        self.finder = finder_of(added.values(), library.normalizer)
         self.shrinks |= not (self.byte_level or bytes_too)
         tokens = library.encode("a", add_special_tokens=False).tokens
         self.dummy_prefix = bool(tokens) and tokens[0].startswith("\u2581")
-        self.finder = library
         self.secret = secrets.token_hex(8)  # so that nobody can type what stands for a special token
 
     def normalize(self, text: str) -> str:
@@ -194,15 +184,14 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """As transformers does where there is no guard; else in names that no text has."""
-        if guard not in text:
-            ids = self.library.encode(text, add_special_tokens=whole).ids
-            return self.before + ids + self.after if whole else ids
-        (names, library), parts, start = self.renamed, [], 0
-        for name, begin, end in self.added_in(text, guard):
-            if name in names and name in text[begin:end]:  # the model writes <unk>, too
-                parts += [text[start:begin].replace(guard, ""), names[name]]
-                start = end
-        text = "".join([*parts, text[start:].replace(guard, "")])
+        library = self.library
+        if guard in text:
+            (names, library), parts, start = self.renamed, [], 0
+            for name, begin, end in self.added_in(text, guard):
+                if name in names:
+                    parts += [text[start:begin], names[name]]
+                    start = end
+            text = "".join([*parts, text[start:]]).replace(guard, "")
         ids = library.encode(text, add_special_tokens=whole).ids
         return self.before + ids + self.after if whole else ids
 
@@ -226,17 +215,13 @@ class LibraryTokenizer(Tokenizer):
             model["merges"] = [m for m in pairs if not names.keys() & {*m, "".join(m)}]
         if "unk_token" in model:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return names, type(self.library).from_str(json.dumps(raw))
+        return names, Library.from_str(json.dumps(raw))
 
     def piece(self, token: int) -> bytes:
         text = self.library.id_to_token(token) or ""
         if self.byte_level:
             return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
-        return byte_of(text) or text.replace("\u2581", " ").encode()
-
-    def decode(self, tokens: list[int]) -> str:
-        text = super().decode(tokens)
-        return text.removeprefix(" ") if self.dummy_prefix else text
+        return bytes_of(text)
 
 
 AS_BYTES = {  # classes of transformers that read only the vocabulary, and the special tokens that they name
@@ -250,17 +235,15 @@ AS_LLAMA = {"LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA | INFILL | {"fi
 
 def build_as_class(library: Any, settings: Settings) -> None:
     """What else is in a tokenizer.json means nothing to these classes: it is in their code."""
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
     kind, model, prefix = settings.kind, library.model, settings.config.get("add_prefix_space")
     for key, token in (AS_BYTES | AS_LLAMA)[kind].items():
         settings.name_special(key, token)
     model.unk_token, model.byte_fallback, model.fuse_unk = None, kind in AS_LLAMA, kind in AS_LLAMA
     library.normalizer = normalizers.NFC() if kind == "Qwen2Tokenizer" else None
     if kind in AS_BYTES:
-        whole = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=kind == "GPT2Tokenizer")
         split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-        parts = [whole] if kind == "GPT2Tokenizer" else [split, whole]
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=kind == "GPT2Tokenizer")
+        parts = [split, whole] if kind == "Qwen2Tokenizer" else [whole]
         library.pre_tokenizer = pre_tokenizers.Sequence(parts)
         return
     scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
@@ -275,23 +258,14 @@ WHERE = ("lstrip", "rstrip", "single_word")  # what is around an added token
 FLAGS = ("content", *WHERE, "normalized", "special")
 
 
-def read_flags(token: Any) -> dict[str, Any]:
-    """An added token of the library as the files describe it."""
-    return {flag: getattr(token, flag) for flag in FLAGS}
-
-
-def added_tokens(entries: Iterable[dict[str, Any]]) -> list[Any]:
-    """The other way round."""
-    from tokenizers import AddedToken
-
+def added_tokens(entries: Iterable[dict[str, Any]]) -> list[AddedToken]:
+    """Added tokens of the library, from what files say of them."""
     return [AddedToken(**{flag: entry[flag] for flag in FLAGS if flag in entry}) for entry in entries]
 
 
-def finder_of(entries: Iterable[dict[str, Any]], normalizer: Any = None) -> Any:
+def finder_of(entries: Iterable[dict[str, Any]], normalizer: Any = None) -> Library:
     """A tokenizer of the library that has these tokens and no others."""
-    from tokenizers import Tokenizer, models
-
-    finder = Tokenizer(models.BPE())
+    finder = Library(models.BPE())
     if normalizer:
         finder.normalizer = normalizer
     finder.add_tokens(added_tokens(entries))
@@ -306,26 +280,27 @@ def add_tokens(library: Any, settings: Settings) -> None:
     entries = [entry for _, entry in sorted(settings.added.items())]
     entries = [e | {"special": True} if e["content"] in named else e for e in entries]
     known = {entry["content"] for entry in entries} | {entry.content for entry in own.values()}
-    more = [
-        {"content": name, "special": True}
-        for name in dict.fromkeys([*named, *extra_specials(settings.config)])
-    ]
+    names = dict.fromkeys([*named, *extra_specials(settings.config)])
+    more = [{"content": name, "special": True} for name in names]
     library.add_tokens(added_tokens([*entries, *(e for e in more if e["content"] not in known)]))
     if settings.kind == "Qwen2Tokenizer":  # whose code adds them once more
         library.add_tokens(added_tokens(more))
 
 
-def byte_of(text: str) -> bytes | None:
-    """The byte of a token like <0x0A>."""
-    found = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
-    return bytes([int(found[1], 16)]) if found else None
+A_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def bytes_of(piece: str) -> bytes:
+    """The bytes of a token like <0x0A>, or of one that writes blanks as sentencepiece does."""
+    byte = A_BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
 
 def byte_alphabet() -> dict[str, int]:
     """GPT-2 writes a byte as one visible character: itself if it is visible, else one from 256 upwards."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hidden = (byte for byte in range(256) if chr(byte) not in alphabet)
+    return {c: ord(c) if ord(c) < 256 else next(hidden) for c in alphabet}
 
 
 BYTE_OF = byte_alphabet()

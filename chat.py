@@ -113,10 +113,6 @@ class Tokenizer:
         """The bytes of an ordinary token."""
         raise NotImplementedError
 
-    def normalize(self, text: str) -> str:
-        """The characters that become tokens."""
-        return text
-
     def added_in(self, text: str, guard: str) -> Iterator[tuple[str, int, int]]:
         """The added tokens of a text and where they are, with the blanks that they take from around them."""
         found = self.finder.encode(text, add_special_tokens=False)
@@ -144,7 +140,8 @@ class Tokenizer:
             raise BadInput("the text holds half a character, which UTF-8 cannot write") from None
         with naming_failures("the tokenizer cannot encode this text"):
             if self.context and len(text) > LONG_TEXT and not self.shrinks:
-                least = len(self.normalize(text)) // self.longest
+                normalizer = self.finder.normalizer
+                least = len(normalizer.normalize_str(text) if normalizer else text) // self.longest
                 if least > self.context:
                     raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
             return self.encode_guarded(text, guard, whole)

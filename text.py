@@ -176,12 +176,6 @@ class LibraryTokenizer(Tokenizer):
         self.dummy_prefix = bool(tokens) and tokens[0].startswith("\u2581")
         self.secret = secrets.token_hex(8)  # so that nobody can type what stands for a special token
 
-    def normalize(self, text: str) -> str:
-        return self.library.normalizer.normalize_str(text) if self.library.normalizer else text
-
-    def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
-        return self.encode_text(text)
-
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """As transformers does where there is no guard; else in names that no text has."""
         library = self.library
@@ -201,27 +195,25 @@ class LibraryTokenizer(Tokenizer):
         raw = json.loads(self.library.to_str())
         names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
         model, vocab = raw["model"], raw["model"]["vocab"]
-        kept = [token for token in raw["added_tokens"] if token["content"] in self.added_ids]
-        for token in kept:
-            if token["content"] in names:
-                token |= {"content": names[token["content"]], **dict.fromkeys(WHERE, False)}
-        raw["added_tokens"] = kept
+        raw["added_tokens"] = [entry for entry in raw["added_tokens"] if entry["content"] in self.added_ids]
+        for entry in raw["added_tokens"]:
+            if entry["content"] in names:
+                entry |= {"content": names[entry["content"]], **dict.fromkeys(WHERE, False)}
         if isinstance(vocab, list):  # Unigram
             model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
         else:
             model["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", []))
         if "merges" in model:
-            model["merges"] = [m for m in pairs if not names.keys() & {*m, "".join(m)}]
+            model["merges"] = [m for m in model["merges"] if not names.keys() & {*m, "".join(m)}]
         if "unk_token" in model:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         return names, Library.from_str(json.dumps(raw))
 
     def piece(self, token: int) -> bytes:
         text = self.library.id_to_token(token) or ""
-        if self.byte_level:
-            return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
-        return bytes_of(text)
+        if not self.byte_level:
+            return bytes_of(text)
+        return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= {*text} else text.encode()
 
 
 AS_BYTES = {  # classes of transformers that read only the vocabulary, and the special tokens that they name
@@ -338,11 +330,9 @@ def read_settings(directory: Path) -> Settings:
     if "added_tokens_decoder" not in config:
         config |= read_json(directory / "special_tokens_map.json")
         others = read_json(directory / "added_tokens.json")
-    is_name = {
-        k: special_name(v) for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))
-    }
+    named = {k: special_name(v) for k, v in config.items() if k[-6:] == "_token" and type(v) in (str, dict)}
     extra = config.get("extra_special_tokens")
-    named = is_name | (extra if isinstance(extra, dict) else {})
+    named |= extra if isinstance(extra, dict) else {}
     specials = {*named.values(), *extra_specials(config)}
     for name, token in others.items():
         added[token] = {"content": name, "special": name in specials, "normalized": name not in specials}

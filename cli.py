@@ -34,9 +34,9 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a JSON object")
     return value
 
 

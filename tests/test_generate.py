@@ -380,7 +380,8 @@ def test_a_line_that_the_tokenizer_does_not_take_fails_alone(capsys, monkeypatch
     monkeypatch.setattr(SentencePieceTokenizer, "encode_ordinary", encode_ordinary)
     lines = [{"prompt": "def a(\n"}, {"prompt": " " * 1_000_000}, {"prompt": "panic"},
              {"prompt_ids": [10**30]}, {"prompt": {"text": "x"}}, {"prompt": None}, r'{"prompt": "a\udfff"}',
-             "[" * 100_000, "NaN", {"prompt": "".join(map(chr, range(0xFDD0, 0xFDE0)))}, "", {"prompt": "class B:\n"}]  # fmt: skip
+             "[" * 100_000, "NaN", {"prompt": "".join(map(chr, range(0xFDD0, 0xFDE0)))},
+             {"prompt": "class B:\n"}]  # fmt: skip
     file = write_prompts(tmp_path / "p.jsonl", *lines)
     status, out, err = run(capsys, *SHORT, "--json", "--prompts", file)
     outputs = json.loads(out)["outputs"]

@@ -509,7 +509,7 @@ LLAMA2_INST = """{% for m in messages %}{% if m.role == 'user' %}
 
 
 def published(name, shared, path, **more):
-    """The tokenizer of Llama 2 or 3 as models are published with it, read by transformers and by us."""
+    """The tokenizer of Llama 2 or 3 with the files that are published with it, read by transformers."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("google.protobuf")
     shutil.copy(shared / f"{name}_tokenizer.model", path / "tokenizer.model")
@@ -522,11 +522,7 @@ def published(name, shared, path, **more):
     config |= {"add_bos_token": True, "legacy": False} | more
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "config.json").write_text('{"model_type": "llama"}')
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
-    if name == "llama3":  # what transformers makes of Llama 3 is a tokenizer.json
-        (path / "tokenizer.model").unlink()
-        theirs.save_pretrained(path)
-    return theirs, load_tokenizer(path)
+    return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def turns_of(shared):
@@ -534,16 +530,27 @@ def turns_of(shared):
     return [turn for line in lines for turn in json.loads(line)["turns"]]
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
+CLASSES = {"llama2": "LlamaTokenizer", "llama3": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_turns_of_spec_bench(name, shared, tmp_path, monkeypatch):
+    """As the tokenizer.model alone, and as a tokenizer.json of the class that models are published with."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    theirs, ours = published(name, shared, tmp_path)
-    turns = turns_of(shared)
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    theirs, turns = published(name, shared, tmp_path), turns_of(shared)
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    config = tmp_path / "saved" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": CLASSES[name]}))
     assert len(turns) == 560
-    assert [ours.encode(turn) for turn in turns] == theirs(turns)["input_ids"]
-    talks = [[{"role": "user", "content": turn}] for turn in turns]
-    expected = theirs.apply_chat_template(talks, add_generation_prompt=True, return_dict=False)
-    assert [ours.encode_chat(talk) for talk in talks] == expected
+    for path in (tmp_path, tmp_path / "saved"):
+        theirs = theirs if path == tmp_path else AutoTokenizer.from_pretrained(path)
+        ours = load_tokenizer(path)
+        assert [ours.encode(turn) for turn in turns] == theirs(turns)["input_ids"]
+        talks = [[{"role": "user", "content": turn}] for turn in turns]
+        expected = theirs.apply_chat_template(talks, add_generation_prompt=True, return_dict=False)
+        assert [ours.encode_chat(talk) for talk in talks] == expected
 
 
 def test_runs_of_blanks_are_what_the_model_was_trained_on(shared, tmp_path, monkeypatch):
@@ -552,7 +559,8 @@ def test_runs_of_blanks_are_what_the_model_was_trained_on(shared, tmp_path, monk
     With its merges in the order of the scores, as transformers 4 has them, it writes what we do.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    theirs, ours = published("llama2", shared, tmp_path, tokenizer_class="LlamaTokenizer")
+    theirs = published("llama2", shared, tmp_path, tokenizer_class="LlamaTokenizer")
+    ours = load_tokenizer(tmp_path)
     texts = [f"x{' ' * n}y" for n in range(1, 40)] + turns_of(shared)
     assert ours.encode("x    y")[1:] == ours.processor.encode("x    y")
     assert ours.processor.encode("x    y", out_type=str)[1:] == ["\u2581\u2581\u2581", "\u2581y"]

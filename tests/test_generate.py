@@ -650,7 +650,7 @@ def test_only_the_declared_dependencies_are_imported():
 
     Triton itself PyTorch imports, where it is installed.
     """
-    lazy = ("transformers", "tokenizers", "huggingface_hub", "tiktoken", "matplotlib")
+    lazy = ("transformers", "huggingface_hub", "tiktoken", "matplotlib")
     lazy += () if torch.cuda.is_available() else ("kernels_cuda",)
     code = f"""
 import sys, generate

@@ -441,7 +441,9 @@ def write_as_transformers_4(path, kind, rng):
             library.get_vocab_size(),
             {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
         )
-        config["tokenizer_class"] = rng.choice(["Qwen2Tokenizer", "GPT2Tokenizer"])
+        config = rng.choice([config, {}]) | {
+            "tokenizer_class": rng.choice(["Qwen2Tokenizer", "GPT2Tokenizer"])
+        }
         family = rng.choice(["llama", "qwen2"])
     else:
         shutil.copy(SHIPPED_TARGET / "tokenizer.model", path)
@@ -470,6 +472,50 @@ def test_slow_directories_mean_what_they_mean_to_transformers(kind, tmp_path, mo
         write_as_transformers_4(path, kind, rng)
         theirs = transformers.AutoTokenizer.from_pretrained(path)
         assert_the_same(load_tokenizer(path), theirs, rng, 12)
+
+
+def test_a_class_of_gpt2_has_its_own_words_and_no_normalizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, tk = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    train_byte_level(tmp_path, LLAMA3_PATTERN, tk.normalizers.NFC(), bos=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in (*TEXTS, "e\u0301t\u00e9 no\u0308"):
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode("e\u0301")) == "e\u0301"
+
+
+def test_template_tokens_are_found_in_the_normalized_text(tmp_path, monkeypatch):
+    """Also where a user typed one, which is text."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, tk = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    library = train_byte_level(tmp_path, LLAMA3_PATTERN, tk.normalizers.NFC(), bos=False)
+    library.add_tokens([tk.AddedToken("[e\u0301]", normalized=True, special=True, rstrip=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    template = {"chat_template": "[\u00e9] {{ messages[0].content }}[e\u0301]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.encode_guarded("[\u00e9] x[e\u0301]\ufdd0", "\ufdd0", whole=False) == theirs.encode(
+        "[\u00e9] x[e\u0301]"
+    )
+    ids = ours.encode_chat([{"role": "user", "content": "x[e\u0301]y"}])
+    assert ids[0] == ids[-1] == 1500 and ids.count(1500) == 2
+    assert ours.decode(ids) == "x[\u00e9]y"
+
+
+def test_added_tokens_of_a_plain_tokenizer_model_are_found_in_one_pass(shared, tmp_path, monkeypatch):
+    """Where no class is named, transformers finds them in the raw text, normalized or not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"<ab>": False, "x<ab>": True}  # in two passes, the first finds the one in the other
+    entries = {
+        32000 + i: {"content": name, "normalized": normalized, "special": False}
+        for i, (name, normalized) in enumerate(names.items())
+    }
+    theirs, rng = published("llama2", shared, tmp_path, added_tokens_decoder=entries), random.Random(0)
+    ours = load_tokenizer(tmp_path)
+    for text in ["x<ab>", *(some_text(rng, ["<ab>", "x<ab>", "x"]) for _ in range(50))]:
+        assert ours.encode(text) == theirs.encode(text)
+    assert 32001 in ours.encode("x<ab>")
 
 
 def test_a_tokenizer_model_of_gemmas_shape(tmp_path, monkeypatch):

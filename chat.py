@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,8 +38,8 @@ class Settings:
 
     def name_special(self, key: str, token: str | None) -> None:
         """A special token's text, where no file says it."""
-        if token is not None:
-            self.named.setdefault(key, token)
+        if token is not None and key not in self.config:
+            self.named[key] = token
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
@@ -78,22 +77,25 @@ class Tokenizer:
     """
 
     size: int  # ordinary ids are below it
+    finder: Any  # of the package `tokenizers`: finds the added tokens in a text
     context: int | None = None  # tokens that the model takes: a text that is surely longer is refused at once
     shrinks = False  # a text may lose characters on its way to tokens
+    dummy_prefix = False  # tokens begin with a blank that is not in the text
 
     def __init__(self, settings: Settings, added: dict[int, dict[str, Any]]):
         self.named, self.bos = settings.named, settings.named.get("bos_token")
         self.eos, self.templates = settings.named.get("eos_token"), settings.templates
         self.template, self.specials, self.added = settings.templates.get("default"), {}, {}
-        self.flags = {entry["content"]: entry for entry in added.values()}
         for token, entry in sorted(added.items()):
             special = entry.get("special", True) or entry["content"] in self.named.values()
             (self.specials if special else self.added)[entry["content"]] = token
         self.shrinks = any(entry.get(flag) for entry in added.values() for flag in ("lstrip", "rstrip"))
+        self.added_ids = self.specials | self.added
         self.special_ids = set(self.specials.values())
         self.added_bytes = {token: text.encode() for text, token in self.added.items()}
         source = "".join(settings.templates.values())
-        self.protected = [*self.specials, *(name for name in self.added if name in source)]
+        written = [name for name in self.added if name in source and name.strip() and len(name) > 1]
+        self.protected = [*self.specials, *written]  # and no blanks, which are only text
         # What the tokenizer puts around a prompt.
         self.before, self.after = (
             [self.specials[name]] if wanted and name in self.specials else []
@@ -111,30 +113,24 @@ class Tokenizer:
         """The bytes of an ordinary token."""
         raise NotImplementedError
 
-    def normalize(self, text: str) -> str:
-        """The characters that become tokens."""
-        return text
+    def added_in(self, text: str, guard: str) -> Iterator[tuple[str, int, int]]:
+        """The added tokens of a text and where they are, with the blanks that they take from around them."""
+        found = self.finder.encode(text, add_special_tokens=False)
+        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            name = self.found_names.get(token, "")
+            typed = len(name) == 1 and text.startswith(guard, end)  # no guard is inside one character
+            if name in self.added_ids and not typed:
+                yield name, begin, end
 
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """Ids of a text in which every added token is one that holds no guard; `whole`: with BOS and EOS."""
         ids, start = [], 0
-        for match in at_tokens(self.flags, guard).finditer(text):
-            (begin, end), entry = match.span(), self.flags[match.group()]
-            if begin < start or not self.stands_alone(match):
-                continue
-            chunk, after = text[start:begin], text[end:]
-            chunk = chunk.rstrip() if entry.get("lstrip") else chunk
-            ids += self.encode_ordinary(chunk.replace(guard, ""), start == 0)
-            ids.append(self.specials.get(match.group(), self.added.get(match.group())))
-            start = end + (len(after) - len(after.lstrip()) if entry.get("rstrip") else 0)
+        for name, begin, end in self.added_in(text, guard):
+            ids += self.encode_ordinary(text[start:begin].replace(guard, ""), start == 0)
+            ids.append(self.added_ids[name])
+            start = end
         ids += self.encode_ordinary(text[start:].replace(guard, ""), start == 0)
         return self.before + ids + self.after if whole else ids
-
-    def stands_alone(self, match: re.Match) -> bool:
-        """Whether an added token is one where it was found: some are not inside words."""
-        text, (begin, end) = match.string, match.span()
-        around = text[max(begin - 1, 0) : begin] + text[end : end + 1]
-        return not (self.flags[match.group()].get("single_word") and any(map(is_of_words, around)))
 
     def encode_checked(self, text: str, guard: str, whole: bool) -> list[int]:
         """`encode_guarded`, where every reason against it is one line of BadInput."""
@@ -142,17 +138,23 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise BadInput("the text holds half a character, which UTF-8 cannot write") from None
-        if self.context and len(text) > LONG_TEXT and not self.shrinks:
-            least = len(self.normalize(text)) // self.longest
-            if least > self.context:
-                raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
         with naming_failures("the tokenizer cannot encode this text"):
+            if self.context and len(text) > LONG_TEXT and not self.shrinks:
+                normalizer = self.finder.normalizer
+                least = len(normalizer.normalize_str(text) if normalizer else text) // self.longest
+                if least > self.context:
+                    raise BadInput(f"the text is at least {least} tokens, and the model takes {self.context}")
             return self.encode_guarded(text, guard, whole)
+
+    @cached_property
+    def found_names(self) -> dict[int, str]:
+        """The added tokens by the ids that the finder gives them."""
+        return {token: entry.content for token, entry in self.finder.get_added_tokens_decoder().items()}
 
     @cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
-        return max(1, *map(len, self.flags), *(len(self.token_bytes(i)) for i in range(self.size)))
+        return max(1, *map(len, self.added_ids), *(len(self.token_bytes(i)) for i in range(self.size)))
 
     def encode_text(self, text: str, whole: bool = False) -> list[int]:
         """Ids of a text in which special tokens have no meaning. Raises BadInput for half a character."""
@@ -170,13 +172,19 @@ class Tokenizer:
         return b"" if token in self.special_ids or not 0 <= token < self.size else self.piece(token)
 
     def decode(self, tokens: list[int]) -> str:
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+        text = b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.dummy_prefix else text
 
-    def encode_chat(self, messages: list[dict[str, Any]], **template_kwargs: Any) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
         """A conversation, up to where the answer begins. Special tokens come from the template alone.
 
-        Other arguments are variables of the template, like `enable_thinking` of Qwen3.
+        Other arguments are variables of the template, like `enable_thinking` of Qwen3, and those that it gets
+        anyway, like `add_generation_prompt` and `bos_token`. One that it does not know has no effect.
         """
+        if "messages" in template_kwargs:
+            raise BadInput(
+                "--template_kwargs: messages are the conversation itself, not a variable beside it"
+            )
         template = self.templates.get("tool_use") if template_kwargs.get("tools") is not None else None
         template = template or self.template
         if template is None:
@@ -189,11 +197,6 @@ class Tokenizer:
             safe.append(guarded(present, names, guard))
         variables = self.named | template_kwargs
         return self.encode_checked(render_chat(template, safe, variables), guard, whole=False)
-
-
-def is_of_words(character: str) -> bool:
-    """Whether a character belongs to words, accents included."""
-    return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def check_tokens(ours: Tokenizer | None, targets: Tokenizer | None) -> None:
@@ -209,12 +212,6 @@ def check_tokens(ours: Tokenizer | None, targets: Tokenizer | None) -> None:
             raise BadInput(f"the drafter has another vocabulary: token {token} is {a!r}, not {b!r}")
 
 
-def at_tokens(tokens: Any, guard: str) -> re.Pattern:
-    """Where one of the tokens is in a text, the longest one, unless a guard follows it."""
-    names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
-    return re.compile(f"(?:{names})(?!{guard})" if names else r"(?!)")
-
-
 def unused_character(text: str) -> str:
     """A guard: a noncharacter that the text does not have."""
     found = next((c for c in map(chr, range(0xFDD0, 0xFDE0)) if c not in text), None)
@@ -223,10 +220,11 @@ def unused_character(text: str) -> str:
     return found
 
 
-def guarded(value: Any, tokens: Any, guard: str) -> Any:
-    """A text, or all texts in lists and objects, with a guard in every one of the tokens."""
+def guarded(value: Any, tokens: Iterable[str], guard: str) -> Any:
+    """A text, or all texts in lists and objects, with a guard behind the first character of those tokens."""
     if isinstance(value, str):
-        return at_tokens(tokens, guard).sub(lambda m: m.group()[0] + guard + m.group()[1:], value)
+        names = "|".join(re.escape(token) for token in tokens if token and token in value)
+        return re.sub(f"(?s)(?=(?:{names}))(.)", rf"\1{guard}", value) if names else value
     if isinstance(value, list):
         return [guarded(item, tokens, guard) for item in value]
     return {k: guarded(v, tokens, guard) for k, v in value.items()} if isinstance(value, dict) else value

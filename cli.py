@@ -33,10 +33,10 @@ def json_object(text: str) -> dict[str, Any]:
     """The type of a flag whose value is an object."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a JSON object")
     return value
 
 
@@ -78,7 +78,7 @@ def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) 
     """The token ids of one line of --prompts. Raises BadInput, without the number of the line."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise BadInput("not a JSON object")

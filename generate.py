@@ -40,6 +40,7 @@ import torch  # noqa: E402
 
 import kernels  # noqa: E402
 from auto import AdaptiveLookup, AutoDrafter  # noqa: E402
+from chat import check_tokens  # noqa: E402
 from checkpoints import (  # noqa: E402
     ALL_PRECISIONS,
     SHIPPED_HEAD,
@@ -69,7 +70,7 @@ from gpt_spec import (  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
-from text import TextStream, Tokenizer, check_tokens, load_tokenizer, read_json  # noqa: E402
+from text import TextStream, Tokenizer, load_tokenizer, read_json  # noqa: E402
 
 DEFAULT_PROMPT = '''def load(path, mode='r', **kwargs):
     """Load a document from a file, returning a new document.

@@ -16,11 +16,15 @@ import codecs
 import json
 import re
 import secrets
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chat import Settings, Tokenizer, at_tokens, check_tokens, naming_failures, read_json  # noqa: F401
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from chat import Settings, Tokenizer, naming_failures, read_json
 from model import BadInput
 
 LLAMA3_PATTERN = (
@@ -46,9 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         model = path.read_bytes()
-        no_prefix = (
-            b"\x1a\x02\x18\x00"  # protobuf: normalizer_spec { add_dummy_prefix: false }, merged into it
-        )
+        no_prefix = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }, merged into it
         try:
             self.processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.bare = sentencepiece.SentencePieceProcessor(model_proto=model + no_prefix)
@@ -59,12 +61,21 @@ class SentencePieceTokenizer(Tokenizer):
         settings.name_special("bos_token", p.id_to_piece(p.bos_id()) if p.bos_id() >= 0 else None)
         settings.name_special("eos_token", p.id_to_piece(p.eos_id()) if p.eos_id() >= 0 else None)
         control = [i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)]
-        super().__init__(settings, {i: {"content": p.id_to_piece(i)} for i in control} | settings.added)
-        config, llama = settings.config, settings.kind == "LlamaTokenizer"
-        self.legacy = bool(config.get("legacy", not llama))
+        config, llama = settings.config, settings.kind in AS_LLAMA
+        added = {i: {"content": p.id_to_piece(i), "special": True} for i in control}
+        extra = isinstance(config.get("extra_special_tokens"), list) or "additional_special_tokens" in config
+        for i in user_defined_pieces(model) if llama and not extra else ():
+            if "\u2581" not in p.id_to_piece(i):  # which stands for blanks
+                added[i] = {"content": p.id_to_piece(i), "special": False, "normalized": False}
+        added |= settings.added
+        super().__init__(settings, added)
+        self.legacy = settings.kind != "CodeLlamaTokenizer" and bool(config.get("legacy", not llama))
         self.skips_blank = llama or not self.legacy  # a text that begins with a space gets no other
         wanted = not (llama and config.get("add_prefix_space") is False)
         self.prefixes = p.encode("a", out_type=str)[0].startswith("\u2581")
+        at_once = {} if llama or not self.prefixes else {"normalized": False}
+        blanks = None if llama or self.prefixes else normalizers.Replace(" ", "\u2581")
+        self.finder = finder_of((entry | at_once for entry in added.values()), blanks)
         self.dummy_prefix = wanted and (llama or self.prefixes)
         self.shrinks |= p.encode("  a  a") == p.encode("a a")
 
@@ -76,12 +87,20 @@ class SentencePieceTokenizer(Tokenizer):
         return self.bare.encode(" " + text if prefix and text else text)
 
     def piece(self, token: int) -> bytes:
-        text, is_byte = self.processor.id_to_piece(token), self.processor.is_byte(token)
-        return bytes([int(text[3:5], 16)]) if is_byte else text.replace("\u2581", " ").encode()
+        return bytes_of(self.processor.id_to_piece(token))
 
-    def decode(self, tokens: list[int]) -> str:
-        text = super().decode(tokens)
-        return text.removeprefix(" ") if self.dummy_prefix else text
+
+def user_defined_pieces(model: bytes) -> list[int]:
+    """Ids of the pieces that the training was given: type 4 in protobuf, which the library does not tell."""
+    found, start, token = [], 0, 0
+    while model[start : start + 1] == b"\x0a":  # a piece: its size, its text, a score of four bytes, its type
+        size, start = model[start + 1], start + 2
+        if size > 127:  # a number of two bytes
+            size, start = size - 128 + 128 * model[start], start + 1
+        start += size
+        found += [token] if re.fullmatch(rb"(?s)\x15.{4}\x18\x04", model[start - 7 : start]) else []
+        token += 1
+    return found
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -95,10 +114,12 @@ class TiktokenTokenizer(Tokenizer):
             self.encoding = self.encoding_of(LLAMA3_PATTERN)
         self.pieces = {rank: text for text, rank in self.ranks.items()}
         self.size = max(self.pieces) + 1
-        names = {self.size + i: {"content": f"<|{name}|>"} for i, name in enumerate(LLAMA3_SPECIALS)}
+        names = [{"content": f"<|{name}|>", "special": True} for name in LLAMA3_SPECIALS]
+        added = settings.added or dict(enumerate(names, start=self.size))
         settings.name_special("bos_token", "<|begin_of_text|>")
         settings.name_special("eos_token", "<|end_of_text|>")
-        super().__init__(settings, settings.added or names)
+        super().__init__(settings, added)
+        self.finder = finder_of(added.values())
 
     def encoding_of(self, pattern: str) -> Any:
         import tiktoken
@@ -125,49 +146,48 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """`tokenizer.json`, through the package `tokenizers`."""
+    """`tokenizer.json`, or `vocab.json` and `merges.txt`, through the package `tokenizers`."""
 
     def __init__(self, settings: Settings, path: Path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise BadInput(f"{path}: `pip install tokenizers` makes it readable") from None
         with naming_failures(f"{path}: not a tokenizer"):
-            self.library = library = tokenizers.Tokenizer.from_file(str(path))
+            if path.name == "vocab.json":
+                library = Library(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
+                library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                settings.config.setdefault("add_bos_token", False)
+            else:  # whose post-processor adds them
+                library = Library.from_file(str(path))
+                settings.config |= {"add_bos_token": False, "add_eos_token": False}
+        self.library = library
         library.no_truncation()
         library.no_padding()
         shape = b"".join(part.__getstate__() for part in (library.decoder, library.pre_tokenizer) if part)
         self.byte_level = b"ByteLevel" in shape
-        if settings.kind == "Qwen2Tokenizer" or (settings.kind == "LlamaTokenizer" and not self.byte_level):
+        if settings.kind in AS_BYTES or (settings.kind in AS_LLAMA and not self.byte_level):
             build_as_class(library, settings)
         add_tokens(library, settings)
         self.size = library.get_vocab_size(with_added_tokens=True)
-        decoder = {token: read_flags(entry) for token, entry in library.get_added_tokens_decoder().items()}
         bytes_too = getattr(library.model, "byte_fallback", False)
-        as_bytes = [i for i, entry in decoder.items() if bytes_too and byte_of(entry["content"])]
-        super().__init__(settings, {i: entry for i, entry in decoder.items() if i not in as_bytes})
+        found = library.get_added_tokens_decoder().items()
+        added = {i: t.__getstate__() for i, t in found if not (bytes_too and A_BYTE.fullmatch(t.content))}
+        super().__init__(settings, added)
+        self.finder = finder_of(added.values(), library.normalizer)
         self.shrinks |= not (self.byte_level or bytes_too)
         tokens = library.encode("a", add_special_tokens=False).tokens
         self.dummy_prefix = bool(tokens) and tokens[0].startswith("\u2581")
         self.secret = secrets.token_hex(8)  # so that nobody can type what stands for a special token
 
-    def normalize(self, text: str) -> str:
-        return self.library.normalizer.normalize_str(text) if self.library.normalizer else text
-
-    def encode_ordinary(self, text: str, first: bool = True) -> list[int]:
-        return self.encode_text(text)
-
     def encode_guarded(self, text: str, guard: str, whole: bool) -> list[int]:
         """As transformers does where there is no guard; else in names that no text has."""
-        if guard not in text:
-            return self.library.encode(text, add_special_tokens=whole).ids
-        names, library = self.renamed
-
-        def rename(match: re.Match) -> str:
-            return names.get(match.group(), match.group()) if self.stands_alone(match) else match.group()
-
-        text = at_tokens(self.flags, guard).sub(rename, text)
-        return library.encode(text.replace(guard, ""), add_special_tokens=whole).ids
+        library = self.library
+        if guard in text:
+            (names, library), parts, start = self.renamed, [], 0
+            for name, begin, end in self.added_in(text, guard):
+                if name in names:
+                    parts += [text[start:begin], names[name]]
+                    start = end
+            text = "".join([*parts, text[start:]]).replace(guard, "")
+        ids = library.encode(text, add_special_tokens=whole).ids
+        return self.before + ids + self.after if whole else ids
 
     @cached_property
     def renamed(self) -> tuple[dict[str, str], Any]:
@@ -175,92 +195,104 @@ class LibraryTokenizer(Tokenizer):
         raw = json.loads(self.library.to_str())
         names = {name: f"\ufdee{self.secret}{i}\ufdef" for i, name in enumerate(self.protected)}
         model, vocab = raw["model"], raw["model"]["vocab"]
-        kept = [token for token in raw["added_tokens"] if token["content"] in self.flags]
-        for token in kept:
-            if token["content"] in names:
-                token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
-        raw["added_tokens"] = kept
+        raw["added_tokens"] = [entry for entry in raw["added_tokens"] if entry["content"] in self.added_ids]
+        for entry in raw["added_tokens"]:
+            if entry["content"] in names:
+                entry |= {"content": names[entry["content"]], **dict.fromkeys(WHERE, False)}
         if isinstance(vocab, list):  # Unigram
             model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
         else:
             model["vocab"] = {names.get(text, text): token for text, token in vocab.items()}
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", []))
         if "merges" in model:
-            model["merges"] = [m for m in pairs if not names.keys() & {*m, "".join(m)}]
+            model["merges"] = [m for m in model["merges"] if not names.keys() & {*m, "".join(m)}]
         if "unk_token" in model:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return names, type(self.library).from_str(json.dumps(raw))
+        return names, Library.from_str(json.dumps(raw))
 
     def piece(self, token: int) -> bytes:
         text = self.library.id_to_token(token) or ""
-        if self.byte_level:
-            return bytes(BYTE_OF[c] for c in text) if all(c in BYTE_OF for c in text) else text.encode()
-        return byte_of(text) or text.replace("\u2581", " ").encode()
+        if not self.byte_level:
+            return bytes_of(text)
+        return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= {*text} else text.encode()
 
-    def decode(self, tokens: list[int]) -> str:
-        text = super().decode(tokens)
-        return text.removeprefix(" ") if self.dummy_prefix else text
+
+AS_BYTES = {  # classes of transformers that read only the vocabulary, and the special tokens that they name
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+}
+LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+INFILL = {f"{name}_token": f"\u2581<{name[:3].upper()}>" for name in ("prefix", "middle", "suffix", "eot")}
+AS_LLAMA = {"LlamaTokenizer": LLAMA, "CodeLlamaTokenizer": LLAMA | INFILL | {"fill_token": "<FILL_ME>"}}
 
 
 def build_as_class(library: Any, settings: Settings) -> None:
-    """Two classes of transformers read only the vocabulary of a tokenizer.json; the rest is in their code."""
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    model, prefix = library.model, settings.config.get("add_prefix_space")
-    if settings.kind == "Qwen2Tokenizer":
-        model.unk_token, model.byte_fallback, model.fuse_unk = None, False, False
-        library.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
-        library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
-        for key in ("unk_token", "eos_token", "pad_token"):
-            settings.name_special(key, "<|endoftext|>")
-        return
-    model.unk_token, model.byte_fallback, model.fuse_unk = None, True, True
-    scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
-    if "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
-        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
-    library.normalizer = None
-    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    for key, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):
+    """What else is in a tokenizer.json means nothing to these classes: it is in their code."""
+    kind, model, prefix = settings.kind, library.model, settings.config.get("add_prefix_space")
+    for key, token in (AS_BYTES | AS_LLAMA)[kind].items():
         settings.name_special(key, token)
+    model.unk_token, model.byte_fallback, model.fuse_unk = None, kind in AS_LLAMA, kind in AS_LLAMA
+    library.normalizer = normalizers.NFC() if kind == "Qwen2Tokenizer" else None
+    if kind in AS_BYTES:
+        split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=kind == "GPT2Tokenizer")
+        parts = [split, whole] if kind == "Qwen2Tokenizer" else [whole]
+        library.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        return
+    scheme = "never" if prefix is False else "always" if settings.config.get("legacy") else "first"
+    if kind == "CodeLlamaTokenizer":
+        model.unk_token, scheme = settings.named["unk_token"], scheme.replace("always", "first")
+    elif "legacy" not in settings.config:  # transformers 5 forgets to save it, and saves what it meant
+        scheme = getattr(library.pre_tokenizer, "prepend_scheme", scheme)
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
 
 
-FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+WHERE = ("lstrip", "rstrip", "single_word")  # what is around an added token
+FLAGS = ("content", *WHERE, "normalized", "special")
 
 
-def read_flags(token: Any) -> dict[str, Any]:
-    """An added token of the library as the files describe it."""
-    return {flag: getattr(token, flag) for flag in FLAGS}
+def added_tokens(entries: Iterable[dict[str, Any]]) -> list[AddedToken]:
+    """Added tokens of the library, from what files say of them."""
+    return [AddedToken(**{flag: entry[flag] for flag in FLAGS if flag in entry}) for entry in entries]
+
+
+def finder_of(entries: Iterable[dict[str, Any]], normalizer: Any = None) -> Library:
+    """A tokenizer of the library that has these tokens and no others."""
+    finder = Library(models.BPE())
+    if normalizer:
+        finder.normalizer = normalizer
+    finder.add_tokens(added_tokens(entries))
+    return finder
 
 
 def add_tokens(library: Any, settings: Settings) -> None:
     """Give the library the added tokens that the other files of a directory have."""
-    from tokenizers import AddedToken
-
-    named = list(settings.named.values())
-    entries = [{flag: e[flag] for flag in FLAGS if flag in e} for _, e in sorted(settings.added.items())]
+    own, named = library.get_added_tokens_decoder(), list(settings.named.values())
+    if "added_tokens_decoder" not in settings.config:  # the ids of added_tokens.json alone say less
+        settings.added = {token: entry for token, entry in settings.added.items() if token not in own}
+    entries = [entry for _, entry in sorted(settings.added.items())]
     entries = [e | {"special": True} if e["content"] in named else e for e in entries]
-    known = {entry["content"] for entry in entries}
-    known |= {entry.content for entry in library.get_added_tokens_decoder().values()}
-    more = dict.fromkeys([*named, *extra_specials(settings.config)])
-    entries += [{"content": name, "special": True} for name in more if name not in known]
-    library.add_tokens([AddedToken(**entry) for entry in entries])
+    known = {entry["content"] for entry in entries} | {entry.content for entry in own.values()}
+    names = dict.fromkeys([*named, *extra_specials(settings.config)])
+    more = [{"content": name, "special": True} for name in names]
+    library.add_tokens(added_tokens([*entries, *(e for e in more if e["content"] not in known)]))
     if settings.kind == "Qwen2Tokenizer":  # whose code adds them once more
-        library.add_tokens([AddedToken(name, special=True) for name in more])
+        library.add_tokens(added_tokens(more))
 
 
-def byte_of(text: str) -> bytes | None:
-    """The byte of a token like <0x0A>."""
-    found = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
-    return bytes([int(found[1], 16)]) if found else None
+A_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def bytes_of(piece: str) -> bytes:
+    """The bytes of a token like <0x0A>, or of one that writes blanks as sentencepiece does."""
+    byte = A_BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
 
 def byte_alphabet() -> dict[str, int]:
     """GPT-2 writes a byte as one visible character: itself if it is visible, else one from 256 upwards."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hidden = (byte for byte in range(256) if chr(byte) not in alphabet)
+    return {c: ord(c) if ord(c) < 256 else next(hidden) for c in alphabet}
 
 
 BYTE_OF = byte_alphabet()
@@ -271,16 +303,15 @@ def load_tokenizer(path: str | Path, context: int | None = None) -> Tokenizer | 
 
     With the tokens of the model's context, it refuses a text that is surely longer before it reads it.
     """
-    directory, kind = Path(path), None
-    if (directory / "tokenizer.json").exists():
-        file, kind = directory / "tokenizer.json", LibraryTokenizer
-    elif (directory / "tokenizer.model").exists():
-        file = directory / "tokenizer.model"
+    directory, kind = Path(path), LibraryTokenizer
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return None
+    if file.name == "tokenizer.model":
         with open(file, "rb") as stream:
             is_tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.read(200))
         kind = TiktokenTokenizer if is_tiktoken else SentencePieceTokenizer
-    if kind is None:
-        return None
     try:
         tokenizer = kind(read_settings(directory), file)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -299,11 +330,9 @@ def read_settings(directory: Path) -> Settings:
     if "added_tokens_decoder" not in config:
         config |= read_json(directory / "special_tokens_map.json")
         others = read_json(directory / "added_tokens.json")
-    is_name = {
-        k: special_name(v) for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))
-    }
+    named = {k: special_name(v) for k, v in config.items() if k[-6:] == "_token" and type(v) in (str, dict)}
     extra = config.get("extra_special_tokens")
-    named = is_name | (extra if isinstance(extra, dict) else {})
+    named |= extra if isinstance(extra, dict) else {}
     specials = {*named.values(), *extra_specials(config)}
     for name, token in others.items():
         added[token] = {"content": name, "special": name in specials, "normalized": name not in specials}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import generate
 from checkpoints import MODELS
 from packing import precision_of
+from text import SentencePieceTokenizer, load_tokenizer
 
 SMALL_HEAD = MODELS / "python-1m-eagle"
 FIELDS = {
@@ -408,6 +409,32 @@ def test_ctrl_c_before_an_answer_takes_the_question_back(capsys, monkeypatch, ch
     assert out.replace("\n", "") == expected.replace("\n", "")
 
 
+def test_a_line_that_the_tokenizer_does_not_take_fails_alone(capsys, monkeypatch, tmp_path):
+    class PanicException(BaseException):
+        """What a library in Rust raises: no Exception."""
+
+    def encode_ordinary(self, text, first=True, encode=SentencePieceTokenizer.encode_ordinary):
+        if "panic" in text:
+            raise PanicException("index out of bounds\nbacktrace")
+        return encode(self, text, first)
+
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_ordinary", encode_ordinary)
+    lines = [{"prompt": "def a(\n"}, {"prompt": " " * 1_000_000}, {"prompt": "panic"},
+             {"prompt_ids": [10**30]}, {"prompt": {"text": "x"}}, {"prompt": None}, r'{"prompt": "a\udfff"}',
+             "[" * 100_000, "NaN", {"prompt": "".join(map(chr, range(0xFDD0, 0xFDE0)))},
+             {"prompt": "class B:\n"}]  # fmt: skip
+    file = write_prompts(tmp_path / "p.jsonl", *lines)
+    status, out, err = run(capsys, *SHORT, "--json", "--prompts", file)
+    outputs = json.loads(out)["outputs"]
+    words = ["tokens", "index out of bounds)", str(10**30), "not a text", "not a text", "half a character"]
+    words += ["not JSON", "not a JSON object", "noncharacters"]
+    reasons = ["length", *["error"] * len(words), "length"]
+    assert status == 2 and [output["finish_reason"] for output in outputs] == reasons
+    for number, (word, output) in enumerate(zip(words, outputs[1:-1], strict=True), start=2):
+        assert f"line {number}:" in output["error"] and word in output["error"]
+        assert output["error"].count("\n") == 0 and output["error"] in err
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """The shipped target with a chat template."""
@@ -425,6 +452,34 @@ def test_chat_applies_the_template(capsys, chat_model):
     result = run_json(capsys, *flags, "--chat", "--system", "Be kind.", "--prompt", "Hi")["outputs"]
     plain = run_json(capsys, *flags, "--prompt", "# system\nBe kind.\n# user\nHi\n# assistant: ")["outputs"]
     assert result == plain
+
+
+def test_variables_of_the_template_from_the_command_line(capsys, chat_model, tmp_path):
+    shutil.copytree(chat_model, tmp_path / "model")
+    template = (
+        "{{ 'quiet' if enable_thinking is false }}{{ messages[0].content }}{{ '+' if add_generation_prompt }}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    flags = [*SHORT, "--max_new_tokens", "1", "--checkpoint_path", str(tmp_path / "model")]
+    file = write_prompts(tmp_path / "p.jsonl", {"prompt": "def"})
+    ids = load_tokenizer(chat_model).encode_text
+    for variables, expected in (
+        ('{"enable_thinking": false}', "quietdef+"),
+        ('{"enable_thinking": true, "no_such_variable": [1]}', "def+"),
+        ('{"add_generation_prompt": false, "self": 1}', "def"),
+    ):
+        asked = ["--chat", "--template_kwargs", variables]
+        for prompt in (["--prompt", "def"], ["--prompts", file]):
+            assert run_json(capsys, *flags, *asked, *prompt)["outputs"][0]["prompt_ids"] == ids(expected)
+    chat = ["--checkpoint_path", chat_model, "--chat", "--template_kwargs"]
+    for variables, words in (
+        ("{enable_thinking: false}", ["--template_kwargs", "not JSON"]),
+        ("[" * 100_000, ["--template_kwargs", "not JSON"]),
+        ("[1]", ["--template_kwargs", "not a JSON object"]),
+        ('{"messages": []}', ["--template_kwargs", "messages"]),
+    ):
+        assert_refused(capsys, [*chat, variables], *words)
+    assert_refused(capsys, ["--template_kwargs", "{}"], "--template_kwargs", "--chat")
 
 
 def test_interactive_keeps_the_history_of_a_chat(capsys, monkeypatch, chat_model):
@@ -643,7 +698,7 @@ def test_only_the_declared_dependencies_are_imported():
 
     Triton itself PyTorch imports, where it is installed.
     """
-    lazy = ("transformers", "tokenizers", "huggingface_hub", "tiktoken", "matplotlib")
+    lazy = ("transformers", "huggingface_hub", "tiktoken", "matplotlib")
     lazy += () if torch.cuda.is_available() else ("kernels_cuda",)
     code = f"""
 import sys, generate

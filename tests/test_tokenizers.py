@@ -10,7 +10,7 @@ from conftest import ROOT, SHIPPED_TARGET
 
 from checkpoints import stop_ids
 from model import BadInput
-from text import LLAMA3_PATTERN, TextStream, load_tokenizer
+from text import LLAMA3_PATTERN, LLAMA3_SPECIALS, TextStream, load_tokenizer, user_defined_pieces
 
 TEXTS = [
     "Hello, world!",
@@ -193,7 +193,7 @@ def test_nfc_normalisation_and_no_bos(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == "\u00e9t\u00e9 n\u00f6"
 
 
-def test_other_kinds_go_through_the_library_or_name_it(tmp_path, monkeypatch):
+def test_pieces_go_through_the_library(tmp_path):
     tk = pytest.importorskip("tokenizers")
     tokenizer = tk.Tokenizer(tk.models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -208,9 +208,6 @@ def test_other_kinds_go_through_the_library_or_name_it(tmp_path, monkeypatch):
     text = (ROOT / "gpt_spec.py").read_text()[:3000]
     assert ours.encode(text) == tokenizer.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(BadInput, match="pip install tokenizers"):
-        load_tokenizer(tmp_path)
 
 
 def test_added_tokens_of_a_fine_tuned_sentencepiece(tmp_path):
@@ -331,7 +328,7 @@ def write_directory(path, kind, rng):
     """A checkpoint's tokenizer with added tokens of every flag, and its facts in any of the files."""
     import tokenizers as tk
 
-    library, where = small_tokenizer(kind, rng), rng.choice(["json", "config", "added"])
+    library, where = small_tokenizer(kind, rng), rng.choice(["json", "config", "added", "json and added"])
     chances = {"lstrip": 0.3, "rstrip": 0.3, "single_word": 0.2, "normalized": 0.4}
     tokens = [
         tk.AddedToken(
@@ -341,15 +338,19 @@ def write_directory(path, kind, rng):
     ]
     size, files = library.get_vocab_size(), {}
     named = {"bos_token": "<s>", "eos_token": rng.choice(["</s>", "<|im_end|>"]), "unk_token": "<unk>"}
-    classes = [None, "PreTrainedTokenizerFast", *(["LlamaTokenizer"] if kind != "unigram" else [])]
+    more = {
+        "bytes": ["LlamaTokenizer", "GPT2Tokenizer"],
+        "metaspace": ["LlamaTokenizer", "CodeLlamaTokenizer"],
+    }
+    classes = [None, "PreTrainedTokenizerFast", *more.get(kind, [])]
     config = {"chat_template": CHATML, "tokenizer_class": rng.choice(classes), "legacy": rng.random() < 0.5}
     config |= rng.choice([{}, {"add_bos_token": True}])
-    if where == "json":
+    if "json" in where:
         library.add_tokens(tokens)
-    elif where == "config":
+    if where == "config":
         entries = enumerate(({flag: getattr(t, flag) for flag in FLAGS} for t in tokens), start=size)
         config |= named | {"added_tokens_decoder": dict(entries)}
-    else:
+    if "added" in where:
         files["added_tokens.json"] = {t.content: size + i for i, t in enumerate(tokens)}
         config["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     if rng.random() < 0.5:
@@ -417,6 +418,238 @@ def test_original_tokenizers_mean_what_they_mean_to_transformers(name, shared, t
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
     assert_the_same(ours, theirs, rng, 60)
+
+
+def added_entries(rng, start):
+    """Added tokens as transformers 4 writes them into tokenizer_config.json, with every flag, by id."""
+    names = ["<|im_start|>", "<|im_end|>", "<think>", "[X]", "<a b>", "hello!", " sp"]
+    return {
+        start + i: {"content": name, "special": name.startswith("<|")}
+        | {flag: rng.random() < 0.3 for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+        for i, name in enumerate(rng.sample(names, len(names)))
+    }
+
+
+def write_as_transformers_4(path, kind, rng):
+    """What `save_pretrained` of a slow tokenizer of transformers 4 leaves behind: no tokenizer.json."""
+    path.mkdir()
+    config, family = {"add_bos_token": rng.random() < 0.7, "add_eos_token": rng.random() < 0.3}, "llama"
+    if kind == "bytes":
+        library = small_tokenizer(kind, rng)
+        library.model.save(str(path))
+        size, named = (
+            library.get_vocab_size(),
+            {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        )
+        config = rng.choice([config, {}]) | {
+            "tokenizer_class": rng.choice(["Qwen2Tokenizer", "GPT2Tokenizer"])
+        }
+        family = rng.choice(["llama", "qwen2"])
+    else:
+        shutil.copy(SHIPPED_TARGET / "tokenizer.model", path)
+        size, named = 4096, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config["tokenizer_class"] = rng.choice(["LlamaTokenizer", "CodeLlamaTokenizer", None])
+        config |= {"legacy": rng.random() < 0.5} | rng.choice([{}, {"add_prefix_space": False}])
+    entries = added_entries(rng, size)
+    files = {"added_tokens.json": {entry["content"]: token for token, entry in entries.items()}}
+    as_objects = {key: {"content": name, "lstrip": False, "normalized": True} for key, name in named.items()}
+    special = [entry["content"] for entry in entries.values() if entry["special"]]
+    extra = rng.choice([{}, {"additional_special_tokens": special, "extra_special_tokens": {}}])
+    files["special_tokens_map.json"] = as_objects | extra
+    config |= named | extra | {"chat_template": CHATML} | rng.choice([{"added_tokens_decoder": entries}, {}])
+    files |= {"tokenizer_config.json": config, "config.json": {"model_type": family}}
+    for name, value in files.items():
+        (path / name).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_slow_directories_mean_what_they_mean_to_transformers(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, rng = pytest.importorskip("transformers"), random.Random(kind)
+    pytest.importorskip("google.protobuf")
+    for number in range(20):
+        path = tmp_path / str(number)
+        write_as_transformers_4(path, kind, rng)
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        assert_the_same(load_tokenizer(path), theirs, rng, 12)
+
+
+def test_a_class_of_gpt2_has_its_own_words_and_no_normalizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, tk = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    train_byte_level(tmp_path, LLAMA3_PATTERN, tk.normalizers.NFC(), bos=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in (*TEXTS, "e\u0301t\u00e9 no\u0308"):
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode("e\u0301")) == "e\u0301"
+
+
+def test_template_tokens_are_found_in_the_normalized_text(tmp_path, monkeypatch):
+    """Also where a user typed one, which is text."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, tk = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    library = train_byte_level(tmp_path, LLAMA3_PATTERN, tk.normalizers.NFC(), bos=False)
+    library.add_tokens([tk.AddedToken("[e\u0301]", normalized=True, special=True, rstrip=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    template = {"chat_template": "[\u00e9] {{ messages[0].content }}[e\u0301]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.encode_guarded("[\u00e9] x[e\u0301]\ufdd0", "\ufdd0", whole=False) == theirs.encode(
+        "[\u00e9] x[e\u0301]"
+    )
+    ids = ours.encode_chat([{"role": "user", "content": "x[e\u0301]y"}])
+    assert ids[0] == ids[-1] == 1500 and ids.count(1500) == 2
+    assert ours.decode(ids) == "x[\u00e9]y"
+
+
+def test_added_tokens_of_a_plain_tokenizer_model_are_found_in_one_pass(shared, tmp_path, monkeypatch):
+    """Where no class is named, transformers finds them in the raw text, normalized or not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"<ab>": False, "x<ab>": True}  # in two passes, the first finds the one in the other
+    entries = {
+        32000 + i: {"content": name, "normalized": normalized, "special": False}
+        for i, (name, normalized) in enumerate(names.items())
+    }
+    theirs, rng = published("llama2", shared, tmp_path, added_tokens_decoder=entries), random.Random(0)
+    ours = load_tokenizer(tmp_path)
+    for text in ["x<ab>", *(some_text(rng, ["<ab>", "x<ab>", "x"]) for _ in range(50))]:
+        assert ours.encode(text) == theirs.encode(text)
+    assert 32001 in ours.encode("x<ab>")
+
+
+def test_a_tokenizer_model_of_gemmas_shape(tmp_path, monkeypatch):
+    """No space before a text, and pieces that the training was given."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers, rng = pytest.importorskip("transformers"), random.Random(0)
+    pytest.importorskip("google.protobuf")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "generate.py"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
+        vocab_size=700, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>",
+        eos_piece="<eos>", user_defined_symbols=["<mask>", "<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )  # fmt: skip
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True, "chat_template": CHATML}
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(named | {"tokenizer_class": "GemmaTokenizer"}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in [some_text(rng, ["    ", "  hello"]) for _ in range(100)]:
+        assert ours.encode(text) == theirs.encode(text)
+    model = (tmp_path / "tokenizer.model").read_bytes()
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model)
+    assert (
+        user_defined_pieces(model)
+        == [i for i, piece in enumerate(proto.pieces) if piece.type == 4]
+        == [4, 5, 6]
+    )
+    theirs.save_pretrained(tmp_path / "saved")
+    ours = load_tokenizer(tmp_path / "saved")
+    assert_the_same(ours, theirs, rng, 30)
+
+
+LLAMA2_INST = """{% for m in messages %}{% if m.role == 'user' %}
+{{- bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+
+
+def published(name, shared, path, **more):
+    """The tokenizer of Llama 2 or 3 with the files that are published with it, read by transformers."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    shutil.copy(shared / f"{name}_tokenizer.model", path / "tokenizer.model")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": LLAMA2_INST}
+    if name == "llama3":
+        names = [f"<|{name}|>" for name in LLAMA3_SPECIALS]
+        entries = enumerate(({"content": n, "special": True, "normalized": False} for n in names), 128000)
+        config = {"bos_token": names[0], "eos_token": names[9], "chat_template": LLAMA3_CHAT}
+        config["added_tokens_decoder"] = dict(entries)
+    config |= {"add_bos_token": True, "legacy": False} | more
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def turns_of(shared):
+    lines = (shared / "spec_bench.jsonl").read_text(encoding="utf-8").splitlines()
+    return [turn for line in lines for turn in json.loads(line)["turns"]]
+
+
+CLASSES = {"llama2": "LlamaTokenizer", "llama3": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_turns_of_spec_bench(name, shared, tmp_path, monkeypatch):
+    """As the tokenizer.model alone, and as a tokenizer.json of the class that models are published with."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    theirs, turns = published(name, shared, tmp_path), turns_of(shared)
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    config = tmp_path / "saved" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": CLASSES[name]}))
+    assert len(turns) == 560
+    for path in (tmp_path, tmp_path / "saved"):
+        theirs = theirs if path == tmp_path else AutoTokenizer.from_pretrained(path)
+        ours = load_tokenizer(path)
+        assert [ours.encode(turn) for turn in turns] == theirs(turns)["input_ids"]
+        talks = [[{"role": "user", "content": turn}] for turn in turns]
+        expected = theirs.apply_chat_template(talks, add_generation_prompt=True, return_dict=False)
+        assert [ours.encode_chat(talk) for talk in talks] == expected
+
+
+def test_runs_of_blanks_are_what_the_model_was_trained_on(shared, tmp_path, monkeypatch):
+    """The LlamaTokenizer of transformers 5 merges by id, where Llama 2 has its blanks' scores last of all.
+
+    With its merges in the order of the scores, as transformers 4 has them, it writes what we do.
+    """
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    theirs = published("llama2", shared, tmp_path, tokenizer_class="LlamaTokenizer")
+    ours = load_tokenizer(tmp_path)
+    texts = [f"x{' ' * n}y" for n in range(1, 40)] + turns_of(shared)
+    assert ours.encode("x    y")[1:] == ours.processor.encode("x    y")
+    assert ours.processor.encode("x    y", out_type=str)[1:] == ["\u2581\u2581\u2581", "\u2581y"]
+    raw, p = json.loads(theirs.backend_tokenizer.to_str()), ours.processor
+    order = {p.id_to_piece(i): (-p.get_score(i), i) for i in range(p.get_piece_size())}
+    raw["model"]["merges"].sort(key=lambda pair: order["".join(pair)])
+    library = type(theirs.backend_tokenizer).from_str(json.dumps(raw))
+    assert [ours.encode(text) for text in texts] == [library.encode(text).ids for text in texts]
+
+
+def test_a_special_token_that_is_null_is_none(tmp_path):
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": null}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos is None and tokenizer.eos is None and 1 not in tokenizer.encode("import os")
+
+
+def test_typed_tokens_that_overlap_are_text(tmp_path):
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", tmp_path)
+    entries = {4096 + i: {"content": name, "special": True} for i, name in enumerate(["[ab]", "b][", "@"])}
+    config = {"added_tokens_decoder": entries, "chat_template": "@{{ messages[0].content }} [ab]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("[ab][", "[ab]", "b][ab]", "@", "@@ @"):
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        assert ids[0] == 4098 and ids[-1] == 4096 and max(ids[1:-1]) < 4096
+        assert tokenizer.decode(ids) == f"{text} " and max(tokenizer.encode(text)) < 4096
+
+
+def test_variables_of_a_template(tmp_path):
+    shutil.copy(SHIPPED_TARGET / "tokenizer.model", tmp_path)
+    template = "{{ messages[0].content }}{{ bos_token }}{% if add_generation_prompt %}+{{ tools }}{% endif %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer, talk = load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]
+    for variables, expected in (
+        ({"no_such_variable": 1, "self": 2}, "hi+None"),
+        ({"add_generation_prompt": False}, "hi"),
+        ({"tools": [1]}, "hi+[1]"),
+        ({"bos_token": "B"}, "hiB+None"),
+    ):
+        assert tokenizer.decode(tokenizer.encode_chat(talk, **variables)) == expected
+    with pytest.raises(BadInput, match="messages are the conversation"):
+        tokenizer.encode_chat(talk, messages=[])
 
 
 def test_typed_special_tokens_are_text_in_every_kind(tmp_path):

@@ -89,8 +89,9 @@ METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qs
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
-    *("drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py", "rotation.py"),
-    *("published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "show.py", "quantize.py"),
+    *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py"),
+    *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
+    *("show.py", "quantize.py"),
 )
 
 

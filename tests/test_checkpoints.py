@@ -322,3 +322,13 @@ def test_loading_never_holds_the_weights_twice(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 0.9 * size < int(out) < 1.3 * size
+
+
+def test_a_real_model_is_not_written_over_files(tmp_path):
+    """scripts/get_smollm2.py looks before it downloads anything."""
+    (tmp_path / "precious.txt").write_text("mine")
+    script = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: {tmp_path} is there already, and not an empty directory\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -80,7 +80,7 @@ def find_checkpoint(name: str, flag: str = "--checkpoint_path") -> Path:
         raise BadInput(f"{flag}: {name} is not a directory (nor a hub repository id like owner/name)")
     from huggingface_hub import snapshot_download  # slow to import, and most runs are local
 
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
     wanted += ["pytorch_model.bin"] if flag == HEAD_FLAG else []  # all that most published heads have
     unwanted = ["original/*", "consolidated*"]  # the same weights once more
     try:

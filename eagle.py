@@ -47,7 +47,7 @@ from model import (
     RMSNorm,
     Transformer,
 )
-from prompts import whole_number
+from prompts import check_kind, whole_number
 from runtime import no_grad
 
 # --------------------------------------------------------------------------------------------------
@@ -233,6 +233,7 @@ class TreeDrafter(Drafter):
         tree_topk: int = TREE_TOPK,
     ):
         """`tree_size` counts the root, `tree_depth` does not. BadInput for trees that cannot be."""
+        check_kind("head", head, EagleHead)
         tree_depth = whole_number("tree_depth", tree_depth)
         tree_topk = whole_number("tree_topk", tree_topk, 1)
         tree_size = None if tree_size is None else whole_number("tree_size", tree_size)
@@ -278,15 +279,15 @@ class TreeDrafter(Drafter):
         wanted, given = self.head.target_hidden_size, level.model.config.hidden_size
         if wanted != given:
             raise BadInput(f"the head is for a target with a hidden size of {wanted}, not {given}")
+        check_vocabulary(self.head.config.vocab_size, level.vocabulary)
+        self.drafted = self.head.drafted(level.vocabulary)
+        if self.topk > self.drafted:
+            raise BadInput(f"tree_topk is {self.topk}; the head drafts {self.drafted} tokens of the target")
         like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
         # True entries that may be new: those of the longest path, and those of the levels above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
-        check_vocabulary(self.head.config.vocab_size, level.vocabulary)
-        self.drafted = self.head.drafted(level.vocabulary)
-        if self.topk > self.drafted:
-            raise BadInput(f"tree_topk is {self.topk}; the head drafts {self.drafted} tokens of the target")
         self.sampling = setup.sampling
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 

@@ -219,9 +219,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput("--interactive reads standard input; leave out --json, --prompt and the like")
     if args.chat and args.prompt_ids:
         raise BadInput("--chat needs a text to put into the template, not --prompt_ids")
-    profile = Path(args.profile or __file__)  # what is no file, like /dev/null, would be replaced by one
-    if (profile.exists() and not profile.is_file()) or not profile.absolute().parent.is_dir():
-        raise BadInput(f"--profile: {args.profile} is no file that can be written")
+    if args.profile:
+        path = Path(args.profile)  # what is no file, like /dev/null, would be replaced by one
+        if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+            raise BadInput(f"--profile: {args.profile} is no file that can be written")
     check_device(args.device)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from costs import Acceptance, Clock, Stats, Stopwatch
@@ -44,7 +44,7 @@ from drafts import (
 )
 from eagle import TreeDrafter  # noqa: F401  all drafters can be imported from here
 from model import BadInput, KVCache, ModelConfig, Transformer
-from prompts import Prompts, number, plain, short, token_lists, whole_number, whole_numbers
+from prompts import Prompts, check_kind, number, plain, token_lists, whole_number, whole_numbers
 from runtime import Fetch, Runtime, no_grad, warm_up
 
 # --------------------------------------------------------------------------------------------------
@@ -305,7 +305,9 @@ class Decoder(Level):
         drafter = Drafter() if drafter is None else drafter
         self.max_length = whole_number("max_length", max_length, 2)
         batch_size = whole_number("batch_size", batch_size, 1)
-        check_parts(drafter, sampling)
+        for name, part, kind in (("model", model, Transformer), ("sampling", sampling, Sampling)):
+            check_kind(name, part, kind)
+        check_kind("drafter", drafter, Drafter)  # not the model that it uses
         kernels.load()
         check_dynamic(model.config, self.max_length)
         runtime = Runtime(compile, model.norm.weight.device)
@@ -332,10 +334,8 @@ class Decoder(Level):
         `reuse` continues a conversation: what a prompt shares with the row's last text is not computed again.
         `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
         """
-        prompts, max_new_tokens = (
-            token_lists(prompts, None),
-            whole_number("max_new_tokens", max_new_tokens, 1),
-        )
+        prompts = token_lists(prompts, None)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         for tokens in prompts:
             check_prompt(self.model.config, tokens, self.max_length)
             for model in (self.model, *self.drafter.models):
@@ -445,16 +445,6 @@ class Decoder(Level):
         old = self.state.tokens[row, : max(valid, 0)].tolist()
         pairs = zip(old, tokens[:-1])
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
-
-
-def check_parts(drafter: Any, sampling: Any) -> None:
-    """Raise BadInput for a drafter or a sampling that is something else."""
-    if isinstance(drafter, nn.Module):
-        kind = type(drafter).__name__
-        raise BadInput(f"drafter is a {kind}, not a Drafter that uses it, like SequentialDrafter(model)")
-    for name, value, kind in (("drafter", drafter, Drafter), ("sampling", sampling, Sampling)):
-        if not isinstance(value, kind):
-            raise BadInput(f"{name} is {short(value)}; it must be a {kind.__name__}")
 
 
 def text_ends(stop_ids: frozenset[int], should_stop: Callable | None, prompt: int, token: int) -> bool:
@@ -569,7 +559,9 @@ def complete(model: Transformer, prompts: Prompts, tokenizer: Any = None, **opti
             text.accepted += emission.accepted
             text.finish_reason = emission.finish_reason
     for text in texts:
-        text.text = tokenizer and tokenizer.decode(text.token_ids)
+        if tokenizer:  # by the prompt before it: at its own beginning, a text may lose a blank
+            start = len(tokenizer.decode(text.prompt_ids))
+            text.text = tokenizer.decode(text.prompt_ids + text.token_ids)[start:]
     return texts
 
 
@@ -710,8 +702,10 @@ class SequentialDrafter(Drafter):
 
         `shares_cache`: the model is the target in another precision of activations, and uses its cache.
         """
+        check_kind("model", model, Transformer)
         k = CHAIN_SIZES[-1] - 1 if speculate_k is None else whole_number("speculate_k", speculate_k, 1)
-        if not 0 <= number("draft_confidence", draft_confidence) <= 1:
+        draft_confidence = number("draft_confidence", draft_confidence)
+        if not 0 <= draft_confidence <= 1:
             raise BadInput(f"draft_confidence is {draft_confidence}; it is a probability, 0 (off) to 1")
         self.model, self.shares_cache, self.max_nodes = model, shares_cache, k + 1
         self.models = () if shares_cache else (model,)
@@ -829,6 +823,8 @@ class HierarchicalDrafter(Drafter):
         cache. It never writes below `length`, and the keys, values and features that it writes above are
         replaced by the target's when it verifies.
         """
+        check_kind("model", model, Transformer)
+        check_kind("drafter", drafter, Drafter)
         min_draft_length = whole_number("min_draft_length", min_draft_length)
         if not 1 <= min_draft_length <= MAX_DRAFT_DEPTH:
             raise BadInput(f"min_draft_length is {min_draft_length}; it must be 1 to {MAX_DRAFT_DEPTH}")

@@ -290,8 +290,8 @@ def linear(
 ) -> Tensor:
     """residual + prepare(x) W^T + bias, of x [..., in] -> [..., out_features].
 
-    weight: float32 or bf16 [out, in]; int8 [out, in] with float16 scales [out, 1]; 4-bit uint8 [out, in / 2]
-    with scales [out, groups] and, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or
+    weight: float32 or bf16 [out, in]; int8 [out, in] or 4-bit uint8 [out, in / 2], with float16 scales [out,
+    groups] and, for 4 bits, unless every zero is 8, zeros [out, groups]: w = (q - zero) * scale. Or
     what `pack` and `pack_scales` made of them, which then needs bf16 activations and, on the CPU,
     `out_features`.
     prepare: with `norm` [in], RMSNorm with `eps`; with `gated`, silu(gate) * up of x [..., 2 in] = (gate,

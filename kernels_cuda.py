@@ -309,9 +309,8 @@ def linear(
     """See `kernels.linear`. Weights are int32 words of `reference.pack_words` with scales [groups, out], int8
     rows with scales [out, groups], or bf16 rows."""
     known = weight.dtype in (torch.int32, torch.int8, torch.bfloat16)
-    narrow = (
-        weight.dtype == torch.int8 and scales.shape[1] > 1 and x.shape[-1] // scales.shape[1] % PLANE.value
-    )
+    groups = count_groups(scales, 8) if weight.dtype == torch.int8 else 1
+    narrow = groups > 1 and weight.shape[1] // groups % PLANE.value
     if x.dtype != torch.bfloat16 or not known or narrow:
         return reference.linear_reference(
             x, weight, scales, zeros, bias, residual, norm, eps, gated, rotation, power, stride, permutation,

@@ -34,9 +34,17 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 def number(name: str, value: Any) -> float:
     """A number of Python, NumPy or PyTorch as a float. Raises BadInput for anything else."""
     try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several
         raise BadInput(f"{name} is {short(value)}; it must be a number") from None
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise BadInput where a caller hands over something else than a `kind`."""
+    if not isinstance(value, kind):
+        raise BadInput(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""published.py: 4-bit and 8-bit checkpoints of other tools: AutoAWQ gemm, GPTQ, compressed-tensors.
+"""published.py: 4-bit and 8-bit checkpoints of other tools: AutoAWQ, GPTQ, AutoRound, compressed-tensors.
 
     import published
     layout = published.find_layout(quantization_config, "config.json")
@@ -241,7 +241,7 @@ def gptq_layout(raw: dict[str, Any], where: str) -> Layout:
 def check_exception(tool: str, raw: dict[str, Any], module: str, other: dict[str, Any], where: str) -> None:
     """Raise BadInput if some modules have other bits or groups than the rest; 16 bits are no quantization."""
     other = with_numbers(other, where)
-    changed = [key for key in ("bits", "group_size") if other.get(key, raw[key]) != raw[key]]
+    changed = [key for key in ("bits", "group_size") if other.get(key, raw.get(key)) != raw.get(key)]
     if changed and other.get("bits") not in (16, 32):
         refuse(where, f"{tool} with another {changed[0]} for {module!r}")
 
@@ -297,7 +297,8 @@ def unmet_wishes(raw: dict[str, Any]) -> list[str]:
     groups = list(raw["config_groups"].values()) if raw.get("quant_method") == "compressed-tensors" else []
     wanted = [group.get("input_activations") for group in groups]
     ours = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-    same = all(a and all(a.get(key, ours[key]) == ours[key] for key in ours) for a in wanted)
+    usual = {"type": "int", "symmetric": True}  # what is not said means this
+    same = all(a and usual | {key: a[key] for key in ours if key in a} == ours for a in wanted)
     wishes = ["a quantized cache"] if raw.get("kv_cache_scheme") else []
     wishes += ["quantized outputs"] if any(group.get("output_activations") for group in groups) else []
     return wishes + (["activations that we do not have"] if any(wanted) and not same else [])

@@ -444,7 +444,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--checkpoint_path", required=True, help="a Hugging Face directory or hub repository id, in 16 bits "
-        "or quantized (AutoAWQ gemm, GPTQ, compressed-tensors): these are converted as they are"
+        "or quantized (AutoAWQ gemm, GPTQ, compressed-tensors): these are converted as they are, with "
+        "a --precision of their bits"
     )  # fmt: skip
     p.add_argument("--precision", choices=list(PRECISIONS), default="w4a16", help="default: w4a16")
     p.add_argument(
@@ -519,7 +520,8 @@ def check_conversion(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raise BadInput for flags that a published quantized checkpoint cannot obey: it keeps its integers."""
     directory, bits = checkpoint.directory, checkpoint.quantization.bits
     if checkpoint.published is None or PRECISIONS[args.precision][0] != bits:
-        raise BadInput(f"--checkpoint_path: {directory} is quantized already, to {bits} bits")
+        hint = f"; convert it with --precision w{bits}a16" if checkpoint.published else ""
+        raise BadInput(f"--checkpoint_path: {directory} is quantized already, to {bits} bits{hint}")
     chosen = {"--group_size": args.group_size, "--asymmetric": args.asymmetric, "--rotate": args.rotate}
     chosen |= {"--lm_head_bits": args.lm_head_bits, "--keep_16_bit": args.keep_16_bit}
     chosen |= {"--quantizer": args.quantizer != "rtn"}

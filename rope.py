@@ -111,7 +111,7 @@ def read_settings(rope: dict[str, Any], raw: dict[str, Any]) -> tuple[float, Rop
     if kind in ("linear", "dynamic"):
         return theta, RopeScaling(kind, positive(rope, "factor"))
     # As in transformers, the key of the whole configuration comes first, and without it the context counts.
-    trained = raw.get("max_position_embeddings", 2048)
+    trained = positive(raw, "max_position_embeddings", 2048.0)
     original = positive(rope if raw.get(ORIGINAL) is None else raw, ORIGINAL, trained)
     if original % 1:
         raise ValueError(f"{ORIGINAL} is {original}; it must be a whole number")

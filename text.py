@@ -165,7 +165,8 @@ class LibraryTokenizer(Tokenizer):
         if settings.kind in AS_BYTES or (settings.kind in AS_LLAMA and not self.byte_level):
             build_as_class(library, settings)
         add_tokens(library, settings)
-        self.size = library.get_vocab_size(with_added_tokens=True)
+        ids = library.get_vocab(with_added_tokens=True).values()  # which may have holes
+        self.size = 1 + max(ids, default=-1)
         bytes_too = getattr(library.model, "byte_fallback", False)
         found = library.get_added_tokens_decoder().items()
         added = {i: t.__getstate__() for i, t in found if not (bytes_too and A_BYTE.fullmatch(t.content))}

@@ -142,6 +142,8 @@ def test_linear_8bit(bits, inputs, group):
     x, given = randn(3, inputs), (weight, scales, None, None, None, *EXTRAS, 70, bits, True)
     plan = kernels_cuda.Tiles(64, 2 if inputs == 512 else 1, warps=4, stages=3)
     assert close(kernels_cuda.linear(x, *given, plan=plan), kernels.linear_reference(x, *given), 5e-3)
+    gated, given = randn(3, 2 * inputs), (*given[:7], True, *given[8:])
+    assert close(kernels_cuda.linear(gated, *given, plan=plan), kernels.linear_reference(gated, *given), 5e-3)
 
 
 @pytest.mark.parametrize("wide", [True, False])

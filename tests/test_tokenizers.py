@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHIPPED_TARGET
+from conftest import ROOT, SHIPPED_TARGET, random_model
 
 from checkpoints import stop_ids
+from gpt_spec import complete
 from model import BadInput
 from text import LLAMA3_PATTERN, LLAMA3_SPECIALS, TextStream, load_tokenizer, user_defined_pieces
 
@@ -790,3 +791,25 @@ def test_explained_spans_belong_to_their_tokens():
     for index, text in spans:
         piece = tokenizer.token_bytes(ids[index])
         assert text == piece.decode() if piece.isascii() else text == "🙂"
+
+
+def test_a_vocabulary_with_holes(tmp_path):
+    """The ids of a vocabulary are not always 0, 1, 2, ...: nothing that a model says may vanish."""
+    tk = pytest.importorskip("tokenizers")
+    library = tk.Tokenizer(tk.models.BPE({"f": 0, "i": 1, "z": 1000, "fi": 7}, [("f", "i")]))
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("fizz") == [7, 1000, 1000] and ours.decode([7, 1000, 1000]) == "fizz"
+
+
+def test_a_continuation_keeps_its_first_blank(tmp_path):
+    """`complete` shows what follows the prompt: alone, it would lose the blank that Llama puts first."""
+    tk = pytest.importorskip("tokenizers")
+    vocabulary = {"\u2581": 0, "a": 1, "b": 2, "\u2581a": 3, "\u2581b": 4}
+    library = tk.Tokenizer(tk.models.BPE(vocabulary, [("\u2581", "a"), ("\u2581", "b")]))
+    library.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    library.decoder = tk.decoders.Metaspace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, model = load_tokenizer(tmp_path), random_model(vocab_size=5)
+    [found] = complete(model, ["a b"], tokenizer, max_new_tokens=9, compile=False)
+    assert tokenizer.decode(tokenizer.encode("a b") + found.token_ids) == "a b" + found.text

@@ -247,8 +247,6 @@ class State:
 # --------------------------------------------------------------------------------------------------
 
 MAX_DRAFT_DEPTH = 64  # each unit of depth is a forward, or a move to the parent, unrolled in one graph
-
-
 PADDING = 128  # tokens, or an eighth of a vocabulary: what sizes of one vocabulary may differ by
 
 
@@ -257,7 +255,7 @@ def check_vocabulary(size: int, target_size: int) -> int:
     another vocabulary.
 
     Published models of one vocabulary have different sizes: Qwen2.5 pads its 151,665 tokens to 151,936 or to
-    152,064. Who has both tokenizers can compare them (`chat.check_tokens`), tensors have a size only.
+    152,064. Where both tokenizers are at hand they are compared (`chat.check_tokens`); here only sizes are.
     """
     if abs(size - target_size) > max(PADDING, max(size, target_size) // 8):
         raise BadInput(f"the drafter has another vocabulary: {size} tokens, not {target_size}")

@@ -137,6 +137,8 @@ class Process:
             command += ["--output", str(self.file)]
         command += ["--seconds", f"{self.seconds - 10:.0f}"] if "--only" in part.command else []
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        if part.kind in UNTIMED:  # threads of processes side by side would wait for each other
+            environment.setdefault("OMP_NUM_THREADS", "1")
         options = {"cwd": ROOT, "env": environment, "stdout": self.log, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, start_new_session=True, **options)
 

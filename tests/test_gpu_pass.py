@@ -113,6 +113,20 @@ def test_untimed_parts_run_together_and_timings_alone(tmp_path, capsys):
     assert list(outcomes)[-2:] == ["cost a", "cost b"]
 
 
+@pytest.mark.parametrize("given", [None, "3"])
+def test_untimed_parts_have_one_thread_each(monkeypatch, tmp_path, capsys, given):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    show = ["-c", "import os; print(os.environ.get('OMP_NUM_THREADS'))"]
+    kinds = ("tests", "checks", "exact", "kernels", "cost", "synthetic", "compiled", "tune")
+    outcomes = run([Part(f"{kind} x", show, 20) for kind in kinds], tmp_path)
+    threads = {name.split()[0]: part["last_lines"] for name, part in outcomes.items()}
+    assert threads == {
+        kind: [given or ("1" if kind in ("tests", "checks", "exact") else "None")] for kind in kinds
+    }
+
+
 def test_rows_of_a_part_that_ran_out_of_time_are_kept(tmp_path, capsys):
     rows = {"results": {"w4a16 tree": {"texts": 8, "different": 0}}}
     write = f"import pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text({json.dumps(rows)!r})"

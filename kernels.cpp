@@ -1170,113 +1170,6 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
   return {values, places};
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// Random numbers as a function of seed, position and token, bit for bit those of uniform_reference.
-// ------------------------------------------------------------------------------------------------------------
-
-uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
-Tensor uniform(const Tensor& seed_any, const Tensor& positions_any, int64_t size) {
-  Tensor seed = seed_any.contiguous(), positions = positions_any.contiguous();
-  TORCH_CHECK(seed.scalar_type() == at::kLong && positions.scalar_type() == at::kLong && positions.dim() == 2 &&
-                  seed.numel() == positions.size(0),
-              "uniform: seed int64 [B], positions int64 [B, n]");
-  const int64_t batch = positions.size(0), n = positions.size(1);
-  Tensor out = at::empty({batch, n, size}, positions.options().dtype(at::kFloat));
-  const int64_t *keys = seed.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
-  float* to = out.mutable_data_ptr<float>();
-#pragma omp parallel for if (out.numel() > SMALL)
-  for (int64_t row = 0; row < batch * n; row++) {
-    const uint64_t key = keys[row / n];
-    const uint32_t first = mix(mix((uint32_t)key) ^ (uint32_t)(key >> 32)), second = mix(first ^ 0x5BF03635u);
-    const uint32_t a = mix((uint32_t)position[row] + first), b = mix(a ^ second);
-    float* values = to + row * size;
-    for (uint32_t token = 0; token < (uint32_t)size; token++)
-      values[token] = std::min(((float)mix(mix(token + a) ^ b) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
-  }
-  return out;
-}
-
-// ------------------------------------------------------------------------------------------------------------
-// Sampling: the top_k largest of a row and, of these, the smallest set with top_p of their softmax.
-// ------------------------------------------------------------------------------------------------------------
-
-struct Candidate {
-  float value;
-  int64_t place;
-  bool operator<(const Candidate& other) const {  // comes first
-    return value > other.value || (value == other.value && place < other.place);
-  }
-};
-
-// Copies to `out` the first candidates, until these hold `enough` weight -> did they? At least one is copied.
-bool keep_best(std::vector<Candidate>& candidates, float most, float temperature, double enough, float* out) {
-  std::sort(candidates.begin(), candidates.end());
-  double held = 0;
-  for (const Candidate& c : candidates) {
-    if (held >= enough && held > 0) return true;
-    out[c.place] = c.value;
-    held += std::exp((c.value - most) / temperature);
-  }
-  return held >= enough;
-}
-
-void filter_row(const float* x, int64_t n, float temperature, int64_t top_k, float top_p, float* out) {
-  static thread_local std::vector<Candidate> candidates;
-  const float most = *std::max_element(x, x + n), infinity = std::numeric_limits<float>::infinity();
-  auto weight = [&](float value) { return std::exp((value - most) / temperature); };
-  auto gather = [&](float lowest) {
-    candidates.clear();
-    for (int64_t i = 0; i < n; i++)
-      if (x[i] >= lowest) candidates.push_back({x[i], i});
-  };
-  const bool all_ranks = top_k == 0 || top_k >= n;
-  const bool broken = std::any_of(x, x + n, [](float value) { return value != value; });  // NaN: let it be seen
-  if (broken || (all_ranks && top_p >= 1)) {
-    std::copy(x, x + n, out);
-    return;
-  }
-  std::fill(out, out + n, -infinity);
-  if (!all_ranks) {
-    gather(-infinity);
-    if ((int64_t)candidates.size() > top_k) {
-      std::nth_element(candidates.begin(), candidates.begin() + top_k, candidates.end());
-      candidates.resize(top_k);
-    }
-    double total = 0;
-    for (const Candidate& c : candidates) total += weight(c.value);
-    keep_best(candidates, most, temperature, top_p < 1 ? (double)top_p * total : infinity, out);
-    return;
-  }
-  Floats sums = all(0.0f), scale = all(1.0f / temperature);
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) sums = sums + exp((load(x + i) - all(most)) * scale);
-  float total = sum(sums);
-  for (; i < n; i++) total += weight(x[i]);
-  // Nearly always, a few of the largest hold enough; only they are sorted.
-  for (float depth : {4.0f, 8.0f, 16.0f, infinity}) {
-    gather(most - depth * temperature);
-    if (keep_best(candidates, most, temperature, (double)top_p * total, out)) return;
-  }
-}
-
-Tensor filter(const Tensor& logits_any, double temperature, int64_t top_k, double top_p) {
-  Tensor logits = logits_any.contiguous(), out = at::empty(logits.sizes(), logits.options());
-  const int64_t n = logits.dim() ? logits.size(-1) : 0, rows = n ? logits.numel() / n : 0;
-  TORCH_CHECK(logits.scalar_type() == at::kFloat, "filter: float32, not ", logits.scalar_type());
-  TORCH_CHECK(temperature > 0 && top_k >= 0 && top_p > 0, "filter: temperature ", temperature, ", top_k ", top_k,
-              ", top_p ", top_p);
-  const float* from = logits.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-#pragma omp parallel for if (logits.numel() > SMALL)
-  for (int64_t row = 0; row < rows; row++) filter_row(from + row * n, n, temperature, top_k, top_p, to + row * n);
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
@@ -1284,8 +1177,6 @@ TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rotate", rotate);
   m.impl("move", move);
-  m.impl("uniform", uniform);
   m.impl("top_k", top_k);
-  m.impl("filter", filter);
   m.impl("attention", attention);
 }

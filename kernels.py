@@ -4,20 +4,22 @@
                 order, rounding of the activations) and after (bias, residual) is part of it
     rms_norm    the norm alone
     rotate      a rotation alone: Hadamard matrices, which spread what is large over many numbers
-    uniform     random numbers as a function of seed, position and token: a hash
+    pick        a token of every row: temperature, top-k, top-p, min-p and noise, without sorting
+    gumbel      the noise alone, as a function of seed, position and token
+    penalize    logits after a bias, penalties for what was said, and a mask
+    logsumexp   what log-probabilities need, the same bits in any order
     top_k       the largest of every row, with a rule for equal ones
-    filter      what top-k and top-p sampling leave of logits, without sorting them all
     attention   n queries of every text over a static cache
     move        what an accepted path left in the caches, to where it belongs
 
 Each has one signature and up to three bodies: `reference`, in reference.py, plain PyTorch, which the tests
-compare the others with; `cpu`, in kernels.cpp, compiled when it is first needed; and `cuda`, in
-kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body instead of
+compare the others with; `cpu`, in kernels.cpp and sampling.cpp, compiled when they are first needed; and
+`cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body instead of
 the best that the machine has; reference means the GPU, too.
 
 The one idea of all bodies but the reference: row i of a result is the same bits however many rows ride along,
 because every sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens
-at once computes what sixty-four steps would have computed. The reference promises this for `filter` alone.
+at once computes what sixty-four steps would have computed. The reference promises this where tokens are picked.
 """
 
 from __future__ import annotations
@@ -48,13 +50,16 @@ from reference import (  # noqa: E402, F401
     dequantize,
     embedding,
     fill_up,
-    filter_reference,
+    gumbel_reference,
     linear_reference,
+    logsumexp_reference,
     mix,
     move_reference,
     pack,
     pack_scales,
     pack_words,
+    penalize_reference,
+    pick_reference,
     prepare_reference,
     quantize_activations,
     restore_nibbles,
@@ -62,7 +67,6 @@ from reference import (  # noqa: E402, F401
     rotate_reference,
     swap_nibbles,
     top_k_reference,
-    uniform_reference,
     unpack,
 )
 
@@ -139,21 +143,24 @@ def load_cuda() -> bool:
 
 def compiled_library() -> Path:
     """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
-    source, torch_directory = Path(__file__).with_name("kernels.cpp"), Path(torch.__file__).parent
+    torch_directory = Path(torch.__file__).parent
+    sources = [Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp")]
     compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"there is no C++ compiler {compiler}; install g++")
     options += ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w", *FLAGS[PATH]]
+    options += ["-fno-trapping-math"]  # or comparisons would keep loops from becoming vectors
     options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     key = " ".join([compiler, *options, torch.__version__, str(torch_directory)])
-    name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + source.read_bytes()).hexdigest()[:16]}.so"
+    content = b"".join(source.read_bytes() for source in sources)
+    name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + content).hexdigest()[:16]}.so"
     library = cache_directory() / name
     if not is_whole(library):
         print(f"compiling kernels.cpp for {PATH}, once on this machine", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
             includes = [f"-isystem{torch_directory / 'include'}"]
             links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
-            command = [compiler, *options, *includes, str(source), "-o", f"{scratch}/{name}", *links]
+            command = [compiler, *options, *includes, *map(str, sources), "-o", f"{scratch}/{name}", *links]
             subprocess.run(command, check=True, capture_output=True, text=True)
             seal(Path(scratch, name))
             os.replace(f"{scratch}/{name}", library)
@@ -221,18 +228,25 @@ library.define(
 )
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 library.define("rotate(Tensor x, Tensor matrix, int power, int stride) -> Tensor")
-library.define("uniform(Tensor seed, Tensor positions, int size) -> Tensor")
+library.define("pick(Tensor logits, Tensor positions, Tensor seed, Tensor settings) -> Tensor")
+library.define("gumbel(Tensor seed, Tensor positions, int size) -> Tensor")
+library.define(
+    "penalize(Tensor logits, Tensor tokens, Tensor sees, Tensor counts, Tensor penalties, Tensor bias,"
+    " Tensor? mask) -> Tensor"
+)
+library.define("logsumexp(Tensor logits) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
-library.define("filter(Tensor logits, float temperature, int top_k, float top_p) -> Tensor")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
 library.define("move(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()")
 library.impl("move", move_reference, "CompositeExplicitAutograd")
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
 library.impl("rotate", rotate_reference, "CompositeExplicitAutograd")
-library.impl("uniform", uniform_reference, "CompositeExplicitAutograd")
+library.impl("pick", pick_reference, "CompositeExplicitAutograd")
+library.impl("gumbel", gumbel_reference, "CompositeExplicitAutograd")
+library.impl("penalize", penalize_reference, "CompositeExplicitAutograd")
+library.impl("logsumexp", logsumexp_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
-library.impl("filter", filter_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
@@ -252,7 +266,22 @@ def _(x, matrix, power, stride):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("gpt_spec::uniform")
+@torch.library.register_fake("gpt_spec::pick")
+def _(logits, positions, seed, settings):
+    return torch.empty_like(positions, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gpt_spec::penalize")
+def _(logits, *others):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gpt_spec::logsumexp")
+def _(logits):
+    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.float64)
+
+
+@torch.library.register_fake("gpt_spec::gumbel")
 def _(seed, positions, size):
     return positions.new_empty(*positions.shape, size, dtype=torch.float32)
 
@@ -260,11 +289,6 @@ def _(seed, positions, size):
 @torch.library.register_fake("gpt_spec::top_k")
 def _(x, k):
     return x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
-
-
-@torch.library.register_fake("gpt_spec::filter")
-def _(logits, temperature, top_k, top_p):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("gpt_spec::attention")
@@ -330,13 +354,50 @@ def rotate(x: Tensor, matrix: Tensor, power: int, stride: int = 1) -> Tensor:
     return torch.ops.gpt_spec.rotate(x, matrix, power, stride)
 
 
-def uniform(seed: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Numbers in (0, 1), float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and place.
+def pick(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> Tensor:
+    """The token of every row: the largest of logit + temperature * noise among those that the filters keep.
 
-    All bodies give the same bits. An operator, because Inductor would compile this chain of shifts and
-    products for half a minute, again for every token of a draft.
+    logits: float32 [B, n, V]; positions: int64 [B, n] and seed: int64 [B], the key of the noise; settings:
+    float64 [B, 5]: temperature (0: the largest logit), log2(e) / temperature, top_k (0: all), top_p, and
+    temperature * log(min_p) -> int64 [B, n].
+
+    Kept are tokens with a probability of at least min_p of the largest; of these the top_k most probable; and
+    of these the fewest that hold top_p of their probability. Of equal logits the one with the lower id counts
+    as larger, and NaN as -inf. All bodies give the same tokens.
     """
-    return torch.ops.gpt_spec.uniform(seed, positions, size)
+    return torch.ops.gpt_spec.pick(logits, positions, seed, settings)
+
+
+def gumbel(seed: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The noise of `pick`, float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and token.
+
+    All bodies give the same bits.
+    """
+    return torch.ops.gpt_spec.gumbel(seed, positions, size)
+
+
+def penalize(
+    logits: Tensor,
+    tokens: Tensor,
+    sees: Tensor,
+    counts: Tensor,
+    penalties: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Logits float32 [B, n, V] after a bias, penalties for the tokens of the text, and a mask: see `Sampling`.
+
+    counts: int32 [B, V], how often the text has a token, and SEEN more where its prompt does; tokens: int64
+    [B, m], which may have come since, and sees: bool [B, n, m], which of them a row of logits comes after;
+    penalties: float32 [B, 3]: repetition, presence, frequency; bias: float32 [B, V]; mask: int32 [B, n, words],
+    whose bit t % 32 of word t // 32 allows token t. All bodies give the same bits.
+    """
+    return torch.ops.gpt_spec.penalize(logits, tokens, sees, counts, penalties, bias, mask)
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials, float32 [B, n, V] -> float64 [B, n, 1]; all bodies: the same bits."""
+    return torch.ops.gpt_spec.logsumexp(logits)
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -355,13 +416,6 @@ def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
     length: int64 [B].
     """
     torch.ops.gpt_spec.move(caches, path, length)
-
-
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the `top_k` largest (0: all) and, of these, the smallest set with `top_p` of their softmax
-    at `temperature`. float32 [..., V]; of equal logits the one with the lower place counts as larger. A row
-    with a NaN stays as it is."""
-    return torch.ops.gpt_spec.filter(logits, temperature, top_k, top_p)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ runs on them. They take any device and any dtype, and torch.compile may fuse the
 
     y = linear_reference(x, weight, scales, zeros, ...)   # the same arguments as `kernels.linear`
 
-The one idea: the plainest code that is right. The last bit of a row may depend on the other rows, except in
-`filter_reference`, which GPUs use. In the other bodies it never does.
+The one idea: the plainest code that is right. The last bit of a row may depend on the other rows, except where
+tokens are picked. In the other bodies it never does.
 """
 
 from __future__ import annotations
@@ -218,47 +218,9 @@ def prepare_reference(
     return x if permutation is None else x[..., permutation]
 
 
-LOW_32 = 0xFFFFFFFF
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (in int64) whose bits look random: lowbias32 by Chris Wellons.
-
-    The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
-    """
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32
-    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & LOW_32
-    return x ^ (x >> 16)
-
-
-def uniform_reference(seed: Tensor, positions: Tensor, size: int) -> Tensor:
-    first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
-    second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
-    a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
-    b = mix(a ^ second[..., None])
-    token = torch.arange(size, device=positions.device)
-    bits = mix(mix((token + a) & LOW_32) ^ b)  # [B, n, size]
-    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-
-
 def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ordered, index = x.masked_fill(x.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
     return ordered[..., :k].contiguous(), index[..., :k].contiguous()
-
-
-def filter_reference(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    kept = rank < (top_k or logits.shape[-1])
-    if top_p < 1:
-        # Probabilities as whole numbers, relative to the largest: their sums are exact in any order, and a
-        # GPU, which uses this body, adds up one row and sixty-four in different ones.
-        share = ((ordered - ordered[..., :1]) / temperature).double().exp() * 2.0**40
-        share = torch.where(kept, share, 0.0).long()
-        before = share.cumsum(dim=-1) - share  # what the tokens ahead of this one hold
-        kept = kept & ((before < top_p * share.sum(dim=-1, keepdim=True)) | (rank == 0))
-    left = torch.full_like(logits, -torch.inf).scatter(-1, token, torch.where(kept, ordered, -torch.inf))
-    return torch.where(logits.isnan().any(dim=-1, keepdim=True), logits, left)
 
 
 def move_reference(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
@@ -285,3 +247,144 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
         attended = F.scaled_dot_product_attention(*row, attn_mask=seen, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)  # [H, n, D] -> [n, H, D]
     return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Picking tokens: noise, filters, penalties. Every operation is written so that its result is the same bits on
+# every machine: whole numbers, and floats that are added and multiplied one operation at a time.
+# --------------------------------------------------------------------------------------------------
+
+LOW_32 = 0xFFFFFFFF
+NOISE_BLOCK = 64  # tokens that share a hash
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (in int64) whose bits look random: lowbias32 by Chris Wellons.
+
+    The second factor is 0x846CA68B as a signed number, so that no product leaves int64.
+    """
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & LOW_32
+    return x ^ (x >> 16)
+
+
+def log_reference(x: Tensor) -> Tensor:
+    """Natural logarithm of positive, normal float64 numbers, within some 1e-12 of it."""
+    bits = x.view(torch.int64)
+    exponent = (bits - 0x3FE6A09E667F3BCD) >> 52  # so that the rest is in [sqrt(1/2), sqrt(2))
+    rest = (bits - (exponent << 52)).view(torch.float64)
+    z = (rest - 1) / (rest + 1)
+    y, series = z * z, 1 / 13
+    for odd in (11, 9, 7, 5, 3, 1):
+        series = 1 / odd + y * series
+    return exponent.double() * 0.6931471805599453 + 2 * z * series
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """32 random bits -> a number of the distribution Exp(1), float64."""
+    return -log_reference(1 - (bits.double() + 0.5) * 2.0**-32)
+
+
+def gumbel_reference(seed: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Gumbel noise float32 [B, n, size]: minus the logarithm of when a token's exponential clock rings.
+
+    The first of 64 neighbouring clocks rings after Exp(1) / 64, and may be any of them. The others ring Exp(1)
+    after it, since clocks have no memory. So one hash tells what the largest noise of 64 tokens is.
+    """
+    first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
+    second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
+    a = mix((positions + first) & LOW_32)[..., None]  # [B, n, 1]
+    b = mix(a ^ second[..., None])
+    token = torch.arange(size, device=positions.device)
+    block = torch.arange(-(-size // NOISE_BLOCK), device=positions.device)
+    bits = mix(mix((block + mix(a ^ 0x2C1B3C6D)) & LOW_32) ^ mix(b ^ 0x297A2D39))  # [B, n, blocks]
+    winner = mix((bits + 0x9E3779B9) & LOW_32) % NOISE_BLOCK + block * NOISE_BLOCK
+    earliest, winner = (
+        t.repeat_interleave(NOISE_BLOCK, dim=-1)[..., :size]
+        for t in (exponential(bits) / NOISE_BLOCK, winner)
+    )  # [B, n, size] each
+    later = earliest + exponential(mix(mix((token + a) & LOW_32) ^ b))
+    return -log_reference(torch.where(token == winner, earliest, later)).float()
+
+
+def power_of_two(t: Tensor) -> tuple[Tensor, Tensor]:
+    """2^t for float32 t <= 0 as whole numbers int64: 2^-whole * part / 2^24."""
+    t = torch.where(t > -63, t, -63.0)  # also where t is NaN
+    whole = -t.int()
+    f, p = t + whole.float(), 0.0009448955534026027  # f in (-1, 0]
+    for factor in (0.009205777198076248, 0.05529733747243881, 0.2401801347732544, 0.6931437253952026, 1.0):
+        p = p * f + factor
+    return whole.long(), (p * 2.0**24).long()
+
+
+def masses_reference(logits: Tensor, scale: Tensor) -> Tensor:
+    """2^((x - largest) * scale) in units of 2^-42, int64 [..., V]: sums of them have no order.
+
+    Of a number, as many bits count as can matter next to the largest of its 64 neighbours.
+    """
+    size = logits.shape[-1]
+    blocks = F.pad(logits, (0, -size % NOISE_BLOCK), value=-torch.inf).unflatten(-1, (-1, NOISE_BLOCK))
+    most, scale = logits.amax(dim=-1)[..., None, None], scale[..., None]
+    top, _ = power_of_two((blocks.amax(dim=-1, keepdim=True) - most) * scale)  # [..., blocks, 1]
+    whole, part = power_of_two((blocks - most) * scale)  # [..., blocks, 64]
+    weight = part >> (whole - top + (top - 18).clamp(min=0)).clamp(max=31)
+    weight = torch.where(top > 42, 0, weight << (18 - top).clamp(min=0))
+    return weight.flatten(-2)[..., :size]
+
+
+def pick_reference(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> Tensor:
+    """What `kernels.pick` computes, by sorting all logits and making noise for all of them."""
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    temperature, scale, top_k, top_p, gap = settings[:, None, None].unbind(dim=-1)  # [B, 1, 1] each
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
+    least = torch.where(gap > -torch.inf, ordered[..., :1] + gap.float(), -torch.inf)
+    kept = (rank < torch.where(top_k > 0, top_k, len(rank))) & (ordered >= least)
+    mass = torch.where(kept, masses_reference(logits, scale.float()).gather(-1, token), 0)
+    ahead, whole = mass.cumsum(dim=-1) - mass, mass.sum(dim=-1, keepdim=True)
+    kept &= (top_p >= 1) | (ahead == 0) | (ahead.double() < top_p * whole.double())
+    kept = torch.zeros_like(kept).scatter(-1, token, kept)
+    noise = gumbel_reference(seed, positions, len(rank))
+    perturbed = torch.where(kept, logits + temperature.float() * noise, -torch.inf)
+    return torch.where(temperature == 0, logits, perturbed).argmax(dim=-1)
+
+
+SEEN = 2**30  # added to the count of a token that the prompt has
+
+
+def penalize_reference(
+    logits: Tensor,
+    tokens: Tensor,
+    sees: Tensor,
+    counts: Tensor,
+    penalties: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """What `kernels.penalize` computes. Only the columns of `tokens` differ between nodes: the others follow
+    from the counts of the row."""
+    repetition, presence, frequency = penalties[:, :, None, None].unbind(dim=1)  # [B, 1, 1] each
+
+    def change(logits: Tensor, bias: Tensor, count: Tensor) -> Tensor:
+        x, output = logits + bias, count & (SEEN - 1)
+        x = torch.where(count > 0, torch.where(x > 0, x / repetition, x * repetition), x)
+        return x - frequency * output - presence * (output > 0)
+
+    columns = tokens[:, None].expand(-1, logits.shape[1], -1)  # [B, n, m]
+    same = (tokens[:, :, None] == tokens[:, None]).int()  # [B, m, m]
+    more = (sees.float() @ same.float()).int()  # [B, n, m]: how often a node sees each of the tokens
+    count = counts.gather(1, tokens)[:, None] + more
+    of_nodes = change(logits.gather(2, columns), bias.gather(1, tokens)[:, None], count)
+    x = change(logits, bias[:, None], counts[:, None]).scatter(2, columns, of_nodes)
+    if mask is None:
+        return x
+    bit = torch.arange(x.shape[-1], device=x.device)
+    allowed = mask[..., bit // 32] >> (bit % 32) & 1  # [B, n, V]
+    return torch.where(allowed > 0, x, -torch.inf)
+
+
+def logsumexp_reference(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of the exponentials of every row, float64 [..., 1]: the same bits in any order."""
+    scale = torch.full_like(logits[..., :1], math.log2(math.e))
+    mass = masses_reference(logits, scale).sum(dim=-1, keepdim=True)
+    return logits.amax(dim=-1, keepdim=True).double() + log_reference(mass.double() * 2.0**-42)

@@ -1,18 +1,16 @@
-"""drafts.py: what the loop works with: sampling, drafts, accepting them, texts in a cache, drafters.
+"""drafts.py: what the loop works with: drafts, accepting them, texts in a cache, drafters.
 
-Read it after `model.py` and before `gpt_spec.py`, where the loop puts these parts together. `Drafter` at the
-end is all that a method of speculative decoding has to be.
+Read it after `model.py` and `sampling.py`, and before `gpt_spec.py`, where the loop puts these parts
+together. `Drafter` at the end is all that a method of speculative decoding has to be.
 
-    picks = pick(logits, positions, seed, sampling)                    # the model's own tokens
     path, accepted = accept(tokens, parent, picks, *tree_geometry(parent, depth), depth)
 
-The one idea: sampling is greedy decoding of perturbed logits. The noise is a function of seed, position and
-token, so what a model picks never depends on what was proposed, and accepting a draft is comparing tokens.
+The one idea: a draft is a tree of tokens whose node 0 is the root. What a model picks after a node never
+depends on what was proposed (see `sampling.py`), so accepting a draft is comparing tokens.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,85 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import kernels
 from costs import Pace, Stats
 from model import BadInput, CheckpointModule, KVCache, Transformer
-from prompts import number, whole_number
-
-# --------------------------------------------------------------------------------------------------
-# Sampling: greedy decoding of perturbed logits
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is picked. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1234
-
-    def __post_init__(self):
-        for name, read in (("temperature", number), ("top_p", number), ("top_k", whole_number)):
-            object.__setattr__(self, name, read(name, getattr(self, name)))  # perhaps of NumPy
-        object.__setattr__(self, "seed", check_seed(self.seed))
-        if not 0 <= self.temperature < math.inf:
-            raise BadInput(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise BadInput(f"top_k is {self.top_k}; it must be 0 (keep all) or the number of tokens to keep")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-
-
-def check_seed(value: Any) -> int:
-    """A seed. BadInput where seed + the index of a prompt might not be an int64."""
-    seed = whole_number("seed", value)
-    if not -(2**62) < seed < 2**62:
-        raise BadInput(f"seed is {seed}; it must be between -2**62 and 2**62")
-    return seed
-
-
-def gumbel(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise as a function: the same (seed, position, token) always has the same noise.
-
-    seed: int64 [B]; positions: int64 [B, n] -> float32 [B, n, vocab_size]. Nothing is drawn from a generator,
-    so target and drafter, one row or sixty-four, today or tomorrow, see one vector per position.
-    """
-    # Uniform in (0, 1), most precise near 0, where large noise comes from; -log(1 - uniform) is exponential.
-    uniform = kernels.uniform(seed, positions, vocab_size)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """-inf outside the `top_k` largest and the smallest set with `top_p` of their softmax. float32 [..., V]
-
-    Of equal logits the one with the lower index counts as larger, so that exactly `top_k` stay.
-    """
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return logits
-    return kernels.filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-
-
-def perturb(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """filter(logits) + temperature * noise, float32 [B, n, V]: its argmax is an exact sample."""
-    logits = logits.float()
-    if sampling.temperature == 0:
-        return logits
-    noise = gumbel(seed, positions, logits.shape[-1])
-    return filter_logits(logits, sampling) + sampling.temperature * noise
-
-
-def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
-    n].
-
-    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a
-    drafter did, and a drafter that asks with its own logits gets the same noise, so it agrees as often as its
-    distribution allows (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
-    """
-    return perturb(logits, positions, seed, sampling).argmax(dim=-1)
-
+from sampling import Logprob
 
 # --------------------------------------------------------------------------------------------------
 # Drafts: trees of tokens whose node 0 is the root
@@ -221,6 +143,11 @@ class State:
         length = torch.ones_like(seed)  # of a row without a text: 1, since drafters look one token back
         return State(tokens, like.new_zeros(batch_size, slots, width), length, seed, seed.bool())
 
+    def row(self, row: int) -> State:
+        """A view of one text."""
+        tensors = (self.tokens, self.features, self.length, self.seed, self.active)
+        return State(*(tensor[row : row + 1] for tensor in tensors))
+
     def append(self, emitted: Tensor, tapped: Tensor, path: Tensor) -> None:
         """Write the result of a verification after the text; `length` stays. emitted: tokens int64 [B, D + 1]
         after the root. path int64 [B, D + 1]: nodes from the root on, whose tapped states are kept."""
@@ -269,6 +196,7 @@ class Verified(NamedTuple):
     drafted: int  # draft tokens verified, root and padding not counted
     tokens: list[int]  # accepted + 1 new tokens
     expected: float  # accepted length that the drafter expected; 0 if it gives no estimate
+    logprobs: list[Logprob] | None = None  # of the new tokens, where they were asked for
 
 
 class Drafter:

@@ -32,7 +32,6 @@ from drafts import (
     State,
     Verified,
     check_vocabulary,
-    gumbel,
 )
 from model import (
     Attention,
@@ -49,6 +48,7 @@ from model import (
 )
 from prompts import check_kind, whole_number
 from runtime import no_grad
+from sampling import Nodes
 
 # --------------------------------------------------------------------------------------------------
 # Heads
@@ -288,7 +288,7 @@ class TreeDrafter(Drafter):
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
         self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
-        self.sampling = setup.sampling
+        self.controls, self.noisy = level.controls, level.controls.noisy
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
@@ -320,13 +320,15 @@ class TreeDrafter(Drafter):
     ) -> tuple[Tensor, Tensor]:
         """The k best tokens at `position` int64 [B], given features [B, n, hidden] -> int64 [B, n, k], and
         their log-probabilities."""
-        logits = self.head.logits(features)[..., : self.drafted]  # [B, n, V]
-        if self.sampling.temperature > 0:
-            ids = self.head.draft_ids
+        logits, ids = self.head.logits(features)[..., : self.drafted], self.head.draft_ids  # [B, n, V]
+        ids = None if ids is None else ids[: self.drafted]
+        # With what the text has gained, but not yet this tree: cheap, and nearly the penalties of the target.
+        logits = self.controls.penalize(logits, Nodes.after([], seed), ids)
+        if self.noisy:
             size = self.drafted if ids is None else self.head.config.vocab_size
-            noise = gumbel(seed, position[:, None], size)  # [B, 1, V]
-            noise = noise if ids is None else noise[..., ids[: self.drafted]]
-            logits = logits + self.sampling.temperature * noise
+            noise = kernels.gumbel(seed, position[:, None], size)  # [B, 1, V]
+            noise = noise if ids is None else noise[..., ids]
+            logits = logits + self.controls.settings[:, :1, None].float() * noise
         logits = trust * logits
         best, index = kernels.top_k(logits, self.topk)
         # At most 0, though rounding may say otherwise: no child is better than its parent.

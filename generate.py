@@ -55,7 +55,7 @@ from checkpoints import (  # noqa: E402
 )
 from cli import OneLineParser, check_device, encode_prompt, json_object, load_kernels, read_line  # noqa: E402
 from costs import Stats, contestants  # noqa: E402
-from drafts import Drafter, Sampling, check_vocabulary  # noqa: E402
+from drafts import Drafter, check_vocabulary  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
     MIN_DRAFT_LENGTH,
@@ -69,6 +69,7 @@ from gpt_spec import (  # noqa: E402
 )
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
+from sampling import Sampling  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
 from text import TextStream, Tokenizer, load_tokenizer, read_json  # noqa: E402
 

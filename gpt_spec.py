@@ -31,14 +31,11 @@ from drafts import (
     MAX_DRAFT_DEPTH,
     Draft,
     Drafter,
-    Sampling,
     State,
     Verified,
     accept,
-    check_seed,
     check_vocabulary,
     extend,
-    pick,
     prefill,
     tree_geometry,
 )
@@ -46,6 +43,7 @@ from eagle import TreeDrafter  # noqa: F401  all drafters can be imported from h
 from model import BadInput, KVCache, ModelConfig, Transformer
 from prompts import Prompts, check_kind, number, plain, token_lists, whole_number, whole_numbers
 from runtime import Fetch, Runtime, no_grad, warm_up
+from sampling import Controls, Logprob, Nodes, Sampling, check_seed, logprobs, read_logprobs
 
 # --------------------------------------------------------------------------------------------------
 # The loop
@@ -57,7 +55,8 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
     `Decoder.run` repeats it.
 
     Returns the draft, and the report that the host reads, int64 [B, 2 + max_depth + 1]: the number of tokens
-    accepted, the number drafted, then the new tokens. `draft`: verify this one instead of proposing.
+    accepted, the number drafted, then the new tokens (and perhaps their log-probabilities). `draft`: verify
+    this one instead of proposing.
     """
     state, cache = level.state, level.cache
     if draft is None:
@@ -66,7 +65,7 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         level.stats.drafting_seconds += level.watch.lap()
     max_depth = draft.max_depth
 
-    def verify(level: Level, tokens: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def verify(level: Level, tokens: Tensor, parent: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         state, cache, model = level.state, level.cache, level.model
         # 2. One forward of the target over all nodes. Each has a slot of its own, and sees its ancestors.
         length, node = state.length, torch.arange(tokens.shape[1], device=tokens.device)
@@ -75,19 +74,20 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         attend = partial(cache.attend, slots, ancestors, length)
         features, tapped = model(tokens, positions, attend, level.taps)  # [B, n, hidden]
         # 3. Pick the target's own token after every node. It does not depend on what was proposed.
-        picks = level.pick(model.lm_head(features), positions + 1, tokens, parent)  # [B, n]
+        logits, nodes = model.lm_head(features), Nodes(tokens, parent, ancestors, depth)
+        picks = level.pick(logits, positions + 1, nodes, mask)  # [B, n]
         # 4. Accept: from the root, follow the child that carries the pick, until no child does.
         # path: int64 [B, max_depth + 1], accepted: int64 [B]
         path, accepted = accept(tokens, parent, picks, ancestors, depth, max_depth)
         emitted = picks.gather(1, path)  # the accepted drafts, then the bonus, repeated
         state.append(emitted, tapped, path)
-        drafted = (parent >= 0).sum(dim=1)  # [B]
-        report = torch.cat((torch.stack((accepted, drafted), dim=1), emitted), dim=1)
+        level.controls.count(emitted, accepted, state.active)
+        report = level.report(accepted, parent, emitted, logits, path)
         # A row whose text has ended is frozen: it rides along, and its length stays.
         return torch.where(state.active, length + accepted + 1, length), path, report
 
     run = level.compiled(verify, draft.tokens.shape[1], max_depth)
-    length, path, report = run(draft.tokens, draft.parent)
+    length, path, report = run(draft.tokens, draft.parent, level.controls.masks(draft))
     # 5. Keep. Keys and values of the path move to where they belong. Rejecting the others costs nothing.
     if draft.branches:  # the path of a chain is in place
         cache.keep(path, state.length)
@@ -105,18 +105,24 @@ class Step(NamedTuple):
         """What became of every row."""
         report, expected = self.fetch.wait()
         expected = [0.0] * len(report) if expected is None else expected.tolist()
-        rows = zip(report.tolist(), expected)
-        return [Verified(*row[:2], row[2 : 3 + row[0]], expects) for row, expects in rows]
+        places, rows = self.draft.max_depth + 1, []
+        for row, expects in zip(report.tolist(), expected):
+            tokens = row[2 : 3 + row[0]]
+            said = read_logprobs(tokens, row[2 + places :], places)
+            rows.append(Verified(*row[:2], tokens, expects, said))
+        return rows
 
 
 @dataclass(frozen=True)
 class Setup:
     """What every part of a decoder has to agree on."""
 
-    sampling: Sampling
+    sampling: Sampling  # of requests that do not bring their own
     batch_size: int
     slots: int  # of every cache: the longest text and `Drafter.slack`
     runtime: Runtime
+    every_control: bool = False  # may requests ask for more than `sampling` does?
+    logprobs: int | None = None  # how many to report for each new token, beside its own
 
 
 class Level:
@@ -157,6 +163,10 @@ class Level:
             self.state.tokens, self.state.seed = above.state.tokens, above.state.seed
         if shares_cache:
             self.state.features = above.state.features
+        device = model.norm.weight.device
+        requests = (setup.batch_size, self.vocabulary, setup.sampling, device, setup.every_control)
+        self.controls = above.controls.below() if above else Controls(*requests)
+        self.logprobs = None if above else setup.logprobs
         self.whole_step = setup.runtime.recorded(self.step_tensors)
         drafter.start(self)
 
@@ -169,10 +179,21 @@ class Level:
             raise BadInput("a model that shares a cache must have the shape of the one whose cache it is")
         return self.cache
 
-    def pick(self, logits: Tensor, positions: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
-        """The model's own token after every node, int64 [B, n]. `benchmarks/synthetic.py` overrides this, and
-        needs the tree for it."""
-        return pick(logits[..., : self.vocabulary], positions, self.state.seed, self.setup.sampling)
+    def pick(self, logits: Tensor, positions: Tensor, nodes: Nodes, mask: Tensor | None) -> Tensor:
+        """The model's own token after every node, int64 [B, n]. `benchmarks/synthetic.py` overrides this."""
+        return self.controls.pick(logits[..., : self.vocabulary], positions, self.state, nodes, mask)
+
+    def report(
+        self, accepted: Tensor, parent: Tensor, emitted: Tensor, logits: Tensor, path: Tensor
+    ) -> Tensor:
+        """What the host reads of a step: see `speculate`."""
+        drafted = (parent >= 0).sum(dim=1)  # [B]
+        parts = [torch.stack((accepted, drafted), dim=1), emitted]
+        if self.logprobs is not None:
+            row = torch.arange(len(path), device=path.device)[:, None]  # [B, 1]
+            raw = logits[row, path][..., : self.vocabulary].float()  # [B, max_depth + 1, V]
+            parts.append(logprobs(raw, emitted, self.logprobs).flatten(1))
+        return torch.cat(parts, dim=1)
 
     def compiled(self, verify: Callable, nodes: int, max_depth: int) -> Callable:
         """`verify` of `speculate` for this level, compiled and recorded where the runtime does so: once for
@@ -213,7 +234,8 @@ class Level:
 
     @property
     def is_one_graph(self) -> bool:
-        return self.setup.runtime.records and not self.drafter.needs_host
+        hosted = self.drafter.needs_host or self.controls.structured
+        return self.setup.runtime.records and not hosted
 
     def step_tensors(self) -> tuple[Tensor, ...]:
         """`speculate`, as a function that returns tensors alone."""
@@ -278,6 +300,7 @@ class Emission:
     finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
     draft: Draft | None = None  # what was verified for it; the first token comes from prefill and has none
     row: int = 0  # of the batch
+    logprobs: list[Logprob] | None = None  # of the tokens, where the decoder was asked for them
 
 
 @dataclass
@@ -287,6 +310,14 @@ class Row:
     prompt_index: int
     budget: int  # new tokens it may still emit
     text_length: int  # tokens so far, prompt and root included
+
+
+class Request(NamedTuple):
+    """What is asked for a prompt."""
+
+    sampling: Sampling
+    seed: int  # the key of its noise
+    stops: frozenset[int] = frozenset()  # the stop tokens, for `min_tokens`
 
 
 class Decoder(Level):
@@ -301,7 +332,15 @@ class Decoder(Level):
         max_length: int = 1024,
         batch_size: int = 1,
         compile: bool = True,
+        every_control: bool = False,
+        logprobs: int | None = None,
     ):
+        """`sampling`: of all prompts, unless `run` is given one for each. These may ask for other
+        temperatures and filters; what changes logits they may only ask for if `sampling` does, or with
+        `every_control`.
+
+        `logprobs`: report the log-probability of every new token, and so many of the most probable ones.
+        """
         drafter = Drafter() if drafter is None else drafter
         self.max_length = whole_number("max_length", max_length, 2)
         batch_size = whole_number("batch_size", batch_size, 1)
@@ -312,7 +351,10 @@ class Decoder(Level):
         check_dynamic(model.config, self.max_length)
         runtime = Runtime(compile, model.norm.weight.device)
         slots = self.max_length + drafter.slack
-        super().__init__(model, drafter, Setup(sampling, batch_size, slots, runtime))
+        if logprobs is not None and not 0 <= whole_number("logprobs", logprobs) <= model.config.vocab_size:
+            raise BadInput(f"logprobs is {logprobs}; it must be 0 to {model.config.vocab_size}")
+        setup = Setup(sampling, batch_size, slots, runtime, every_control, logprobs)
+        super().__init__(model, drafter, setup)
         # Begin the next step before this one is read? If the device does all the work of a step, it then
         # never waits for the host. In return, the drafter learns from a step one step late.
         self.runs_ahead = self.is_one_graph
@@ -326,13 +368,15 @@ class Decoder(Level):
         stats: Stats | None = None,
         reuse: bool = False,
         seeds: list[int] | None = None,
+        samplings: list[Sampling] | None = None,
     ) -> Iterator[list[Emission]]:
         """Decode all prompts, yielding what every step emits. A row whose text has ended takes the next one.
         What cannot be decoded is refused at once, with a BadInput.
 
         `should_stop(prompt index, token)` is asked about every token in order; true ends the text with it.
         `reuse` continues a conversation: what a prompt shares with the row's last text is not computed again.
-        `seeds` are the keys of the prompts' noise; by default the seed, the seed + 1 and so on.
+        `samplings`: one for each prompt, instead of the decoder's. `seeds` are the keys of the prompts'
+        noise; by default those of `samplings`, or else the seed, the seed + 1 and so on.
         """
         prompts = token_lists(prompts, None)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
@@ -340,16 +384,39 @@ class Decoder(Level):
             check_prompt(self.model.config, tokens, self.max_length)
             for model in (self.model, *self.drafter.models):
                 check_window(model.config, min(len(tokens) + max_new_tokens, self.max_length))
-        if seeds is None:
-            seeds = [self.setup.sampling.seed + i for i in range(len(prompts))]
-        else:
-            seeds = [check_seed(seed) for seed in whole_numbers("seed", seeds)]
-        if len(seeds) != len(prompts):
-            raise BadInput(f"there are {len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
         stops = plain(stop_ids)
         stops = frozenset(whole_numbers("stop id", [stops] if isinstance(stops, int) else stops))
+        requests = self.requests(prompts, seeds, samplings, stops)
         ends = partial(text_ends, stops, should_stop)
-        return self.decode(prompts, max_new_tokens, ends, Stats() if stats is None else stats, reuse, seeds)
+        stats = Stats() if stats is None else stats
+        return self.decode(prompts, max_new_tokens, ends, stats, reuse, requests)
+
+    def requests(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int] | None,
+        samplings: list[Sampling] | None,
+        stops: frozenset[int],
+    ) -> list[Request]:
+        """What is asked for each prompt: see `run`. BadInput for what cannot be."""
+        ours = self.setup.sampling
+        if seeds is None:
+            seeds = (
+                [ours.seed + i for i in range(len(prompts))]
+                if samplings is None
+                else [s.seed for s in samplings]
+            )
+        samplings = [ours] * len(prompts) if samplings is None else samplings
+        for name, values in (("seeds", seeds), ("samplings", samplings)):
+            if len(values) != len(prompts):
+                raise BadInput(
+                    f"there are {len(values)} {name} for {len(prompts)} prompts; each needs its own"
+                )
+        for sampling in samplings:
+            check_kind("sampling", sampling, Sampling)
+            self.controls.check(sampling, stops)
+        seeds = [check_seed(seed) for seed in whole_numbers("seed", seeds)]
+        return [Request(sampling, seed, stops) for sampling, seed in zip(samplings, seeds)]
 
     def decode(
         self,
@@ -358,7 +425,7 @@ class Decoder(Level):
         ends: Callable[[int, int], bool],
         stats: Stats,
         reuse: bool,
-        seeds: list[int],
+        requests: list[Request],
     ) -> Iterator[list[Emission]]:
         """`run`, after its checks. `ends(prompt index, token)`: does a text end with this token?"""
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
@@ -373,9 +440,9 @@ class Decoder(Level):
                 b, i = rows.index(None), waiting.popleft()
                 budget = min(max_new_tokens, self.max_length - len(prompts[i]))
                 rows[b] = Row(i, budget, len(prompts[i]))
-                first = self.prefill(b, prompts[i], seeds[i], reuse)
+                first = self.prefill(b, prompts[i], requests[i], reuse)
                 stats.count_prefill(watch.lap(), total.seconds)
-                yield [self.emit(rows, b, [first], 0, ends)]
+                yield [self.emit(rows, b, first, ends)]
             if not any(rows):
                 continue
             # All rows take a step. On a GPU the next one may begin before this one is read.
@@ -387,16 +454,14 @@ class Decoder(Level):
             # Each row emits what it has gained, and is free if its text ends with that.
             emissions, used = [], []
             for b in (b for b, row in enumerate(rows) if row is not None and row is texts[b]):
-                emissions.append(
-                    self.emit(rows, b, verified[b].tokens, verified[b].accepted, ends, step.draft)
-                )
+                emissions.append(self.emit(rows, b, verified[b], ends, step.draft))
                 used.append((verified[b], emissions[-1].accepted, len(emissions[-1].tokens)))
             self.count_step(step.draft, used, watch.lap())
             if emissions:  # none where all texts that the step was begun for are done
                 yield emissions
 
     @no_grad
-    def prefill(self, row: int, tokens: list[int], seed: int, reuse: bool = False) -> int:
+    def prefill(self, row: int, tokens: list[int], request: Request, reuse: bool = False) -> Verified:
         """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
         state, device = self.state, self.state.tokens.device
         start = self.shared_prefix(row, tokens) if reuse else 0
@@ -405,27 +470,30 @@ class Decoder(Level):
         state.tokens[row, :length] = prompt
         feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
         self.drafter.prefill(state, row, prompt, start)
-        position, key = (torch.tensor([value], device=device) for value in (length, seed))  # [1] each
-        first = pick(self.model.lm_head(feature), position[None], key, self.setup.sampling)  # [1, 1]
+        # As if the prompt without its end were the text, and its end the root of a draft of one node
+        state.length[row], state.seed[row], state.active[row] = length - 1, request.seed, True
+        self.controls.begin(row, request.sampling, prompt, request.stops)
+        view, controls = state.row(row), self.controls.row(row)
+        position, logits = view.length[:, None] + 1, self.model.lm_head(feature)[..., : self.vocabulary]
+        nothing = Nodes.after([], view.length)
+        first = controls.pick(logits, position, view, nothing, controls.masks())  # [1, 1]
         state.tokens[row, length] = first[0, 0]
-        state.length[row], state.seed[row], state.active[row] = length, seed, True
-        return int(first)
+        state.length[row] = length
+        controls.count(first, torch.zeros_like(view.length), view.active)
+        parent, path = torch.full_like(first, -1), torch.zeros_like(first)
+        report = self.report(path[:, 0], parent, first, logits, path)
+        return Step(Draft(first, parent, 0), Fetch(report, None)).read()[0]
 
     def emit(
-        self,
-        rows: list[Row | None],
-        b: int,
-        tokens: list[int],
-        accepted: int,
-        ends,
-        draft: Draft | None = None,
+        self, rows: list[Row | None], b: int, gained: Verified, ends, draft: Draft | None = None
     ) -> Emission:
         """What a row has gained, up to and including the token that ends its text. Then the row is free."""
         row = rows[b]
-        emission = cut(row, tokens, accepted, ends)
+        emission = cut(row, gained, ends)
         emission.draft, emission.row = draft, b
         row.budget -= len(emission.tokens)
         row.text_length += len(emission.tokens)
+        self.controls.consume(b, emission.tokens, emission.finish_reason is not None)
         if emission.finish_reason:
             # Drop what was cut off. By `fill_`: assigning a number would make the host wait for a GPU.
             self.state.active[b].fill_(False)
@@ -451,14 +519,17 @@ def text_ends(stop_ids: frozenset[int], should_stop: Callable | None, prompt: in
     return token in stop_ids or (should_stop is not None and should_stop(prompt, token))
 
 
-def cut(row: Row, tokens: list[int], accepted: int, ends: Callable[[int, int], bool]) -> Emission:
+def cut(row: Row, gained: Verified, ends: Callable[[int, int], bool]) -> Emission:
     """The new tokens of a text up to and including the one that ends it."""
-    for i, token in enumerate(tokens, start=1):
-        if ends(row.prompt_index, token):
-            return Emission(row.prompt_index, tokens[:i], min(accepted, i), "stop")
-        if i == row.budget:
-            return Emission(row.prompt_index, tokens[:i], min(accepted, i), "length")
-    return Emission(row.prompt_index, tokens, accepted)
+    reason, count = None, len(gained.tokens)
+    for i, token in enumerate(gained.tokens, start=1):
+        reason = "stop" if ends(row.prompt_index, token) else "length" if i == row.budget else None
+        if reason:
+            count = i
+            break
+    said = None if gained.logprobs is None else gained.logprobs[:count]
+    accepted = min(gained.accepted, count)
+    return Emission(row.prompt_index, gained.tokens[:count], accepted, reason, logprobs=said)
 
 
 def cache_length(config: ModelConfig, longest: int) -> int:
@@ -721,7 +792,7 @@ class SequentialDrafter(Drafter):
         super().start(level)
         self.vocabulary = check_vocabulary(self.model.config.vocab_size, level.vocabulary)
         self.cache, setup = level.cache_for(self.model, self.shares_cache), level.setup
-        self.sampling, self.window = setup.sampling, 1 if self.shares_cache else 2 + level.behind
+        self.controls, self.window = level.controls, 1 if self.shares_cache else 2 + level.behind
         self.acceptance = Acceptance()
         self.write_some = setup.runtime.recorded(setup.runtime.compiled(self.write))
 
@@ -746,10 +817,15 @@ class SequentialDrafter(Drafter):
             features, _ = extend(self.model, self.cache, fed, start)
             logits = self.model.lm_head(features[row, last[:, None]])[..., : self.vocabulary]  # [B, 1, V]
             start, last = start + last + 1, torch.zeros_like(last)
-            fed = pick(logits, start[:, None], seed, self.sampling)  # [B, 1]
+            fed = self.pick(logits, start[:, None], seed, Nodes.after(tokens, seed))  # [B, 1]
             tokens.append(fed)
             sure.append(self.is_sure(logits, fed))
         return torch.cat(tokens, dim=1), torch.cat(sure, dim=1)
+
+    def pick(self, logits: Tensor, positions: Tensor, seed: Tensor, nodes: Nodes) -> Tensor:
+        """The small model's own tokens, int64 [B, 1]: with the filters, the penalties and the noise of the
+        target, but without its bans and grammars."""
+        return kernels.pick(self.controls.penalize(logits, nodes), positions, seed, self.controls.settings)
 
     def is_sure(self, logits: Tensor, token: Tensor) -> Tensor:
         """Is the token, int64 [B, 1], probable enough under logits [B, 1, V]? bool [B, 1]"""
@@ -849,7 +925,7 @@ class HierarchicalDrafter(Drafter):
         # A shared cache means shared features, and the target renews those of everything drafted.
         renewed = level.renewed + self.min_draft_length - 1 if self.shares_cache else 0
         check_vocabulary(self.model.config.vocab_size, level.vocabulary)
-        self.level = self.make_level(level, renewed)
+        self.level, self.above = self.make_level(level, renewed), level.controls
         runtime = level.setup.runtime
         self.feed_some = runtime.recorded(partial(runtime.compiled(self.feed), self.level.state))
 
@@ -899,6 +975,7 @@ class HierarchicalDrafter(Drafter):
     def propose(self, state: State, n: int | None = None) -> Draft:
         inside = self.level.state
         self.rewind(state.length)
+        self.level.controls.restart(self.above)
         if self.shares_cache:
             inside.length.copy_(state.length)  # the target has written what it lacked
         elif (inside.length < state.length).any():

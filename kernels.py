@@ -14,12 +14,12 @@
 
 Each has one signature and up to three bodies: `reference`, in reference.py, plain PyTorch, which the tests
 compare the others with; `cpu`, in kernels.cpp and sampling.cpp, compiled when they are first needed; and
-`cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body instead of
-the best that the machine has; reference means the GPU, too.
+`cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body
+instead of the best that the machine has; reference means the GPU, too.
 
 The one idea of all bodies but the reference: row i of a result is the same bits however many rows ride along,
 because every sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens
-at once computes what sixty-four steps would have computed. The reference promises this where tokens are picked.
+at once computes what sixty-four steps would have computed. The reference promises this for picking tokens.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ from reference import (  # noqa: E402, F401
     BLOCK,
     INPUTS,
     PAIR,
+    SEEN,
     WORDS,
     attention_reference,
     dequantize,
     embedding,
     fill_up,
     gumbel_reference,
+    kept_reference,
     linear_reference,
     logsumexp_reference,
     mix,
@@ -369,9 +371,8 @@ def pick(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> T
 
 
 def gumbel(seed: Tensor, positions: Tensor, size: int) -> Tensor:
-    """The noise of `pick`, float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and token.
-
-    All bodies give the same bits.
+    """The noise of `pick`, float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and
+    token. All bodies give the same bits.
     """
     return torch.ops.gpt_spec.gumbel(seed, positions, size)
 
@@ -385,18 +386,19 @@ def penalize(
     bias: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits float32 [B, n, V] after a bias, penalties for the tokens of the text, and a mask: see `Sampling`.
+    """Logits float32 [B, n, V] after a bias, penalties for the tokens of a text, and a mask: see `Sampling`.
 
     counts: int32 [B, V], how often the text has a token, and SEEN more where its prompt does; tokens: int64
     [B, m], which may have come since, and sees: bool [B, n, m], which of them a row of logits comes after;
-    penalties: float32 [B, 3]: repetition, presence, frequency; bias: float32 [B, V]; mask: int32 [B, n, words],
-    whose bit t % 32 of word t // 32 allows token t. All bodies give the same bits.
+    penalties: float32 [B, 3]: repetition, presence, frequency; bias: float32 [B, V]; mask: int32 [B, n,
+    words], whose bit t % 32 of word t // 32 allows token t. All bodies give the same bits.
     """
     return torch.ops.gpt_spec.penalize(logits, tokens, sees, counts, penalties, bias, mask)
 
 
 def logsumexp(logits: Tensor) -> Tensor:
-    """Logarithm of the sum of exponentials, float32 [B, n, V] -> float64 [B, n, 1]; all bodies: the same bits."""
+    """Logarithm of the sum of exponentials, float32 [B, n, V] -> float64 [B, n, 1]; all bodies give the same
+    bits."""
     return torch.ops.gpt_spec.logsumexp(logits)
 
 

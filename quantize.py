@@ -42,7 +42,6 @@ import gpt_spec
 import kernels
 from checkpoints import MODELS, Checkpoint, find_checkpoint, load_model, open_checkpoint
 from cli import OneLineParser, load_kernels, read_line
-from drafts import Sampling
 from model import BadInput, Linear, ModelConfig, Transformer, causal_attention, rope_frequencies
 from packing import (
     FLOAT_TYPES,
@@ -66,6 +65,7 @@ from rotation import (
     add_rotations,
     rotated,
 )
+from sampling import Sampling
 from text import Tokenizer, load_tokenizer
 
 QUANTIZERS = ("rtn", "hqq", "gptq")

@@ -6,8 +6,8 @@ runs on them. They take any device and any dtype, and torch.compile may fuse the
 
     y = linear_reference(x, weight, scales, zeros, ...)   # the same arguments as `kernels.linear`
 
-The one idea: the plainest code that is right. The last bit of a row may depend on the other rows, except where
-tokens are picked. In the other bodies it never does.
+The one idea: the plainest code that is right. The last bit of a row may depend on the other rows, except
+where tokens are picked. In the other bodies it never does.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def exponential(bits: Tensor) -> Tensor:
 def gumbel_reference(seed: Tensor, positions: Tensor, size: int) -> Tensor:
     """Gumbel noise float32 [B, n, size]: minus the logarithm of when a token's exponential clock rings.
 
-    The first of 64 neighbouring clocks rings after Exp(1) / 64, and may be any of them. The others ring Exp(1)
-    after it, since clocks have no memory. So one hash tells what the largest noise of 64 tokens is.
+    The first of 64 neighbouring clocks rings after Exp(1) / 64, and may be any of them. The others ring
+    Exp(1) after it, since clocks have no memory. So one hash tells what the largest noise of 64 tokens is.
     """
     first = mix(mix(seed & LOW_32) ^ ((seed >> 32) & LOW_32))[:, None]  # [B, 1]
     second = mix(first ^ 0x5BF03635)  # two keys: seeds whose streams meet in one do not meet in the other
@@ -332,10 +332,9 @@ def masses_reference(logits: Tensor, scale: Tensor) -> Tensor:
     return weight.flatten(-2)[..., :size]
 
 
-def pick_reference(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> Tensor:
-    """What `kernels.pick` computes, by sorting all logits and making noise for all of them."""
-    logits = torch.where(logits.isnan(), -torch.inf, logits)
-    temperature, scale, top_k, top_p, gap = settings[:, None, None].unbind(dim=-1)  # [B, 1, 1] each
+def kept_reference(logits: Tensor, settings: Tensor) -> Tensor:
+    """Which tokens the filters keep, bool [B, n, V]: see `kernels.pick`. By sorting all logits."""
+    _, scale, top_k, top_p, gap = settings[:, None, None].unbind(dim=-1)  # [B, 1, 1] each
     rank = torch.arange(logits.shape[-1], device=logits.device)
     ordered, token = logits.sort(dim=-1, descending=True, stable=True)
     least = torch.where(gap > -torch.inf, ordered[..., :1] + gap.float(), -torch.inf)
@@ -343,9 +342,16 @@ def pick_reference(logits: Tensor, positions: Tensor, seed: Tensor, settings: Te
     mass = torch.where(kept, masses_reference(logits, scale.float()).gather(-1, token), 0)
     ahead, whole = mass.cumsum(dim=-1) - mass, mass.sum(dim=-1, keepdim=True)
     kept &= (top_p >= 1) | (ahead == 0) | (ahead.double() < top_p * whole.double())
-    kept = torch.zeros_like(kept).scatter(-1, token, kept)
-    noise = gumbel_reference(seed, positions, len(rank))
-    perturbed = torch.where(kept, logits + temperature.float() * noise, -torch.inf)
+    return torch.zeros_like(kept).scatter(-1, token, kept)
+
+
+def pick_reference(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> Tensor:
+    """What `kernels.pick` computes, with noise for all tokens."""
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    temperature = settings[:, :1, None]  # [B, 1, 1]
+    noise = gumbel_reference(seed, positions, logits.shape[-1])
+    perturbed = logits + temperature.float() * noise
+    perturbed = torch.where(kept_reference(logits, settings), perturbed, -torch.inf)
     return torch.where(temperature == 0, logits, perturbed).argmax(dim=-1)
 
 

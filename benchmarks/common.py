@@ -38,11 +38,12 @@ from checkpoints import (
 )
 from cli import read_line
 from costs import Stats
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from eagle import EagleHead
 from generate import Target, load_draft_model, load_target
-from gpt_spec import Decoder, cache_length
+from gpt_spec import Decoder, Request, cache_length
 from model import BadInput, Transformer
+from sampling import Sampling
 from text import load_tokenizer, read_json
 
 HELD_OUT = MODELS / "held_out.jsonl"
@@ -233,7 +234,7 @@ def build_decoders(
 def freeze(decoder: Decoder) -> Decoder:
     """Put 200 tokens into its caches. From then on each repetition of a step does the same work."""
     vocabulary = decoder.model.config.vocab_size
-    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], seed=0)
+    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], Request(decoder.setup.sampling, 0))
     decoder.state.active.fill_(False)
     return decoder
 

@@ -19,7 +19,8 @@ from benchmarks.common import decode_all
 from benchmarks.shapes import SHAPES, random_model, weights_of_a_step
 from benchmarks.timing import read_all
 from costs import Stats
-from gpt_spec import Decoder
+from gpt_spec import Decoder, Request
+from sampling import Sampling
 
 
 def report_decode(args: argparse.Namespace) -> dict:
@@ -49,7 +50,7 @@ def report_decode(args: argparse.Namespace) -> dict:
 
 def profile(decoder: Decoder) -> dict[str, float]:
     """Each operator's share of the time of a step, the largest first."""
-    decoder.prefill(0, list(range(3, 35)), seed=0)
+    decoder.prefill(0, list(range(3, 35)), Request(Sampling(), 0))
     with torch.profiler.profile(record_shapes=True) as profiler:
         for _ in range(5):
             decoder.step()

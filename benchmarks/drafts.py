@@ -21,11 +21,12 @@ from benchmarks.methods import FixedTree
 from benchmarks.timing import quartiles
 from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
 from costs import Stats
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, Level, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
+from sampling import Nodes, Sampling
 
 
 def report_tree(args: argparse.Namespace) -> dict:
@@ -139,9 +140,8 @@ class IndependentDrafter(SequentialDrafter):
 class GreedyDrafter(SequentialDrafter):
     """Proposes its most probable token, whatever the temperature."""
 
-    def start(self, level: Level) -> None:
-        super().start(level)
-        self.sampling = Sampling()
+    def pick(self, logits: Tensor, positions: Tensor, seed: Tensor, nodes: Nodes) -> Tensor:
+        return logits.argmax(dim=-1)
 
 
 class NoiselessTree(TreeDrafter):
@@ -149,4 +149,4 @@ class NoiselessTree(TreeDrafter):
 
     def start(self, level: Level) -> None:
         super().start(level)
-        self.sampling = Sampling()
+        self.noisy = False

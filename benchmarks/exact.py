@@ -15,11 +15,12 @@ from contextlib import nullcontext
 
 from benchmarks.common import SHIPPED, decode_all, load_parts, read_prompts, recording_only, split
 from benchmarks.timing import on_gpu
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
+from sampling import Sampling
 
 
 def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:

@@ -19,10 +19,11 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.timing import quartiles, rotate_names
 from checkpoints import SHIPPED_TARGET, load_model
 from costs import Stats
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from gpt_spec import Decoder, SequentialDrafter
 from model import Transformer
 from packing import lower_precisions, share_weights
+from sampling import Sampling
 
 
 def report_qspec(args: argparse.Namespace) -> dict:

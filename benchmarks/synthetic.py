@@ -27,6 +27,7 @@ from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, Level, SequentialDrafter
 from model import BadInput
 from packing import lower_precisions, share_weights
+from sampling import Nodes
 
 SYNTHETIC = "synthetic acceptance, random weights"
 
@@ -114,9 +115,10 @@ class Synthetic:
         super().__init__(*args, **options)
         self.probabilities = torch.tensor(acceptance.probabilities, device=self.state.length.device)
 
-    def pick(self, logits: Tensor, positions: Tensor, tokens: Tensor, parent: Tensor) -> Tensor:
+    def pick(self, logits: Tensor, positions: Tensor, nodes: Nodes, mask: Tensor | None) -> Tensor:
         """int64 [B, n]; `positions` [B, n] are those of the tokens picked, each one behind its node."""
-        choice, n, state = super().pick(logits, positions, tokens, parent), tokens.shape[1], self.state
+        choice, tokens, state = super().pick(logits, positions, nodes, mask), nodes.tokens, self.state
+        parent, n = nodes.parent, tokens.shape[1]
         node = torch.arange(n, device=choice.device)
         is_child = parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
         first = torch.where(is_child, node, n).amin(dim=2)  # [B, n]; n where there is none
@@ -125,7 +127,8 @@ class Synthetic:
         taken = (choice[..., None] == tokens[:, None]).any(dim=2)
         other = torch.where(taken, unused, choice)
         depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
-        drawn = kernels.uniform(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
+        noise = kernels.gumbel(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
+        drawn = (-(-noise).exp()).exp()  # uniform
         replaced = torch.where(drawn < self.probabilities[depth], guess, other)
         return torch.where(first < n, replaced, choice)
 

@@ -22,10 +22,10 @@ if not torch.cuda.is_available():  # Triton looks once, when it is imported: ker
 
 import kernels  # noqa: E402
 import quantize  # noqa: E402
-from drafts import Sampling  # noqa: E402
 from eagle import EagleHead  # noqa: E402
 from gpt_spec import generate  # noqa: E402
 from model import BadInput, ModelConfig, Transformer  # noqa: E402
+from sampling import Sampling  # noqa: E402
 from text import load_tokenizer  # noqa: E402
 
 NEEDS_EQUAL_ROWS = pytest.mark.skipif(

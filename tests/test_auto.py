@@ -23,11 +23,12 @@ from conftest import (
 import generate as command
 from auto import ALL, AdaptiveLookup, AutoDrafter, ReplayIndex
 from costs import Acceptance, Clock, Pace, Stats, set_costs
-from drafts import Drafter, Sampling, State
+from drafts import Drafter, State
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, SequentialDrafter
 from model import BadInput
 from packing import share_weights
+from sampling import Sampling
 
 PROMPTS = random_prompts([5, 1, 17, 9, 30])
 

@@ -20,11 +20,12 @@ from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
 from checkpoints import load_head, load_model
 from costs import Stats
-from drafts import Drafter, Sampling, extend, pick
+from drafts import Drafter, extend
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter
 from model import BadInput, KVCache
 from packing import share_weights
+from sampling import Sampling, pick
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 

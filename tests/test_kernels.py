@@ -11,11 +11,13 @@ import torch
 from conftest import NEEDS_EQUAL_ROWS, ROOT
 
 import kernels
+import reference
 from benchmarks import shapes
 from drafts import Draft, extend, tree_geometry
 from model import KVCache, ModelConfig
 from rotation import hadamard
 from runtime import Runtime
+from sampling import Sampling
 
 FORMATS = ["bf16", "w8a16", "w8a8", "w8a16 in groups", "w8a8 in groups", "w4a16", "w4a8", "w4a4"]
 FORMATS += ["w4a16 asymmetric", "w4a8 asymmetric"]
@@ -307,31 +309,120 @@ def test_moving_slots_against_indexing(n, nodes, dtype):
                 assert torch.equal(ours[b, past + nodes :], theirs[b, past + nodes :])
 
 
-@pytest.mark.parametrize("size", [1, 15, 64, 1000])
-def test_uniform_is_the_same_in_every_body(size):
-    """Bit for bit, for seeds and positions beyond 32 bits and below 0 too, in the open interval.
+@pytest.mark.parametrize("size", [1, 15, 64, 65, 1000])
+def test_noise_is_the_same_in_every_body(size):
+    """Bit for bit, for seeds and positions beyond 32 bits and below 0 too.
 
-    One of them by hand: a change of all bodies at once would change every sampled text.
+    Some by hand: a change of all bodies at once would change every sampled text.
     """
     seeds = torch.tensor([0, 1, -1, 1234, 2**40 + 7, -(2**61), 2**62 - 1])
     positions = torch.tensor([[0, 1, 2**31, 2**33 + 5, -1]]).expand(7, -1)
-    numbers = kernels.uniform(seeds, positions, size)
-    assert torch.equal(numbers, kernels.uniform_reference(seeds, positions, size))
-    assert numbers.min() > 0 and numbers.max() < 1 and numbers.unique().numel() > 0.99 * numbers.numel()
-    assert torch.equal(numbers[3:4, 2:], kernels.uniform(seeds[3:4], positions[3:4, 2:], size))
-    assert numbers[4, 3, size - 1] == torch.tensor(uniform_by_hand(2**40 + 7, 2**33 + 5, size - 1))
+    noise = kernels.gumbel(seeds, positions, size)
+    assert torch.equal(noise, kernels.gumbel_reference(seeds, positions, size))
+    assert noise.isfinite().all() and noise.unique().numel() > 0.99 * noise.numel()
+    assert torch.equal(noise[3:4, 2:], kernels.gumbel(seeds[3:4], positions[3:4, 2:], size))
+    by_hand = [gumbel_by_hand(2**40 + 7, 2**33 + 5, token) for token in range(size)]
+    torch.testing.assert_close(noise[4, 3], torch.tensor(by_hand), rtol=1e-6, atol=1e-6)
 
 
-def uniform_by_hand(seed: int, position: int, token: int) -> float:
+def gumbel_by_hand(seed: int, position: int, token: int) -> float:
     def mix(x: int) -> int:
+        x %= 2**32
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x = (x ^ (x >> shift)) * factor % 2**32
         return x ^ (x >> 16)
 
+    def exponential(bits: int) -> float:
+        return -math.log1p(-(bits + 0.5) / 2**32)
+
     first = mix(mix(seed % 2**32) ^ (seed >> 32))
-    a = mix((position + first) % 2**32)
-    bits = mix(mix((token + a) % 2**32) ^ mix(a ^ mix(first ^ 0x5BF03635)))
-    return (bits + 0.5) / 2**32
+    a = mix(position + first)
+    b = mix(a ^ mix(first ^ 0x5BF03635))
+    block = mix(mix(token // 64 + mix(a ^ 0x2C1B3C6D)) ^ mix(b ^ 0x297A2D39))
+    time = exponential(block) / 64
+    if token % 64 != mix(block + 0x9E3779B9) % 64:
+        time += exponential(mix(mix(token + a) ^ b))
+    return -math.log(time)
+
+
+def random_settings(rows: int) -> torch.Tensor:
+    """Of every kind, a row each, float64 [rows, 5]: see `kernels.pick`."""
+
+    def one_of(*values):
+        return values[torch.randint(len(values), (1,))]
+
+    samplings = [
+        Sampling(
+            one_of(0, 0.1, 0.7, 1.0, 2.5, 1e-30, 1e30),
+            one_of(0, 0, 1, 5, 50, 4000),
+            one_of(1.0, 1.0, 0.95, 0.5, 0.05, 0.999),
+            min_p=one_of(0, 0, 0.05, 0.5, 1),
+        )
+        for _ in range(rows)
+    ]
+    return torch.tensor([sampling.settings for sampling in samplings], dtype=torch.float64)
+
+
+def random_logits(kind: int, *shape: int) -> torch.Tensor:
+    """Flat and sharp ones, ties, -inf, NaN, inf, and columns of a wider tensor."""
+    x = torch.randn(*shape) * (0.1, 1, 3, 10)[kind % 4]
+    holes = {0: None, 1: -torch.inf, 2: torch.nan, 3: torch.inf, 4: None}[kind % 5]
+    if holes is not None:
+        x[torch.rand(shape) < 0.05] = holes
+    x = (2 * x).round() / 2 if kind % 3 == 0 else x
+    return torch.cat((x, x), dim=-1)[..., : shape[-1]] if kind % 7 == 0 else x
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 200, 1000, 5000])
+def test_picks_are_the_same_in_every_body(n):
+    """Whatever is asked for, row by row and with rows of the batch that ask for other things."""
+    torch.manual_seed(n)
+    for kind in range(20):
+        logits, settings = random_logits(kind, 3, 4, n), random_settings(3)
+        positions, seed = torch.randint(10**6, (3, 4)), torch.randint(-(2**62), 2**62, (3,))
+        picks = kernels.pick(logits, positions, seed, settings)
+        assert torch.equal(picks, kernels.pick_reference(logits, positions, seed, settings))
+        alone = kernels.pick(logits[1:2, 2:3], positions[1:2, 2:3], seed[1:2], settings[1:2])
+        assert alone == picks[1, 2]
+
+
+def test_sums_of_floats_in_another_order_would_be_seen():
+    """Why probabilities are whole numbers: sums of floats depend on how they are cut into parts."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 20000)
+    weights = (x - x.max()).exp().flatten()
+    assert len({float(sum(part.sum() for part in weights.split(size))) for size in (7, 64, 999, 20000)}) > 1
+    whole = reference.masses_reference(x, torch.full((1, 1, 1), math.log2(math.e))).flatten()
+    assert len({int(sum(part.sum() for part in whole.split(size))) for size in (7, 64, 999, 20000)}) == 1
+    shares = whole.double() / whole.sum()
+    torch.testing.assert_close(shares, x.double().softmax(-1).flatten(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 40, 64, 1000])
+def test_penalties_are_the_same_in_every_body(n):
+    torch.manual_seed(n)
+    for kind in range(20):
+        m, logits = kind % 7, random_logits(kind, 2, 3, n)
+        tokens, sees = torch.randint(n, (2, m)), torch.rand(2, 3, m) < 0.5
+        counts = (torch.randint(4, (2, n)) * (torch.rand(2, n) < 0.3)).int()
+        counts += kernels.SEEN * (torch.rand(2, n) < 0.2).int()
+        penalties = torch.stack((torch.rand(2) + 0.6, torch.randn(2), torch.randn(2)), dim=1)
+        bias = torch.randn(2, n) * (torch.rand(2, n) < 0.2)
+        mask = torch.randint(-(2**31), 2**31, (2, 3, -(-n // 32))).int() if kind % 2 else None
+        inputs = (logits, tokens, sees, counts, penalties, bias, mask)
+        ours, expected = kernels.penalize(*inputs), kernels.penalize_reference(*inputs)
+        assert torch.equal(ours.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("n", [1, 40, 64, 1000, 20011])
+def test_logsumexp_is_the_same_in_every_body(n):
+    torch.manual_seed(n)
+    for scale in (0.1, 3, 30):
+        x = scale * torch.randn(2, 3, n)
+        total = kernels.logsumexp(x)
+        assert torch.equal(total, kernels.logsumexp_reference(x))
+        assert torch.equal(total[1:, 2:], kernels.logsumexp(x[1:, 2:]))
+        torch.testing.assert_close(total, x.double().logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (16, 3), (17, 17), (100, 10), (4096, 64), (20011, 8)])
@@ -353,14 +444,15 @@ def test_top_k_against_sorting(n, k, shape):
 @pytest.mark.parametrize("n", [1, 15, 40, 4096, 20011])
 @pytest.mark.parametrize("top_k", [0, 1, 7, 64, 10**6])
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3, 1e-9])
-@pytest.mark.parametrize("temperature", [0.2, 1.0])
-def test_filter_against_float64(n, top_k, top_p, temperature):
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_filters_against_float64(n, top_k, top_p, temperature):
     """Flat rows and sharp ones, with ties; sums within 1e-5 of top_p, which float32 cannot tell, are free."""
     torch.manual_seed(n)
+    settings = torch.tensor([Sampling(temperature, top_k, top_p).settings], dtype=torch.float64)
     for scale in (0.5, 4.0):
-        logits = (scale * torch.randn(2, 3, n) * 16).round() / 16
-        kept = kernels.filter_logits(logits, temperature, top_k, top_p)
-        for row, out in zip(logits.view(-1, n), kept.view(-1, n)):
+        logits = (scale * torch.randn(1, 6, n) * 16).round() / 16
+        kept = kernels.kept_reference(logits, settings)
+        for row, out in zip(logits[0], kept[0]):
             value, place = row.double().sort(descending=True, stable=True)
             value = value[: top_k or n]
             share = (value / temperature).softmax(0)
@@ -368,18 +460,8 @@ def test_filter_against_float64(n, top_k, top_p, temperature):
             expected = (before < top_p) | (torch.arange(len(value)) == 0) | (top_p == 1)
             free = ((before - top_p).abs() < 1e-5) & (top_p < 1)
             decided = place[: len(value)][~free]
-            assert torch.equal(out[decided].isfinite(), expected[~free])
-            assert not out[place[len(value) :]].isfinite().any()
-            assert torch.equal(out[out.isfinite()], row[out.isfinite()])
-
-
-def test_filter_leaves_a_row_with_nan_alone():
-    logits = torch.randn(3, 40)
-    logits[1, 17] = torch.nan
-    for body in (kernels.filter_logits, kernels.filter_reference):
-        kept = body(logits, 1.0, 3, 0.5)
-        assert torch.equal(kept[1].isnan(), logits[1].isnan()) and kept[1].nan_to_num().isfinite().all()
-        assert (kept[[0, 2]].isfinite().sum(dim=1) <= 3).all()
+            assert torch.equal(out[decided], expected[~free])
+            assert not out[place[len(value) :]].any()
 
 
 def attention_by_definition(q, keys, values, ancestors, length):

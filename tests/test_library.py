@@ -21,7 +21,7 @@ import gpt_spec
 from auto import AdaptiveLookup, AutoDrafter
 from checkpoints import load_model
 from costs import Stats
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import (
     Decoder,
@@ -33,6 +33,7 @@ from gpt_spec import (
 )
 from model import BadInput
 from runtime import no_garbage_collection
+from sampling import Sampling
 from text import load_tokenizer
 
 SAMPLED = Sampling(temperature=1.0, seed=7)

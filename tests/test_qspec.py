@@ -19,10 +19,11 @@ from test_decoding import qspec
 
 from checkpoints import load_model, weight_bytes
 from costs import Stats
-from drafts import Drafter, Sampling, prefill
-from gpt_spec import Decoder, HierarchicalDrafter, SequentialDrafter
+from drafts import Drafter, prefill
+from gpt_spec import Decoder, HierarchicalDrafter, Request, SequentialDrafter
 from model import BadInput, KVCache
 from packing import share_weights
+from sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_verification_overwrites_what_drafts_wrote(plain, prompts):
     """The bitwise test can fail: what a draft writes is not what the target writes."""
     decoder = Decoder(plain, qspec(plain, "w4a4"), max_length=192, compile=False)
     prompt = prompts[5]
-    decoder.prefill(0, prompt, seed=0)
+    decoder.prefill(0, prompt, Request(decoder.setup.sampling, 0))
     propose, length, written = decoder.drafter.propose, len(prompt), {}
 
     def keys() -> torch.Tensor:

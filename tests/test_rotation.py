@@ -21,12 +21,12 @@ from conftest import (
 import kernels
 import quantize
 from checkpoints import load_head, load_model, open_checkpoint
-from drafts import Sampling
 from eagle import TreeDrafter
 from gpt_spec import HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import Linear, Rotation, causal_attention
 from packing import Stored, lower_precisions, share_weights
 from rotation import add_rotations, hadamard, paley, rotated
+from sampling import Sampling
 
 KINDS = {
     "plain": {},

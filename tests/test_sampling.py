@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import random_model
 
-import drafts
-from drafts import Sampling, filter_logits, gumbel, pick
+import kernels
 from gpt_spec import generate
+from kernels import gumbel
 from model import BadInput
+from reference import kept_reference
+from sampling import Sampling, pick
 
 ALARM = 1e-6  # probability below which a check is alarmed; the real noise is fixed, so nothing here is flaky
 
@@ -34,13 +36,20 @@ def normal_tail(z: float) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
 
 
+def filter_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """-inf for all tokens [..., V] that the filters do not keep."""
+    settings = torch.tensor([sampling.settings], dtype=torch.float64)
+    kept = kept_reference(logits.reshape(1, -1, logits.shape[-1]), settings)
+    return torch.where(kept.view_as(logits), logits, -torch.inf)
+
+
 # ---- the checks ----------------------------------------------------------------------------------
 
 
 def noise(seeds: int, positions: int, tokens: int) -> torch.Tensor:
     """[seeds, positions, tokens] of the noise as the engine gets it: seeds in a row, as the prompts of a
     batch have."""
-    return drafts.gumbel(torch.arange(1234, 1234 + seeds), torch.arange(positions).expand(seeds, -1), tokens)
+    return kernels.gumbel(torch.arange(1234, 1234 + seeds), torch.arange(positions).expand(seeds, -1), tokens)
 
 
 def check_law() -> float:
@@ -112,10 +121,11 @@ def test_the_noise_passes(name):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(0.6, 0, 1.0), (1.0, 3, 1.0), (1.3, 0, 0.8), (0.9, 4, 0.9)]
+    "temperature, top_k, top_p, min_p",
+    [(0.6, 0, 1.0, 0), (1.0, 3, 1.0, 0), (1.3, 0, 0.8, 0), (0.9, 4, 0.9, 0), (1.1, 0, 1.0, 0.2)],
 )
-def test_filtered_texts_follow_the_exact_joint(temperature, top_k, top_p):
-    assert check_seeds(Sampling(temperature, top_k, top_p)) > 1e-3
+def test_filtered_texts_follow_the_exact_joint(temperature, top_k, top_p, min_p):
+    assert check_seeds(Sampling(temperature, top_k, top_p, min_p=min_p)) > 1e-3
 
 
 BROKEN = {
@@ -142,7 +152,12 @@ SEES = {  # which check has to notice what
 
 @pytest.mark.parametrize("fault, name", [(fault, name) for fault, names in SEES.items() for name in names])
 def test_broken_noise_is_seen(fault, name, monkeypatch):
-    monkeypatch.setattr(drafts, "gumbel", BROKEN[fault])
+    def broken_pick(logits, positions, seed, settings):
+        noise = settings[:, :1, None].float() * BROKEN[fault](seed, positions, logits.shape[-1])
+        return (logits + noise).argmax(dim=-1)
+
+    monkeypatch.setattr(kernels, "gumbel", BROKEN[fault])
+    monkeypatch.setattr(kernels, "pick", broken_pick)
     torch.manual_seed(0)
     assert CHECKS[name]() < ALARM
 
@@ -173,12 +188,13 @@ def test_large_and_negative_seeds_differ():
 def test_noise_is_the_same_compiled():
     seeds, positions = torch.tensor([1, 2]), torch.arange(10).view(2, 5)
     compiled = torch.compile(gumbel, fullgraph=True, dynamic=False)(seeds, positions, 1000)
-    torch.testing.assert_close(compiled, gumbel(seeds, positions, 1000), rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled, gumbel(seeds, positions, 1000))
 
 
 def naive_filter(logits: list[float], s: Sampling) -> set[int]:
-    """The tokens that may be picked: the slow twin of filter_logits, for logits without ties."""
+    """The tokens that may be picked, for logits without ties."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    order = [i for i in order if math.exp((logits[i] - logits[order[0]]) / s.temperature) >= s.min_p]
     order = order[: s.top_k] if s.top_k else order
     weights = [math.exp(logits[i] / s.temperature) for i in order]
     kept, held = [], 0.0
@@ -192,8 +208,9 @@ def naive_filter(logits: list[float], s: Sampling) -> set[int]:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-9])
-def test_filter_against_the_definition(temperature, top_k, top_p):
-    sampling = Sampling(temperature, top_k, top_p)
+@pytest.mark.parametrize("min_p", [0, 0.03, 1])
+def test_filter_against_the_definition(temperature, top_k, top_p, min_p):
+    sampling = Sampling(temperature, top_k, top_p, min_p=min_p)
     logits = torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(0)) * 3
     filtered = filter_logits(logits, sampling)
     for row, out in zip(logits.view(-1, 40), filtered.view(-1, 40)):
@@ -226,6 +243,20 @@ def test_shared_noise_couples_two_distributions():
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": 2**63},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"min_tokens": -1},
+        {"logit_bias": {3: math.nan}},
+        {"logit_bias": {3: math.inf}},
+        {"logit_bias": {"a": 1.0}},
+        {"logit_bias": [1, 2]},
+        {"bad_words": [[]]},
+        {"bad_words": [["a"]]},
+        {"bad_words": [3]},
     ],
 )
 def test_impossible_sampling_is_refused(values):

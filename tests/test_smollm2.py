@@ -15,10 +15,11 @@ from conftest import NEEDS_EQUAL_ROWS, guessing_head, texts
 
 from auto import AdaptiveLookup, AutoDrafter
 from checkpoints import load_model
-from drafts import Drafter, Sampling
+from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from packing import share_weights
+from sampling import Sampling
 from text import load_tokenizer
 
 DIRECTORY = os.environ.get("GPT_SPEC_SMOLLM2")

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 
 from checkpoints import load_head
 from costs import Pace, Stats
-from drafts import Draft, Sampling, Verified, gumbel, tree_geometry
+from drafts import Draft, Verified, tree_geometry
 from eagle import Eagle3Head, EagleHead, TreeDrafter
-from gpt_spec import Decoder, generate
+from gpt_spec import Decoder, Request, generate
+from kernels import gumbel
 from model import BadInput, causal_attention
+from sampling import Sampling
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, seed=7)
 
@@ -392,7 +394,7 @@ def check_trees(target, w, theta, taps, ids, drafter, sampling, trust):
     drafter.trust = trust
     size, n = target.config.vocab_size, drafter.max_nodes
     [prompt] = random_prompts([7], vocab_size=size)
-    text = prompt + [decoder.prefill(0, prompt, sampling.seed)]
+    text = prompt + decoder.prefill(0, prompt, Request(sampling, sampling.seed)).tokens
     for _ in range(3):
         features = true_features(target, w, text[:-1], taps)
 
@@ -450,7 +452,7 @@ def test_equal_scores_go_to_the_first(k):
     depth, n = 3, 1 + k + k * k
     drafter = TreeDrafter(head, n, depth, k)
     decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
-    decoder.prefill(0, [3, 1, 4], 0)
+    decoder.prefill(0, [3, 1, 4], Request(Sampling(), 0))
     draft = drafter.propose(decoder.state)
     expected = sorted(brute_force(lambda path: torch.zeros(12), depth, k), key=lambda entry: -entry[1])
     assert paths_of(draft)[1:] == [path for path, _ in expected[: n - 1]]
@@ -462,7 +464,7 @@ def test_a_sure_head_never_drafts_a_child_without_its_parent():
     target = random_model(sharpness=1e4)
     drafter = TreeDrafter(guessing_head(target), 20, 6, 4)
     decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
-    decoder.prefill(0, [3, 1, 4], 0)
+    decoder.prefill(0, [3, 1, 4], Request(Sampling(), 0))
     draft = drafter.propose(decoder.state)
     paths = paths_of(draft)
     assert len(set(paths)) == 20 and max(map(len, paths)) == 6
@@ -490,7 +492,7 @@ def test_the_best_small_tree_is_the_beginning_of_a_larger_one():
     for n in (4, 12, 30):
         drafter = TreeDrafter(guessing_head(target), n, 3, 4)
         decoder = Decoder(target, drafter, GREEDY, 64, compile=False)
-        decoder.prefill(0, [3, 1, 4], 0)
+        decoder.prefill(0, [3, 1, 4], Request(Sampling(), 0))
         drafts.append(drafter.propose(decoder.state))
     for small, large in zip(drafts, drafts[1:]):
         n = small.tokens.shape[1]

@@ -27,10 +27,11 @@ import generate as command
 from auto import AdaptiveLookup, AutoDrafter
 from chat import check_tokens
 from checkpoints import load_head, load_model
-from drafts import Sampling, check_vocabulary
+from drafts import check_vocabulary
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
 from model import BadInput
+from sampling import Sampling
 from text import load_tokenizer
 
 SAMPLINGS = [Sampling(), Sampling(1.0, seed=7), Sampling(0.8, top_k=20, top_p=0.9, seed=3)]

@@ -118,8 +118,8 @@ class Vocabulary:
         wrapper = library().TokenizerWrapper(self)
         self.table = library().LLTokenizer(wrapper, eos_token=sorted(self.stops))
 
-    def __call__(self, text: bytes) -> list[int]:
-        return self.spelled(text)
+    def __call__(self, text: bytes | str) -> list[int]:  # a str if there is no token for b"test"
+        return self.spelled(text.encode() if isinstance(text, str) else text)
 
     def spell(self, text: bytes) -> list[int]:
         """The tokens of a text in the middle of another one."""

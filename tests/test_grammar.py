@@ -219,6 +219,31 @@ def test_a_draft_may_run_past_the_end(shipped):
     assert matcher.fresh().forced(8) == yes
 
 
+def test_a_token_that_ends_the_text_has_no_place_in_the_grammar(shipped):
+    """Not even where it is a token that could be text."""
+    stop, newline = shipped.tokenizer.encode_text("\n")[0], 4 + ord("\n")
+    vocabulary = Vocabulary(shipped.tokenizer, 4096, [stop])
+    assert vocabulary.tokens[newline] == b"\n" and stop != newline
+    matcher = start(vocabulary, regex="a\n*b?")
+    matcher.consume([4 + ord("a")])
+    ids = allowed(matcher.mask())
+    assert {stop, newline} <= set(ids)
+    matcher.consume([stop])
+    assert allowed(matcher.mask()) == ids
+    assert stop not in allowed(start(vocabulary, regex="\n+a").mask())
+
+
+def test_forced_texts_are_the_tokens_that_the_tokenizer_writes(vocabulary):
+    """Not the longest ones from the left; and none for a blank that a tokenizer puts before every text."""
+    encode, differ = vocabulary.tokenizer.encode_text, 0
+    for word in ("sequences", "parameters", "identifications", "unbelievable", "dictionaries", "tags"):
+        text = f'{word}":"'
+        there = encode('{"\n' + text)
+        assert vocabulary.spell(text.encode()) == there[len(encode('{"\n')) :]
+        differ += vocabulary.spell(text.encode()) != vocabulary.spell_greedily(text.encode())
+    assert differ or vocabulary.tokenizer.size < 1000  # that one has learnt too little
+
+
 class Letters:
     """A tokenizer of a few letters."""
 
@@ -246,6 +271,14 @@ def test_a_dead_end_of_a_draft_does_no_harm(regex):
         matcher.consume([x])
         matcher.mask()
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_dead_end_is_left_for_where_the_text_was():
+    matcher, x, w, z = start(Vocabulary(Letters(), 5, [0]), regex="wz(x[yY]|w)z"), 3, 2, 4
+    matcher.consume([w, z])
+    out = matcher.walk([7, x, w, z], [-1, 0, 0, 2], torch.empty(4, 1, dtype=torch.int32))
+    assert [allowed(mask) for mask in out] == [[w, x], [0], [z], [0]]
+    assert allowed(matcher.mask()) == [w, x]
 
 
 def test_a_text_that_leaves_its_structure_is_an_error(shipped):
@@ -285,7 +318,7 @@ def test_texts_that_the_tokenizer_would_change_are_spelled_by_tokens(tmp_path):
     while ids := [token for token in allowed(matcher.mask()) if token]:
         assert ids[:1] == matcher.forced(1)
         matcher.consume(ids[:1])
-    assert tokenizer.decode(matcher.history) == wanted
+    assert tokenizer.decode(matcher.history) == wanted and len(matcher.history) < len(wanted.encode())
 
 
 def test_a_model_may_have_fewer_tokens_than_its_tokenizer(shipped):

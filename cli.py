@@ -1,6 +1,7 @@
 """cli.py: what the command lines have in common: flags, devices, and lines of a file of prompts.
 
     parser = cli.OneLineParser("generate.py", allow_abbrev=False)
+    cli.add_sampling_flags(parser)
     cli.check_device("cuda")
     cli.read_line('{"prompt": "def f"}', args, tokenizer)   # -> token ids
 
@@ -13,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 
 import kernels
+from grammar import Matcher, Vocabulary, read_grammar
 from model import BadInput
+from sampling import Sampling
 from text import Tokenizer
 
 
@@ -38,6 +43,78 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a JSON object")
     return value
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Turn the engine's name of a field, with which its BadInput begins, into the flag of that name."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(str(error) if str(error).startswith("--") else f"--{error}") from None
+
+
+def add_sampling_flags(p: argparse.ArgumentParser) -> None:
+    """How tokens are picked: the fields of `Sampling`."""
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens (0: all)")
+    p.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set with this probability")
+    least = "keep tokens with this share of the largest probability"
+    p.add_argument("--min_p", type=float, default=0.0, help=least)
+    p.add_argument("--seed", type=int, default=1234, help="output i of a run uses seed + i")
+    repeated = "divide logits of tokens in prompt or output by it (multiply those below 0)"
+    p.add_argument("--repetition_penalty", type=float, default=1.0, help=repeated)
+    present = "subtract it from the logit of every token in the output"
+    p.add_argument("--presence_penalty", type=float, default=0.0, help=present)
+    often = "subtract it as often as the output has the token"
+    p.add_argument("--frequency_penalty", type=float, default=0.0, help=often)
+    bias = "add to the logits of tokens; -inf forbids one"
+    p.add_argument("--logit_bias", metavar="ID:VALUE,...", type=logit_bias, default={}, help=bias)
+    stops = "pick no stop token and look for no --stop before so many tokens"
+    p.add_argument("--min_tokens", type=int, default=0, help=stops)
+    words = "never write this, in its usual tokens; may be repeated"
+    p.add_argument("--bad_words", action="append", default=[], metavar="TEXT", help=words)
+    said = "with --json: log-probability of each token, and of the N best"
+    p.add_argument("--logprobs", type=int, metavar="N", help=said)
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json_schema", metavar="FILE|TEXT", help="the output is JSON of this schema")
+    form.add_argument("--regex", metavar="TEXT", help="the output matches this regular expression")
+    form.add_argument("--grammar", metavar="FILE", help="the output follows this grammar, in Lark's language")
+
+
+def logit_bias(text: str) -> dict[int, float]:
+    """The type of --logit_bias."""
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")]
+        return {int(token): float(value) for token, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not ID:VALUE,ID:VALUE like 15:-2.5") from None
+
+
+def read_sampling(
+    args: argparse.Namespace, tokenizer: Tokenizer | None = None, size: int = 0, stops: Iterable[int] = ()
+) -> Sampling:
+    """The flags as `Sampling`, for a model of `size` tokens. Without one, what can be checked without it."""
+    names = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty")
+    fields = {name: getattr(args, name) for name in (*names, "frequency_penalty", "logit_bias", "min_tokens")}
+    if args.min_tokens > args.max_new_tokens:
+        raise BadInput(f"--min_tokens is {args.min_tokens}, above --max_new_tokens {args.max_new_tokens}")
+    if args.logprobs is not None and not args.json:
+        raise BadInput("--logprobs are written into the object of --json; give both")
+    if "" in args.bad_words:
+        raise BadInput("--bad_words is empty; give the text that must not be written")
+    structure = read_grammar(args.json_schema, args.regex, args.grammar)
+    with naming_flags():
+        if not size:
+            return Sampling(**fields)
+        if tokenizer is None and (structure or args.bad_words):
+            raise BadInput("json_schema, --regex, --grammar and --bad_words need a tokenizer")
+        # With and without a space before it: in the middle of a text most words have one.
+        words = {
+            tuple(tokenizer.encode_text(blank + w.lstrip())) for w in args.bad_words for blank in ("", " ")
+        }
+        grammar = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
+        return Sampling(**fields, bad_words=tuple(sorted(words)), grammar=grammar)
 
 
 def check_device(name: str) -> None:

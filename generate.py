@@ -53,10 +53,21 @@ from checkpoints import (  # noqa: E402
     stop_ids,
     weight_bytes,
 )
-from cli import OneLineParser, check_device, encode_prompt, json_object, load_kernels, read_line  # noqa: E402
+from cli import (  # noqa: E402
+    OneLineParser,
+    add_sampling_flags,
+    check_device,
+    encode_prompt,
+    json_object,
+    load_kernels,
+    naming_flags,
+    read_line,
+    read_sampling,
+)
 from costs import Stats, contestants  # noqa: E402
 from drafts import Drafter, check_vocabulary  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
+from forced import ForcedDrafter  # noqa: E402
 from gpt_spec import (  # noqa: E402
     MIN_DRAFT_LENGTH,
     Decoder,
@@ -69,7 +80,6 @@ from gpt_spec import (  # noqa: E402
 )
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
-from sampling import Sampling  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
 from text import TextStream, Tokenizer, load_tokenizer, read_json  # noqa: E402
 
@@ -93,6 +103,7 @@ COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a
     *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py"),
     *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
     *("show.py", "quantize.py"),
+    *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py"),
 )
 
 
@@ -132,10 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=int, default=1, help="texts decoded at a time")
     add_draft_flags(p, directory)
     p.add_argument("--max_new_tokens", type=int, default=200)
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens (0: all)")
-    p.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set with this probability")
-    p.add_argument("--seed", type=int, default=1234, help="output i of a run uses seed + i")
+    add_sampling_flags(p)
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -350,15 +358,6 @@ def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, defa
         return TreeDrafter(head, size, *shape)
 
 
-@contextmanager
-def naming_flags() -> Iterator[None]:
-    """Turn the engine's name of a field, with which its BadInput begins, into the flag of that name."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"--{error}") from None
-
-
 def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
     """The draft model. Raises BadInput if its vocabulary is not the target's."""
     precision = args.draft_precision or target.precision
@@ -419,7 +418,7 @@ def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
 
     def add(ids: list[int], error: str | None = None) -> None:
         for _ in range(args.num_samples):
-            stream = TextStream(target.tokenizer, args.stop)
+            stream = TextStream(target.tokenizer, args.stop, args.min_tokens)
             outputs.append(Output(ids, stream, finish_reason="error" if error else None, error=error))
 
     if args.prompts is None:
@@ -517,7 +516,8 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
         if not line:
             return
         try:
-            output = Output(history.ask(line.decode("utf-8")), TextStream(tokenizer, args.stop))
+            stream = TextStream(tokenizer, args.stop, args.min_tokens)
+            output = Output(history.ask(line.decode("utf-8")), stream)
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
             print()
@@ -597,7 +597,11 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
     machine = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {platform.node()}"
     sources = [Path(__file__).with_name(name).stat().st_mtime_ns for name in COSTS_SOURCES]
     what = [machine, torch.__version__, kernels.PATH, torch.get_num_threads(), sources, precision]
-    what += [decoder.model.config, weight_bytes([decoder.model]), replace(setup.sampling, seed=0)]
+    what += [
+        decoder.model.config,
+        weight_bytes([decoder.model]),
+        replace(setup.sampling, seed=0, grammar=None),
+    ]
     what += [setup.batch_size, setup.slots, setup.runtime.compile]
     what += [(name, settings_of(drafter)) for name, drafter in contestants(decoder.drafter).items()]
     return kernels.cache_directory() / f"costs-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
@@ -664,11 +668,12 @@ def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
     load_kernels()
-    with naming_flags():
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    read_sampling(args)  # what is wrong without a model is told before one is loaded
     target = load_target(args)
     method, drafter = build_drafter(args, target)
     config = target.model.config
+    sampling = read_sampling(args, target.tokenizer, config.vocab_size, target.stop_ids)
+    drafter = drafter if sampling.grammar is None else ForcedDrafter(drafter)
     if args.interactive and target.tokenizer is None:
         raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")
     outputs = [] if args.interactive else read_prompts(args, target)
@@ -679,7 +684,8 @@ def run(args: argparse.Namespace) -> int:
         check_window(model.config, max_length if args.interactive else min(longest, max_length))
     compile = can_compile(args)
     try:
-        decoder = Decoder(target.model, drafter, sampling, max_length, args.batch_size, compile)
+        sizes = (max_length, args.batch_size, compile)
+        decoder = Decoder(target.model, drafter, sampling, *sizes, logprobs=args.logprobs)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--batch_size {args.batch_size}: the caches cannot be allocated ({reason})") from None

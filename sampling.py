@@ -51,7 +51,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what to add; a dict is understood
     min_tokens: int = 0  # as long as the output has fewer, no stop token is picked
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never completed
-    grammar: Any = None  # a `grammar.Grammar` that the output follows
+    grammar: Any = None  # a `grammar.Matcher`, at whose beginning the output begins
 
     def __post_init__(self):
         for name, (read, holds, rule) in RULES.items():
@@ -218,7 +218,7 @@ class Controls:
     def begin(self, row: int, sampling: Sampling, prompt: Tensor, stops: Iterable[int]) -> None:
         """A text begins in a row: what it asks for, and its prompt int64 [P]."""
         self.settings[row] = torch.tensor(sampling.settings, dtype=torch.float64)
-        self.matchers[row] = None if sampling.grammar is None else sampling.grammar.matcher()
+        self.matchers[row] = None if sampling.grammar is None else sampling.grammar.fresh()
         if not self.full:
             return
         self.penalties[row] = torch.tensor([getattr(sampling, name) for name in PENALTIES])

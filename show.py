@@ -19,6 +19,7 @@ import torch
 from checkpoints import weight_bytes
 from costs import Stats
 from gpt_spec import Emission
+from sampling import Logprob
 from text import TextStream, Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -37,11 +38,14 @@ class Output:
     steps: int = 0  # verifications; the first token comes from prefill
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: list[Logprob] | None = None  # of the tokens, where they were asked for
 
     def add(self, emission: Emission) -> None:
         """Append the tokens of a step."""
         self.token_ids += emission.tokens
         self.steps += emission.draft is not None
+        if emission.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + emission.logprobs
         self.drafted += [i < emission.accepted for i in range(len(emission.tokens))]
         if emission.finish_reason:
             self.finish(emission.finish_reason)
@@ -58,13 +62,21 @@ class Output:
     def as_json(self) -> dict[str, Any]:
         """What --json prints as one of `outputs`."""
         has_text = self.stream.tokenizer is not None and self.finish_reason != "error"
+        said = {} if self.logprobs is None else {"logprobs": [logprob_json(each) for each in self.logprobs]}
         return {
             "prompt_ids": self.prompt_ids,
             "token_ids": self.token_ids,
             "text": self.stream.text if has_text else None,
             "finish_reason": self.finish_reason,
             "error": self.error,
+            **said,
         }
+
+
+def logprob_json(said: Logprob) -> dict[str, Any]:
+    """JSON has no -inf: OpenAI writes -9999."""
+    top = [[token, max(value, -9999.0)] for token, value in said.top]
+    return {"id": said.token, "logprob": max(said.logprob, -9999.0), "top": top}
 
 
 class Screen:

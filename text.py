@@ -373,8 +373,8 @@ def chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
 class TextStream:
     """The text of one output, token by token: never half a character, and nothing from a stop string on."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Tokenizer | None, stops: list[str], min_tokens: int = 0):
+        self.tokenizer, self.stops, self.min_tokens = tokenizer, stops, min_tokens
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
         self.ends: list[int] = []  # where in the text each token ends
@@ -385,7 +385,8 @@ class TextStream:
         """Append a token; True if that completes a stop string, which is then cut away."""
         before = len(self.text)
         self.text += self.decoder.decode(self.tokenizer.token_bytes(token)) if self.tokenizer else f"{token} "
-        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
+        stops = self.stops if len(self.ends) + 1 >= self.min_tokens else []
+        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
         found = [place for place in found if place >= 0]
         if found:
             self.text = self.text[: min(found)]

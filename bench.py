@@ -18,6 +18,7 @@
     python bench.py hadamard    # what online rotations add to the linears that they belong to
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's and others'
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
+    python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
 
     # your own models and prompts
     python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
@@ -66,6 +67,7 @@ from benchmarks.methods import report_auto, report_methods
 from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
+from benchmarks.sampling import report_sampling
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import read_acceptance, report_synthetic
 from benchmarks.timing import on_gpu
@@ -84,12 +86,13 @@ REPORTS = {
     **{"qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
+    **{"sampling": report_sampling},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
 DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
-    | {"acceptance": "eagle2-8b"},
+    | {"acceptance": "eagle2-8b", "precision": "bf16"},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
     "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
     "synthetic llama-3-70b": {"acceptance": "eagle2-70b"},
@@ -97,6 +100,7 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "exact": {"precisions": EVERY_PRECISION},
     "qspec_shape": {"shape": "llama-3.2-1b"},
     "decode": {"shape": "llama-3.2-1b"},
+    "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
 }
 STUDY = {  # file -> its report and settings: all tables and figures of the README
     "cpu_kernels.json": "kernels --repeats 5",
@@ -117,6 +121,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_perplexity.json": "perplexity",
     "cpu_rotation.json": "rotation",
     "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
+    "cpu_sampling.json": "sampling",
     "cpu_exact.json": "exact",
     "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
     "cpu_exact_uncompiled.json": "exact --uncompiled",
@@ -148,13 +153,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("report", choices=[*REPORTS, "all"])
-    p.add_argument("--precision", choices=ALL_PRECISIONS, default="bf16", help="noise, decode")
+    p.add_argument("--precision", choices=ALL_PRECISIONS, help="noise, decode (bf16), sampling (w4a8)")
     p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--uncompiled", action="store_true", help="exact: only what is not; others: all")
     only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
-    p.add_argument("--prompts", type=int, help="prompts to use (default: 20; auto 24, synthetic 4)")
-    p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, synthetic 64)")
+    p.add_argument(
+        "--prompts", type=int, help="prompts to use (default: 20; auto 24, sampling 8, synthetic 4)"
+    )
+    p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, sampling 100, synthetic 64)")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
@@ -163,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tree_size", type=int, help="nodes of trees in a hierarchy (default: auto; synthetic 16)"
     )
-    p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto: rows, with commas (auto: 1,8)")
+    p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto, sampling: rows (auto 1,8; sampling 1,4)")
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
     p.add_argument("--tokens", type=int, default=PERPLEXITY_TOKENS, help="perplexity, quality: count so many")
@@ -179,7 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     directory = "a Hugging Face directory or hub repository id"
-    p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality: the target: {directory}")
+    p.add_argument(
+        "--checkpoint_path", help=f"cost, methods, auto, quality, sampling: the target: {directory}"
+    )
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")

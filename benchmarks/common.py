@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -220,11 +220,13 @@ def build_decoders(
     prompts: list[Prompt],
     args: argparse.Namespace,
     batch_size: int = 1,
+    sampling: Sampling | None = None,
 ) -> dict[str, Decoder]:
-    """A warm decoder for every drafter, with room for the longest prompt."""
+    """A warm decoder for every drafter, with room for the longest prompt. `sampling`: by default that of the
+    flags."""
     longest = max(len(prompt.tokens) for prompt in prompts) + args.max_new_tokens
     settings = (cache_length(target.config, longest), batch_size, not args.uncompiled)
-    sampling = Sampling(args.temperature, top_p=args.top_p)
+    sampling = sampling or Sampling(args.temperature, top_p=args.top_p)
     decoders = {name: Decoder(target, drafter, sampling, *settings) for name, drafter in drafters.items()}
     for decoder in decoders.values():
         decoder.warm_up()
@@ -245,10 +247,11 @@ def decode_all(
     tokens: int,
     stats: Stats | None = None,
     stop_ids: Iterable[int] = (),
+    **options: Any,
 ) -> list[list[int]]:
-    """The new tokens of each prompt."""
+    """The new tokens of each prompt. `options`: see `Decoder.run`."""
     texts = [[] for _ in prompts]
-    for emissions in decoder.run(prompts, tokens, stop_ids, stats=stats):
+    for emissions in decoder.run(prompts, tokens, stop_ids, stats=stats, **options):
         for emission in emissions:
             texts[emission.prompt_index] += emission.tokens
     return texts
@@ -269,11 +272,16 @@ class Run(NamedTuple):
 
 
 def timed(
-    decoder: Decoder, prompts: list[list[int]], tokens: int, total: Stats, stop_ids: Iterable[int] = ()
+    decoder: Decoder,
+    prompts: list[list[int]],
+    tokens: int,
+    total: Stats,
+    stop_ids: Iterable[int] = (),
+    **options: Any,
 ) -> Run:
-    """Decode some prompts, and count it in `total`, too."""
+    """Decode some prompts, and count it in `total`, too. `options`: see `Decoder.run`."""
     before = replace(total)
-    texts = decode_all(decoder, prompts, tokens, total, stop_ids)
+    texts = decode_all(decoder, prompts, tokens, total, stop_ids, **options)
     names = ("new_tokens", "target_forwards", "decode_seconds", "prefill_seconds")
     new, steps, *seconds = (getattr(total, name) - getattr(before, name) for name in names)
     return Run(texts, new - len(prompts), steps, *seconds)

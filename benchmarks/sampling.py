@@ -3,8 +3,8 @@
     python bench.py sampling
     python bench.py sampling --checkpoint_path DIR       # of SmolLM2, for instance
 
-The one idea: whoever picks a token has to read all logits, and the greedy pick does nothing else. So a pick is
-given as a ratio to the greedy one of the same logits in the same run, and a step as one to a greedy step.
+The one idea: whoever picks a token has to read all logits, and the greedy pick does nothing else. So a pick
+is given as a ratio to the greedy one of the same logits in the same run, and a step to a greedy step.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def measure_steps(parts: Parts, args: argparse.Namespace) -> dict[str, dict]:
             some = [prompt.tokens for prompt in prompts[begin : begin + batch_size]]
             for method in rotate_names(list(times), turn):
                 drafter.on = method == "lookup"
-                for kind in rotate_names(list(kinds), turn // 2):
+                for kind in rotate_names(list(kinds), turn):
                     steps = times[method].setdefault(kind, defaultdict(list))
                     for n, seconds in time_steps(decoder, some, kinds[kind], args.max_new_tokens):
                         steps[n].append(seconds)

@@ -13,11 +13,13 @@ import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
-from benchmarks import common, cost, exact, linears, quality, shapes, synthetic, timing
+from benchmarks import common, cost, exact, linears, quality, sampling, shapes, structure, synthetic, timing
 from checkpoints import SHIPPED_TARGET
 from costs import Stats
-from gpt_spec import SequentialDrafter
+from drafts import Drafter
+from gpt_spec import Decoder, SequentialDrafter
 from model import BadInput, ModelConfig
+from sampling import Sampling
 from text import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -334,3 +336,84 @@ def test_reports_for_the_cpu_refuse_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(bench, "check_device", lambda name: None)
     assert bench.main(["tree", "--device", "cuda"]) == 2
     assert "--device: tree runs on the CPU" in capsys.readouterr().err
+
+
+def test_wider_logits_have_the_same_peak():
+    logits = 3 * torch.randn(1, 4, 300)
+    wide = sampling.widen(logits, 1000)
+    best, same = (x.topk(64, dim=-1).values for x in (wide, logits))
+    assert wide.shape == (1, 4, 1000) and torch.equal(best, same)
+    assert torch.equal(wide, sampling.widen(logits, 1000))
+
+
+def test_every_way_to_pick_is_timed_on_the_same_logits():
+    logits = torch.randn(1, 3, 200)
+    picks = {name: pick() for name, pick in sampling.picks_after(logits).items()}
+    assert list(picks) == [sampling.ARGMAX, *sampling.SAMPLINGS]
+    assert torch.equal(picks[sampling.ARGMAX], picks[sampling.GREEDY])
+    assert all(tokens.shape == (1, 3) for tokens in picks.values())
+    assert not torch.equal(picks["T = 1"], picks[sampling.GREEDY])
+
+
+def test_a_forgetful_drafter_drafts_as_if_there_were_no_penalties():
+    """And so it agrees less often, in a text that is the same."""
+    target, prompts = random_model(), random_prompts([5, 9])
+    asked, stats = Sampling(frequency_penalty=3.0), {}
+    texts = {}
+    for make in (Drafter, SequentialDrafter, sampling.ForgetfulSequential):
+        drafter = make() if make is Drafter else make(target, 3)
+        decoder = Decoder(target, drafter, asked, 128, 2, compile=False)
+        stats[make] = Stats()
+        texts[make] = common.decode_all(decoder, prompts, 40, stats[make])
+    assert texts[Drafter] == texts[SequentialDrafter] == texts[sampling.ForgetfulSequential]
+    all_agree, some_agree = (stats[make].tokens_per_step for make in list(stats)[1:])
+    assert all_agree > 3.5 > some_agree + 0.5
+
+
+@pytest.fixture
+def few_picks(monkeypatch):
+    monkeypatch.setattr(sampling, "PLACES", (1, 2))
+    monkeypatch.setattr(sampling, "VOCABULARIES", (5000,))
+    names = ("a person", "a call of a function")
+    monkeypatch.setattr(structure, "SCHEMAS", {name: structure.SCHEMAS[name] for name in names})
+
+
+SMALL = ["--uncompiled", "--repeats", "1", "--prompts", "2", "--batch_sizes", "1,2", "--max_new_tokens"]
+
+
+def test_what_picks_cost_and_drafts_bring(few_picks, tmp_path, capsys):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    path = tmp_path / "sampling.json"
+    assert bench.main(["sampling", *SMALL, "30", "--output", str(path)]) == 0
+    file = json.loads(path.read_text())
+    picks, steps, penalties, structured = file["results"].values()
+    assert file["settings"]["precision"] == "w4a8"
+    sources = {name: row["logits"].split(":")[0] for name, row in picks.items()}
+    assert sources.pop("4,096 peaked") == "of the shipped target"
+    assert sources == dict.fromkeys(["4,096 flat", "5,000 peaked", "5,000 flat"], "synthetic")
+    for row in picks.values():
+        assert list(row["seconds"]) == ["1", "2"] and row["noise_seconds"] > 0
+        for n, seconds in row["seconds"].items():
+            ratios = row["over torch.argmax"][n]
+            assert ratios["penalized"] == pytest.approx(seconds["penalized"] / seconds["torch.argmax"])
+    assert list(steps) == [f"{m}, batch {b}" for b in (1, 2) for m in ("autoregressive", "lookup")]
+    row = steps["autoregressive, batch 2"]["1"]
+    assert row["steps"] == {"greedy": 29, "top-p 0.95": 29}  # the first token comes from prefill
+    assert row["ratio"] == row["seconds"]["top-p 0.95"] / row["seconds"]["greedy"]
+    assert len(penalties) == 6 and len(penalties["tree, T = 1"]) == 3 and len(penalties["lookup, T = 0"]) == 2
+    assert list(structured)[-2:] == ["all", "all, compact"] and len(structured) == 6
+    for row in structured.values():
+        assert all(row[way]["different_texts"] == 0 for way in structure.WAYS)
+        assert row["autoregressive"]["tokens_per_step"] == 1 and row["lookup"]["forced"] == 0
+        assert row["forced"]["tokens_per_step"] >= 1 + row["forced"]["forced"]
+    assert structured["all, compact"]["forced"]["forced"] > 0.3
+    assert "0 texts are not those of autoregressive" in capsys.readouterr().out
+
+
+def test_without_llguidance_schemas_are_left_out(few_picks, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    parts = common.load_parts("w4a8", common.SHIPPED)
+    args = bench.build_parser().parse_args(["sampling", *SMALL, "4"])
+    assert "pip install llguidance" in structure.measure_structure(parts, args)["left_out"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("drafts under a schema are left out: ")

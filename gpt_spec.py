@@ -1,7 +1,7 @@
 """gpt_spec.py: the loop of speculative decoding, and the drafters that need no head.
 
-Read `model.py` (the transformer and its cache) and `drafts.py` (sampling, drafts, what a drafter is) first,
-and `eagle.py` (EAGLE heads and their trees) after it. The loop is `speculate`: it runs for every method. To
+Read `model.py` (the transformer and its cache), `sampling.py` (how tokens are picked) and `drafts.py` (what a
+drafter is) first, and `eagle.py` (EAGLE heads and their trees) after it. The loop is `speculate`: it runs for every method. To
 run something, start with `python generate.py`: this file knows tensors. It has no tokenizer of its own, no
 files and no command line.
 

@@ -2,7 +2,7 @@
 
 Configuration, transformer, cache, in this order. The forward is a function of tensors: tokens, positions, and
 `attend`, which decides what a token sees. `Linear` and the kernels below it handle how weights are stored
-(16, 8 or 4 bits). How tokens are picked is in `drafts.py`; loading weights is in `checkpoints.py`.
+(16, 8 or 4 bits). How tokens are picked is in `sampling.py`; loading weights is in `checkpoints.py`.
 
     model = Transformer(ModelConfig.from_dict(json.load(open("config.json"))))
     features, _ = model(tokens, positions, causal_attention)  # [B, n] -> [B, n, hidden]

@@ -1,9 +1,9 @@
 """gpt_spec.py: the loop of speculative decoding, and the drafters that need no head.
 
 Read `model.py` (the transformer and its cache), `sampling.py` (how tokens are picked) and `drafts.py` (what a
-drafter is) first, and `eagle.py` (EAGLE heads and their trees) after it. The loop is `speculate`: it runs for every method. To
-run something, start with `python generate.py`: this file knows tensors. It has no tokenizer of its own, no
-files and no command line.
+drafter is) first, and `eagle.py` (EAGLE heads and their trees) after it. The loop is `speculate`: it runs for
+every method. To run something, start with `python generate.py`: this file knows tensors. It has no tokenizer
+of its own, no files and no command line.
 
 The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens,
 one forward of the target picks its own token after every one of them, and the longest path on which both

@@ -399,24 +399,17 @@ class Decoder(Level):
         stops: frozenset[int],
     ) -> list[Request]:
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
-        ours = self.setup.sampling
-        if seeds is None:
-            seeds = (
-                [ours.seed + i for i in range(len(prompts))]
-                if samplings is None
-                else [s.seed for s in samplings]
-            )
-        samplings = [ours] * len(prompts) if samplings is None else samplings
-        for name, values in (("seeds", seeds), ("samplings", samplings)):
-            if len(values) != len(prompts):
-                raise BadInput(
-                    f"there are {len(values)} {name} for {len(prompts)} prompts; each needs its own"
-                )
-        for sampling in samplings:
+        ours, count = self.setup.sampling, len(prompts)
+        every = [ours] * count if samplings is None else list(samplings)
+        for sampling in every:
             check_kind("sampling", sampling, Sampling)
             self.controls.check(sampling, stops)
-        seeds = [check_seed(seed) for seed in whole_numbers("seed", seeds)]
-        return [Request(sampling, seed, stops) for sampling, seed in zip(samplings, seeds)]
+        keys = [ours.seed + i for i in range(count)] if samplings is None else [each.seed for each in every]
+        keys = keys if seeds is None else [check_seed(seed) for seed in whole_numbers("seed", seeds)]
+        for name, values in (("seeds", keys), ("samplings", every)):
+            if len(values) != count:
+                raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
+        return [Request(sampling, seed, stops) for sampling, seed in zip(every, keys)]
 
     def decode(
         self,
@@ -582,9 +575,11 @@ def generate(
     batch_size: int = 1,
     compile: bool = True,
     tokenizer: Any = None,
+    logprobs: int | None = None,
     **options,
 ) -> Iterator[list[Emission]]:
-    """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`.
+    """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`;
+    `logprobs`: see `Decoder`.
 
     Prompts are token ids in lists, tensors or arrays, of which a 2-D one is a batch, or texts where there is
     a `tokenizer` (anything with `encode` and `decode`).
@@ -596,7 +591,8 @@ def generate(
     ids = token_lists(prompts, tokenizer) or [[]]  # which `run` refuses
     longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
-    decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
+    sizes = (max_length, batch_size, compile, options.get("samplings") is not None)
+    decoder = Decoder(model, drafter, sampling, *sizes, logprobs)
     options["stats"] = stats = options.get("stats") or Stats()
     steps = decoder.run(ids, max_new_tokens, **options)  # what it refuses, it refuses before the warm-up
     stats.compile_seconds += decoder.warm_up()
@@ -613,6 +609,7 @@ class Completion:
     finish_reason: str | None = None  # "stop" or "length"
     steps: int = 0  # verifications; the first token comes from prefill
     accepted: int = 0  # tokens that were drafted
+    logprobs: list[Logprob] = field(default_factory=list)  # where they were asked for
 
     @property
     def tokens_per_step(self) -> float:
@@ -628,6 +625,7 @@ def complete(model: Transformer, prompts: Prompts, tokenizer: Any = None, **opti
             text.token_ids += emission.tokens
             text.steps += emission.draft is not None
             text.accepted += emission.accepted
+            text.logprobs += emission.logprobs or []
             text.finish_reason = emission.finish_reason
     for text in texts:
         if tokenizer:  # by the prompt before it: at its own beginning, a text may lose a blank

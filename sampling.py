@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,19 +177,16 @@ class Controls:
         self.settings = zeros(5, dtype=torch.float64)
         self.matchers: list[Any] = [None] * batch_size  # `grammar.Matcher`s of the texts
         if self.full:
-            self.counts, self.bias = (
-                zeros(vocabulary, dtype=torch.int32),
-                zeros(vocabulary, dtype=torch.float32),
-            )
-            self.penalties = zeros(3, dtype=torch.float32).fill_(1)
+            self.counts = zeros(vocabulary, dtype=torch.int32)
+            self.bias = zeros(vocabulary, dtype=torch.float32)
+            self.penalties = zeros(len(PENALTIES), dtype=torch.float32).fill_(1)
             longest = max(map(len, sampling.bad_words), default=8 if every else 1)
             # A ban: its last token must not follow the others (-1: any) before position `until`.
             self.bans, self.until = zeros(BANS, longest, dtype=torch.int64), zeros(BANS, dtype=torch.int64)
 
     def below(self) -> Controls:
         """For a level that drafts: the same requests, but as far as it has written their texts."""
-        mine = object.__new__(Controls)
-        mine.__dict__.update(self.__dict__)
+        mine = copy(self)
         mine.structured, mine.matchers = False, [None] * len(self.matchers)
         if self.full:
             mine.counts = self.counts.clone()
@@ -198,22 +196,16 @@ class Controls:
         """BadInput for a request that these tensors have no room for, or that has unknown tokens."""
         if sampling.changes_logits and not self.full or sampling.grammar is not None and not self.structured:
             raise BadInput("this request changes logits; make the decoder with every_control=True for it")
-        ids = [
-            *(token for token, _ in sampling.logit_bias),
-            *(t for word in sampling.bad_words for t in word),
-        ]
-        wrong = next((t for t in ids if not 0 <= t < self.vocabulary), None)
-        if wrong is not None:
-            raise BadInput(
-                f"logit_bias or bad_words: {wrong} is no token id; they go from 0 to {self.vocabulary - 1}"
-            )
-        if self.full:
-            words = ban_list(sampling, stops)
-            if len(words) > BANS or max(map(len, words), default=0) > self.bans.shape[2]:
-                most = f"{BANS} of up to {self.bans.shape[2]} tokens"
-                raise BadInput(
-                    f"there are too many or too long bad_words and stop tokens; at most {most} fit"
-                )
+        ids = {"logit_bias": [token for token, _ in sampling.logit_bias]}
+        ids |= {"bad_words": [token for word in sampling.bad_words for token in word]}
+        for name, tokens in ids.items():
+            wrong = next((t for t in tokens if not 0 <= t < self.vocabulary), None)
+            if wrong is not None:
+                raise BadInput(f"{name} has the token id {wrong}; the model knows 0 to {self.vocabulary - 1}")
+        words = ban_list(sampling, stops)
+        if self.full and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
+            most = f"{BANS} of up to {self.bans.shape[2]} tokens"
+            raise BadInput(f"bad_words: {most} fit, stop tokens counted where there is min_tokens")
 
     def begin(self, row: int, sampling: Sampling, prompt: Tensor, stops: Iterable[int]) -> None:
         """A text begins in a row: what it asks for, and its prompt int64 [P]."""
@@ -236,13 +228,11 @@ class Controls:
 
     def row(self, row: int) -> Controls:
         """A view of one row."""
-        mine = object.__new__(Controls)
-        mine.__dict__.update(self.__dict__)
+        mine = copy(self)
         mine.matchers = self.matchers[row : row + 1]
-        for name in (
-            ("settings", "counts", "bias", "penalties", "bans", "until") if self.full else ("settings",)
-        ):
-            setattr(mine, name, getattr(self, name)[row : row + 1])
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(mine, name, value[row : row + 1])
         return mine
 
     def pick(
@@ -271,14 +261,16 @@ class Controls:
         return kernels.penalize(logits, nodes.tokens, sees, counts, self.penalties, bias, mask)
 
     def ban(self, logits: Tensor, positions: Tensor, state: Any, nodes: Nodes) -> Tensor:
-        """-inf for the last tokens of banned words whose other tokens are what comes before a position."""
+        """-inf for the last tokens of banned words whose other tokens are what comes before a position. Where
+        that leaves nothing of what a grammar allows, the grammar wins."""
         banned = positions[..., None] < self.until[:, None]  # [B, n, bans]
         for back in range(1, self.bans.shape[2]):
             said = token_before(positions, back, state, nodes)[..., None]  # [B, n, 1]
             wanted = self.bans[:, None, :, -1 - back]  # [B, 1, bans]
             banned = banned & ((wanted < 0) | (wanted == said))
         last = self.bans[:, None, :, -1].expand_as(banned)
-        return logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
+        left = logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
+        return torch.where(left.amax(dim=-1, keepdim=True) == -torch.inf, logits, left)
 
     def count(self, emitted: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Count the tokens that texts have gained: emitted int64 [B, D + 1], of which accepted + 1 int64 [B]
@@ -305,9 +297,8 @@ class Controls:
             tokens, parent = draft.tokens.tolist(), draft.parent.tolist()
         for row, matcher in enumerate(self.matchers):
             if matcher is not None:
-                matcher.walk(
-                    [0] if draft is None else tokens[row], [-1] if draft is None else parent[row], masks[row]
-                )
+                nodes = ([0], [-1]) if draft is None else (tokens[row], parent[row])
+                matcher.walk(*nodes, masks[row])
         return masks.to(self.device)
 
     def consume(self, row: int, tokens: list[int], ended: bool) -> None:

@@ -14,6 +14,7 @@ are never fused with sums, which tests/compile_cuda.py looks at.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,13 +125,6 @@ def load_blocks(row, size, block, used):
 
 
 @triton.jit
-def load_tops(tops, blocks, first, COUNT: tl.constexpr):
-    """The largest logits of COUNT blocks from `first` on, and which blocks these are."""
-    block = first + tl.arange(0, COUNT)
-    return tl.load(tops + block, mask=block < blocks, other=NOTHING), block
-
-
-@triton.jit
 def up_to(x, token, value, last):
     """Which of these stand up to the place (value, last)?"""
     return (x > value) | ((x == value) & (token <= last))
@@ -157,7 +151,8 @@ def count_up_to(row, size, tops, blocks, value, last):
     """How many tokens stand up to a place, whose value is finite?"""
     found = tl.zeros([TILE], tl.int32)
     for first in range(0, blocks, TILE):
-        top, block = load_tops(tops, blocks, first, TILE)
+        block = first + tl.arange(0, TILE)
+        top = tl.load(tops + block, mask=block < blocks, other=NOTHING)
         used = top >= value
         if tl.max(used.to(tl.int32), axis=0) > 0:
             x, token = load_blocks(row, size, block[:, None], used[:, None])
@@ -207,7 +202,8 @@ def masses(row, size, tops, blocks, most, scale, value, last, ahead, before, lea
     the blocks that have a logit of at least `least`."""
     one, other = tl.zeros([TILE], tl.int64), tl.zeros([TILE], tl.int64)
     for first in range(0, blocks, TILE):
-        top, block = load_tops(tops, blocks, first, TILE)
+        block = first + tl.arange(0, TILE)
+        top = tl.load(tops + block, mask=block < blocks, other=NOTHING)
         level, _ = power_of_two((top - most) * scale)
         used = (level <= 42) & (top >= least)
         if tl.max(used.to(tl.int32), axis=0) > 0:
@@ -225,8 +221,8 @@ def masses(row, size, tops, blocks, most, scale, value, last, ahead, before, lea
 
 @triton.jit
 def in_nucleus(row, size, tops, blocks, most, scale, share, value, last, ahead, before):
-    """1 if tokens up to (ahead, before) hold less than a share of those up to (value, last), else 0. Most often
-    those of a few blocks do."""
+    """1 if tokens up to (ahead, before) hold less than a share of those up to (value, last), else 0. Most
+    often, those in the same blocks hold enough to tell."""
     least, inside, tries = ahead, tl.full((), 0, tl.int32), 0
     while (inside == 0) & (tries < 2):
         whole, part = masses(row, size, tops, blocks, most, scale, value, last, ahead, before, least)
@@ -241,15 +237,10 @@ def logsumexp_kernel(logits, tops, out, n, size, stride_b, stride_n, ROOM: tl.co
     line, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(size, BLOCK)
     row = logits + line // n * stride_b + line % n * stride_n
     tops += line * blocks
-    top, _ = load_tops(tops, blocks, 0, ROOM)
-    most, scale = tl.max(top, axis=0), tl.full((), 1.4426950408889634, tl.float32)  # log2(e)
+    block, scale = tl.arange(0, ROOM), tl.full((), 1.4426950408889634, tl.float32)  # log2(e)
+    most = tl.max(tl.load(tops + block, mask=block < blocks, other=NOTHING), axis=0)
     mass, _ = masses(row, size, tops, blocks, most, scale, NOTHING, END, NOTHING, END, NOTHING)
     tl.store(out + line, most.to(tl.float64) + log_of(mass.to(tl.float64) * 2.2737367544323206e-13))  # 2^-42
-
-
-# --------------------------------------------------------------------------------------------------
-# Picking
-# --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -295,7 +286,8 @@ def pick_kernel(logits, tops, seed, positions, rules, out, n, size, stride_b, st
     line, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(size, BLOCK)
     row = logits + line // n * stride_b + line % n * stride_n
     tops, rules = tops + line * blocks, rules + line // n * 5
-    top, block = load_tops(tops, blocks, 0, ROOM)
+    block = tl.arange(0, ROOM)
+    top = tl.load(tops + block, mask=block < blocks, other=NOTHING)
     most, first = tl.max(top, axis=0, return_indices=True)
     x, t = load_blocks(row, size, first, first < blocks)
     token = tl.min(tl.where(x == most, t, END))
@@ -307,6 +299,8 @@ def pick_kernel(logits, tops, seed, positions, rules, out, n, size, stride_b, st
 
 def find_tops(logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], dict[str, int]]:
     """The largest of every block [B n, blocks], the rows, their numbers for kernels, and launch options."""
+    if logits.shape[-1] == 1:  # Triton 3.6 breaks down where a size is 1
+        logits = F.pad(logits, (0, 1), value=-torch.inf)
     rows = logits if logits.stride(-1) == 1 else logits.contiguous()
     (batch, n, size), blocks = rows.shape, triton.cdiv(rows.shape[-1], BLOCK.value)
     tops = torch.empty(batch * n, blocks, dtype=torch.float32, device=rows.device)

@@ -401,15 +401,16 @@ class Decoder(Level):
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
         ours, count = self.setup.sampling, len(prompts)
         every = [ours] * count if samplings is None else list(samplings)
+        known = frozenset(token for token in stops if 0 <= token < self.vocabulary)  # the others never come
         for sampling in every:
             check_kind("sampling", sampling, Sampling)
-            self.controls.check(sampling, stops)
+            self.controls.check(sampling, known)
         keys = [ours.seed + i for i in range(count)] if samplings is None else [each.seed for each in every]
         keys = keys if seeds is None else [check_seed(seed) for seed in whole_numbers("seed", seeds)]
         for name, values in (("seeds", keys), ("samplings", every)):
             if len(values) != count:
                 raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
-        return [Request(sampling, seed, stops) for sampling, seed in zip(every, keys)]
+        return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]
 
     def decode(
         self,

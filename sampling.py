@@ -66,6 +66,8 @@ class Sampling:
         object.__setattr__(self, "bad_words", tuple(tuple(whole_numbers("bad_words", w)) for w in words))
         if not all(self.bad_words):
             raise BadInput("bad_words has an empty word; each needs a token")
+        if self.grammar is not None and not hasattr(self.grammar, "walk"):
+            raise BadInput("grammar must be a grammar.Matcher")
 
     @property
     def changes_logits(self) -> bool:
@@ -206,6 +208,11 @@ class Controls:
         if self.full and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
             most = f"{BANS} of up to {self.bans.shape[2]} tokens"
             raise BadInput(f"bad_words: {most} fit, stop tokens counted where there is min_tokens")
+        if (grammar := sampling.grammar) is not None:
+            if len(grammar.vocabulary.tokens) != self.vocabulary:
+                raise BadInput(f"grammar is for another vocabulary; the model has {self.vocabulary} tokens")
+            if not grammar.vocabulary.stops <= set(stops):  # behind one of these, there is no mask
+                raise BadInput("grammar: the tokens that end its texts must be among the stop_ids")
 
     def begin(self, row: int, sampling: Sampling, prompt: Tensor, stops: Iterable[int]) -> None:
         """A text begins in a row: what it asks for, and its prompt int64 [P]."""
@@ -216,7 +223,7 @@ class Controls:
         self.penalties[row] = torch.tensor([getattr(sampling, name) for name in PENALTIES])
         self.bias[row].zero_()
         for token, value in sampling.logit_bias:
-            self.bias[row, token] = value
+            self.bias[row, token] = max(value, -1e38)  # not -inf, which is for what a grammar does not allow
         self.counts[row].zero_()
         self.counts[row, prompt] = kernels.SEEN
         self.until[row].zero_()

@@ -13,10 +13,11 @@ from conftest import NEEDS_EQUAL_ROWS, collect, guessing_head, noisy_copy, rando
 
 from auto import AdaptiveLookup, AutoDrafter
 from costs import Stats
-from drafts import Drafter, Sampling, tree_geometry
+from drafts import Drafter, tree_geometry
 from eagle import TreeDrafter
 from forced import FORCED, ForcedDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from sampling import Sampling
 
 PROMPTS = random_prompts([5, 12, 1, 9])
 SAMPLINGS = [Sampling(), Sampling(1.0, seed=7)]

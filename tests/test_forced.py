@@ -55,8 +55,8 @@ class Scripted(ForcedDrafter):
         rows = range(level.setup.batch_size)
         self.history = ["" for _ in rows]
         self.scripts = [Script(level, row, self.whole, self.wrong) for row in rows]
-        level.controls = SimpleNamespace(matchers=self.scripts)
         super().start(level)
+        self.controls = SimpleNamespace(matchers=self.scripts)
 
     def watch(self, state, n=None):
         draft = self.inner_propose(state, n)

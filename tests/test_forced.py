@@ -197,7 +197,7 @@ def test_the_other_drafter_goes_on_as_if_it_had_been_asked(
     decoder, seen = Decoder(target, alone, max_length=128, compile=False), set()
     assert len(drafter.own) > 10
     for text, draft, cached in drafter.own:
-        decoder.prefill(0, text[:-1], Request(Sampling(), Request(Sampling(), 0)))
+        decoder.prefill(0, text[:-1], Request(Sampling(), 0))
         with torch.no_grad():
             assert draft == shape(alone.propose(decoder.state), 0)
         torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))
@@ -254,7 +254,7 @@ def test_a_conversation_goes_on_where_the_other_drafter_was_left_behind(target, 
     text, _, cached = drafter.own[0]
     alone = SequentialDrafter(small, 3)
     decoder = Decoder(target, alone, max_length=128, compile=False)
-    decoder.prefill(0, text[:-1], Request(Sampling(), Request(Sampling(), 0)))
+    decoder.prefill(0, text[:-1], Request(Sampling(), 0))
     with torch.no_grad():
         alone.propose(decoder.state)
     torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))

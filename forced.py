@@ -28,9 +28,11 @@ ALL = 2**62  # tokens read: as many as there are
 class ForcedDrafter(Drafter):
     """Drafts what the grammar of a text forces. For the other texts of the batch, another drafter is asked.
 
-    That drafter does nothing for a forced text, and nothing at all while all texts are. What it misses stays
-    in the state of the text, tokens and features, and is fed to it in one chunk, as a prompt is, before its
-    next draft for that text. `AutoDrafter` does the same with drafters that are not in charge.
+    What that drafter misses stays in the state of the texts, tokens and features. If it is asked for one text
+    of a batch, it is asked for all, and what it drafts for forced ones is thrown away. So it may be a whole
+    forced draft behind. It reads so much once more with every draft, as it does below other levels
+    (`Level.behind`). It is not asked at all while all texts are forced. What it misses then is fed to it in
+    one chunk, as a prompt is, before its next draft, as `AutoDrafter` does it.
     """
 
     needs_host = True
@@ -56,7 +58,11 @@ class ForcedDrafter(Drafter):
         return max(inner, min(n - 1, FORCED))
 
     def start(self, level: Any) -> None:
+        # A text that is alone is forced or is not, and then nothing has to be read twice.
+        self.reach = FORCED + 1 if level.setup.batch_size > 1 else 0
+        level.behind += self.reach
         self.inner.start(level)
+        level.behind -= self.reach
         self.controls = level.controls  # its matchers are those of the rows; None where there is no grammar
         self.known = [ALL] * level.setup.batch_size  # how much of each row the other drafter has read
         self.asked = Draft(torch.empty(0), torch.empty(0), 0)  # the last draft of the other drafter
@@ -83,24 +89,26 @@ class ForcedDrafter(Drafter):
         pairs = zip(self.known, length.tolist())
         self.known = [known if known == ALL else min(known, end) for known, end in pairs]
 
-    def catch_up(self, state: State, row: int, length: int) -> None:
-        """Feed the other drafter what a text has gained since it drafted for it."""
-        if self.known[row] < length:
-            self.prefill(state, row, state.tokens[row, :length], self.known[row])
+    def catch_up(self, state: State, lengths: list[int], active: list[bool]) -> None:
+        """Before the other drafter is asked, give it what it will not read again by itself."""
+        for row in (row for row, a in enumerate(active) if a):
+            if lengths[row] - self.known[row] > self.reach:
+                self.prefill(state, row, state.tokens[row, : lengths[row]], self.known[row])
+        known = [min(pair) for pair in zip(self.known, lengths)]
+        if known != lengths:  # what it drafted behind that is not what followed
+            self.inner.rewind(torch.tensor(known).to(state.length))
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         lengths, active = state.length.tolist(), state.active.tolist()
         limit = FORCED if n is None else min(FORCED, n - 1)
-        rows = list(zip(self.controls.matchers, active, lengths))
-        chains = [matcher.forced(limit) if matcher and a else [] for matcher, a, _ in rows]
+        rows = zip(self.controls.matchers, active)
+        chains = [matcher.forced(limit) if matcher and a else [] for matcher, a in rows]
         self.forced = [bool(chain) for chain, a in zip(chains, active) if a]
         draft = None
         if not self.forced or not all(self.forced):
-            for row, (_, a, length) in enumerate(rows):
-                if a and not chains[row]:
-                    self.catch_up(state, row, length)
+            self.catch_up(state, lengths, active)
             self.asked = draft = self.inner.propose(state, n)
-        # In a row with a chain, what the other drafter has read beyond its text is not what follows.
+            self.known = [ALL if a else known for known, a in zip(self.known, active)]
         self.known = [min(known, end) if c else known for known, end, c in zip(self.known, lengths, chains)]
         return self.merge(state, chains, draft, n)
 

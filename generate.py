@@ -63,6 +63,7 @@ from cli import (  # noqa: E402
     naming_flags,
     read_line,
     read_sampling,
+    read_text,
 )
 from costs import Stats, contestants  # noqa: E402
 from drafts import Drafter, check_vocabulary  # noqa: E402
@@ -400,18 +401,6 @@ def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transform
 # --------------------------------------------------------------------------------------------------
 
 
-def read_text(value: str) -> str:
-    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with @."""
-    try:
-        if value == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if value.startswith("@@") or not value.startswith("@"):
-            return value.removeprefix("@")
-        return Path(value[1:]).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
-
-
 def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:
     """One output for every sample of every prompt. A bad line of --prompts is an output with an error."""
     outputs = []
@@ -483,7 +472,8 @@ def decode_all(
     seeds = [args.seed + i for i, output in enumerate(outputs) if output.error is None]
     explain_to = sys.stderr if args.json else sys.stdout
     screen = Screen(outputs, args.explain, explain_to) if args.explain or not args.json else None
-    why, auto = "", decoder.drafter if isinstance(decoder.drafter, AutoDrafter) else None
+    inner = decoder.drafter.inner if isinstance(decoder.drafter, ForcedDrafter) else decoder.drafter
+    why, auto = "", inner if isinstance(inner, AutoDrafter) else None
 
     def completes_a_stop_string(prompt: int, token: int) -> bool:
         return todo[prompt].stream.add(token)

@@ -87,7 +87,7 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         return torch.where(state.active, length + accepted + 1, length), path, report
 
     run = level.compiled(verify, draft.tokens.shape[1], max_depth)
-    length, path, report = run(draft.tokens, draft.parent, level.controls.masks(draft))
+    length, path, report = run(draft.tokens, draft.parent, level.controls.masks(draft.tokens, draft.parent))
     # 5. Keep. Keys and values of the path move to where they belong. Rejecting the others costs nothing.
     if draft.branches:  # the path of a chain is in place
         cache.keep(path, state.length)
@@ -399,24 +399,18 @@ class Decoder(Level):
         stops: frozenset[int],
     ) -> list[Request]:
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
-        ours = self.setup.sampling
-        if seeds is None:
-            seeds = (
-                [ours.seed + i for i in range(len(prompts))]
-                if samplings is None
-                else [s.seed for s in samplings]
-            )
-        samplings = [ours] * len(prompts) if samplings is None else samplings
-        for name, values in (("seeds", seeds), ("samplings", samplings)):
-            if len(values) != len(prompts):
-                raise BadInput(
-                    f"there are {len(values)} {name} for {len(prompts)} prompts; each needs its own"
-                )
-        for sampling in samplings:
+        ours, count = self.setup.sampling, len(prompts)
+        every = [ours] * count if samplings is None else list(samplings)
+        known = frozenset(token for token in stops if 0 <= token < self.vocabulary)  # the others never come
+        for sampling in every:
             check_kind("sampling", sampling, Sampling)
-            self.controls.check(sampling, stops)
-        seeds = [check_seed(seed) for seed in whole_numbers("seed", seeds)]
-        return [Request(sampling, seed, stops) for sampling, seed in zip(samplings, seeds)]
+            self.controls.check(sampling, known)
+        keys = [ours.seed + i for i in range(count)] if samplings is None else [each.seed for each in every]
+        keys = keys if seeds is None else [check_seed(seed) for seed in whole_numbers("seed", seeds)]
+        for name, values in (("seeds", keys), ("samplings", every)):
+            if len(values) != count:
+                raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
+        return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]
 
     def decode(
         self,
@@ -470,17 +464,18 @@ class Decoder(Level):
         state.tokens[row, :length] = prompt
         feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
         self.drafter.prefill(state, row, prompt, start)
-        # As if the prompt without its end were the text, and its end the root of a draft of one node
+        # The prompt's end is the root of a draft of one node.
         state.length[row], state.seed[row], state.active[row] = length - 1, request.seed, True
         self.controls.begin(row, request.sampling, prompt, request.stops)
         view, controls = state.row(row), self.controls.row(row)
         position, logits = view.length[:, None] + 1, self.model.lm_head(feature)[..., : self.vocabulary]
-        nothing = Nodes.after([], view.length)
-        first = controls.pick(logits, position, view, nothing, controls.masks())  # [1, 1]
+        root, parent = prompt[None, -1:], torch.full_like(position, -1)  # [1, 1] each
+        mask, nothing = controls.masks(root, parent), Nodes.after([], view.length)
+        first = controls.pick(logits, position, view, nothing, mask)  # [1, 1]
         state.tokens[row, length] = first[0, 0]
         state.length[row] = length
         controls.count(first, torch.zeros_like(view.length), view.active)
-        parent, path = torch.full_like(first, -1), torch.zeros_like(first)
+        path = torch.zeros_like(first)
         report = self.report(path[:, 0], parent, first, logits, path)
         return Step(Draft(first, parent, 0), Fetch(report, None)).read()[0]
 
@@ -582,9 +577,11 @@ def generate(
     batch_size: int = 1,
     compile: bool = True,
     tokenizer: Any = None,
+    logprobs: int | None = None,
     **options,
 ) -> Iterator[list[Emission]]:
-    """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`.
+    """Decode one prompt or several, a step at a time: the engine in one call. `options`: see `Decoder.run`;
+    `logprobs`: see `Decoder`.
 
     Prompts are token ids in lists, tensors or arrays, of which a 2-D one is a batch, or texts where there is
     a `tokenizer` (anything with `encode` and `decode`).
@@ -596,7 +593,8 @@ def generate(
     ids = token_lists(prompts, tokenizer) or [[]]  # which `run` refuses
     longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
-    decoder = Decoder(model, drafter, sampling, max_length, batch_size, compile)
+    sizes = (max_length, batch_size, compile, options.get("samplings") is not None)
+    decoder = Decoder(model, drafter, sampling, *sizes, logprobs)
     options["stats"] = stats = options.get("stats") or Stats()
     steps = decoder.run(ids, max_new_tokens, **options)  # what it refuses, it refuses before the warm-up
     stats.compile_seconds += decoder.warm_up()
@@ -613,6 +611,7 @@ class Completion:
     finish_reason: str | None = None  # "stop" or "length"
     steps: int = 0  # verifications; the first token comes from prefill
     accepted: int = 0  # tokens that were drafted
+    logprobs: list[Logprob] = field(default_factory=list)  # where they were asked for
 
     @property
     def tokens_per_step(self) -> float:
@@ -628,6 +627,7 @@ def complete(model: Transformer, prompts: Prompts, tokenizer: Any = None, **opti
             text.token_ids += emission.tokens
             text.steps += emission.draft is not None
             text.accepted += emission.accepted
+            text.logprobs += emission.logprobs or []
             text.finish_reason = emission.finish_reason
     for text in texts:
         if tokenizer:  # by the prompt before it: at its own beginning, a text may lose a blank

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,9 +44,7 @@ class Sampling:
     top_p: float = 1.0  # the fewest tokens with this probability together
     seed: int = 1234
     min_p: float = 0.0  # tokens with this share of the largest probability
-    repetition_penalty: float = (
-        1.0  # of tokens in prompt or output: divides what is above 0, multiplies the rest
-    )
+    repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies those below 0
     presence_penalty: float = 0.0  # subtracted from the logit of every token in the output
     frequency_penalty: float = 0.0  # subtracted as often as the output has the token
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what to add; a dict is understood
@@ -65,15 +64,13 @@ class Sampling:
         object.__setattr__(self, "bad_words", tuple(tuple(whole_numbers("bad_words", w)) for w in words))
         if not all(self.bad_words):
             raise BadInput("bad_words has an empty word; each needs a token")
+        if self.grammar is not None and not hasattr(self.grammar, "walk"):
+            raise BadInput("grammar must be a grammar.Matcher")
 
     @property
     def changes_logits(self) -> bool:
         """Does it ask for more than `kernels.pick` does?"""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        )
+        penalties = [getattr(self, name) for name in PENALTIES] != [1, 0, 0]
         return penalties or bool(self.logit_bias or self.min_tokens or self.bad_words or self.grammar)
 
     @property
@@ -122,9 +119,9 @@ def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) ->
     """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
     n]. Only temperature and filters act: there is no text here.
 
-    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a
-    drafter did, and a drafter that asks with its own logits gets the same noise, so it agrees as often as its
-    distribution allows (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
+    The Gumbel-max trick with noise keyed by position: a drafter that asks with its own logits gets the same
+    noise, so it agrees as often as its distribution allows (drafter-invariant speculative decoding: Daliri,
+    Musco and Suresh, arXiv 2408.07978).
     """
     settings = torch.tensor([sampling.settings], dtype=torch.float64, device=logits.device)
     return kernels.pick(logits.float(), positions, seed, settings.expand(len(logits), -1))
@@ -176,19 +173,16 @@ class Controls:
         self.settings = zeros(5, dtype=torch.float64)
         self.matchers: list[Any] = [None] * batch_size  # `grammar.Matcher`s of the texts
         if self.full:
-            self.counts, self.bias = (
-                zeros(vocabulary, dtype=torch.int32),
-                zeros(vocabulary, dtype=torch.float32),
-            )
-            self.penalties = zeros(3, dtype=torch.float32).fill_(1)
+            self.counts = zeros(vocabulary, dtype=torch.int32)
+            self.bias = zeros(vocabulary, dtype=torch.float32)
+            self.penalties = zeros(len(PENALTIES), dtype=torch.float32).fill_(1)
             longest = max(map(len, sampling.bad_words), default=8 if every else 1)
             # A ban: its last token must not follow the others (-1: any) before position `until`.
             self.bans, self.until = zeros(BANS, longest, dtype=torch.int64), zeros(BANS, dtype=torch.int64)
 
     def below(self) -> Controls:
         """For a level that drafts: the same requests, but as far as it has written their texts."""
-        mine = object.__new__(Controls)
-        mine.__dict__.update(self.__dict__)
+        mine = copy(self)
         mine.structured, mine.matchers = False, [None] * len(self.matchers)
         if self.full:
             mine.counts = self.counts.clone()
@@ -198,22 +192,21 @@ class Controls:
         """BadInput for a request that these tensors have no room for, or that has unknown tokens."""
         if sampling.changes_logits and not self.full or sampling.grammar is not None and not self.structured:
             raise BadInput("this request changes logits; make the decoder with every_control=True for it")
-        ids = [
-            *(token for token, _ in sampling.logit_bias),
-            *(t for word in sampling.bad_words for t in word),
-        ]
-        wrong = next((t for t in ids if not 0 <= t < self.vocabulary), None)
-        if wrong is not None:
-            raise BadInput(
-                f"logit_bias or bad_words: {wrong} is no token id; they go from 0 to {self.vocabulary - 1}"
-            )
-        if self.full:
-            words = ban_list(sampling, stops)
-            if len(words) > BANS or max(map(len, words), default=0) > self.bans.shape[2]:
-                most = f"{BANS} of up to {self.bans.shape[2]} tokens"
-                raise BadInput(
-                    f"there are too many or too long bad_words and stop tokens; at most {most} fit"
-                )
+        ids = {"logit_bias": [token for token, _ in sampling.logit_bias]}
+        ids |= {"bad_words": [token for word in sampling.bad_words for token in word]}
+        for name, tokens in ids.items():
+            wrong = next((t for t in tokens if not 0 <= t < self.vocabulary), None)
+            if wrong is not None:
+                raise BadInput(f"{name} has the token id {wrong}; the model knows 0 to {self.vocabulary - 1}")
+        words = ban_list(sampling, stops)
+        if self.full and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
+            most = f"{BANS} of up to {self.bans.shape[2]} tokens"
+            raise BadInput(f"bad_words: {most} fit, stop tokens counted where there is min_tokens")
+        if (grammar := sampling.grammar) is not None:
+            if len(grammar.vocabulary.tokens) != self.vocabulary:
+                raise BadInput(f"grammar is for another vocabulary; the model has {self.vocabulary} tokens")
+            if not grammar.vocabulary.stops <= set(stops):  # behind one of these, there is no mask
+                raise BadInput("grammar: the tokens that end its texts must be among the stop_ids")
 
     def begin(self, row: int, sampling: Sampling, prompt: Tensor, stops: Iterable[int]) -> None:
         """A text begins in a row: what it asks for, and its prompt int64 [P]."""
@@ -224,7 +217,7 @@ class Controls:
         self.penalties[row] = torch.tensor([getattr(sampling, name) for name in PENALTIES])
         self.bias[row].zero_()
         for token, value in sampling.logit_bias:
-            self.bias[row, token] = value
+            self.bias[row, token] = max(value, -1e38)  # not -inf, which is for what a grammar does not allow
         self.counts[row].zero_()
         self.counts[row, prompt] = kernels.SEEN
         self.until[row].zero_()
@@ -236,13 +229,11 @@ class Controls:
 
     def row(self, row: int) -> Controls:
         """A view of one row."""
-        mine = object.__new__(Controls)
-        mine.__dict__.update(self.__dict__)
+        mine = copy(self)
         mine.matchers = self.matchers[row : row + 1]
-        for name in (
-            ("settings", "counts", "bias", "penalties", "bans", "until") if self.full else ("settings",)
-        ):
-            setattr(mine, name, getattr(self, name)[row : row + 1])
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(mine, name, value[row : row + 1])
         return mine
 
     def pick(
@@ -253,8 +244,7 @@ class Controls:
         `state`: the texts, see `drafts.State`; mask: int32 [B, n, words], see `kernels.penalize`.
         """
         logits = self.penalize(logits, nodes, mask=mask)
-        if self.full:
-            logits = self.ban(logits, positions, state, nodes)
+        logits = self.ban(logits, positions, state, nodes) if self.full else logits
         return kernels.pick(logits, positions, state.seed, self.settings)
 
     def penalize(
@@ -271,14 +261,16 @@ class Controls:
         return kernels.penalize(logits, nodes.tokens, sees, counts, self.penalties, bias, mask)
 
     def ban(self, logits: Tensor, positions: Tensor, state: Any, nodes: Nodes) -> Tensor:
-        """-inf for the last tokens of banned words whose other tokens are what comes before a position."""
+        """-inf for the last tokens of banned words whose other tokens are what comes before a position. Where
+        that leaves nothing of what a grammar allows, the grammar wins."""
         banned = positions[..., None] < self.until[:, None]  # [B, n, bans]
         for back in range(1, self.bans.shape[2]):
             said = token_before(positions, back, state, nodes)[..., None]  # [B, n, 1]
             wanted = self.bans[:, None, :, -1 - back]  # [B, 1, bans]
             banned = banned & ((wanted < 0) | (wanted == said))
         last = self.bans[:, None, :, -1].expand_as(banned)
-        return logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
+        left = logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
+        return torch.where(left.amax(dim=-1, keepdim=True) == -torch.inf, logits, left)
 
     def count(self, emitted: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Count the tokens that texts have gained: emitted int64 [B, D + 1], of which accepted + 1 int64 [B]
@@ -292,29 +284,21 @@ class Controls:
         if self.full:
             self.counts.copy_(above.counts)
 
-    # The grammars of texts, on the host
-
-    def masks(self, draft: Any = None) -> Tensor | None:
-        """Which tokens the grammars allow after every node of a draft, or of no draft: int32 [B, n, words].
-        None where there can be no grammar."""
+    def masks(self, tokens: Tensor, parent: Tensor) -> Tensor | None:
+        """Which tokens the grammars allow after every node of a draft, int64 [B, n]: int32 [B, n, words]. The
+        host finds it out. None where there can be no grammar."""
         if not self.structured:
             return None
-        n, words = 1 if draft is None else draft.tokens.shape[1], -(-self.vocabulary // 32)
-        masks = torch.full((len(self.matchers), n, words), -1, dtype=torch.int32)
-        if draft is not None and any(self.matchers):
-            tokens, parent = draft.tokens.tolist(), draft.parent.tolist()
-        for row, matcher in enumerate(self.matchers):
-            if matcher is not None:
-                matcher.walk(
-                    [0] if draft is None else tokens[row], [-1] if draft is None else parent[row], masks[row]
-                )
+        masks = torch.full((*tokens.shape, -(-self.vocabulary // 32)), -1, dtype=torch.int32)
+        walking = [row for row, matcher in enumerate(self.matchers) if matcher is not None]
+        for row, *nodes in zip(walking, tokens[walking].tolist(), parent[walking].tolist()):
+            self.matchers[row].walk(*nodes, masks[row])
         return masks.to(self.device)
 
     def consume(self, row: int, tokens: list[int], ended: bool) -> None:
         """What a text has gained. When it has ended, its grammar has, too."""
-        if ended:
-            self.matchers[row] = None
-        elif self.matchers[row] is not None:
+        self.matchers[row] = None if ended else self.matchers[row]
+        if self.matchers[row] is not None:
             self.matchers[row].consume(tokens)
 
 

@@ -4,18 +4,20 @@ Here scripts stand for matchers: what they call forced is what comes next, or so
 """
 
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NEEDS_EQUAL_ROWS, guessing_head, noisy_copy, random_prompts, texts
+from conftest import NEEDS_EQUAL_ROWS, collect, guessing_head, noisy_copy, random_prompts, texts
 
 from auto import AdaptiveLookup, AutoDrafter
 from costs import Stats
-from drafts import Drafter, Sampling
+from drafts import Drafter, tree_geometry
 from eagle import TreeDrafter
 from forced import FORCED, ForcedDrafter
-from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, Request, SequentialDrafter
+from sampling import Sampling
 
 PROMPTS = random_prompts([5, 12, 1, 9])
 SAMPLINGS = [Sampling(), Sampling(1.0, seed=7)]
@@ -27,13 +29,18 @@ class Script:
     def __init__(self, level, row, whole, wrong):
         self.state, self.row, self.whole, self.wrong = level.state, row, whole, wrong
 
-    def forced(self, limit):
-        """By chance, but the same for the same place: nothing, some tokens, or many in several drafts."""
+    def whole_text(self):
+        """With what will follow, and where it is now."""
+        assert self.state.active[self.row]
         end = int(self.state.length[self.row]) + 1
         said = self.state.tokens[self.row, :end].tolist()
-        whole = next(text for text in self.whole if text[:end] == said)
-        rng = random.Random(31 * (end // 12) + len(whole[0:1]) + sum(said[:3]))  # alike for 12 tokens
-        if rng.random() < 0.4:
+        return next(text for text in self.whole if text[:end] == said), end
+
+    def forced(self, limit):
+        """By chance, but the same for the same place: nothing, some tokens, or many in several drafts."""
+        whole, end = self.whole_text()
+        rng = random.Random(31 * (end // 12) + sum(whole[:3]))  # alike for 12 tokens
+        if rng.random() < 0.5:
             return []
         tokens = whole[end : end + random.Random(end).randint(0, limit)]
         return [t if random.Random(end + i).random() > self.wrong else 7 for i, t in enumerate(tokens)]
@@ -42,17 +49,26 @@ class Script:
 class Scripted(ForcedDrafter):
     """With scripts for matchers, it watches its drafts and those of the other drafter."""
 
-    def __init__(self, inner, whole, wrong=0.0):
+    def __init__(self, inner, whole, wrong=0.0, script=Script):
         super().__init__(inner)
-        self.whole, self.wrong, self.drafts, self.own, self.learnt = whole, wrong, [], [], []
+        self.whole, self.wrong, self.script, self.drafts, self.own, self.learnt = (
+            whole,
+            wrong,
+            script,
+            [],
+            [],
+            [],
+        )
         self.inner_propose, inner.propose = inner.propose, self.watch
         self.inner_learn, inner.learn = inner.learn, self.watch_learning
 
     def start(self, level):
         rows = range(level.setup.batch_size)
-        self.scripts = [Script(level, row, self.whole, self.wrong) for row in rows]
-        level.controls = SimpleNamespace(matchers=self.scripts)
+        self.history = ["" for _ in rows]
+        self.scripts = [self.script(level, row, self.whole, self.wrong) for row in rows]
         super().start(level)
+        self.controls = SimpleNamespace(matchers=self.scripts)
+        assert level.behind == 0
 
     def watch(self, state, n=None):
         draft = self.inner_propose(state, n)
@@ -62,7 +78,7 @@ class Scripted(ForcedDrafter):
         for row in range(len(chains)) if n is None and not self.warming else ():
             if state.active[row] and not chains[row]:
                 text = state.tokens[row, : int(state.length[row]) + 1].tolist()
-                self.own.append((text, shape(draft, row)))
+                self.own.append((text, shape(draft, row), entries(self.inner, row, len(text) - 1)))
         return draft
 
     warming = False
@@ -71,6 +87,10 @@ class Scripted(ForcedDrafter):
         self.warming = True
         super().warm_up(state)
         self.warming = False
+
+    def prefill(self, state, row, tokens, start):
+        self.history[row] += "caught up " if state.active[row] else "text "
+        super().prefill(state, row, tokens, start)
 
     def watch_learning(self, draft, verified, seconds):
         self.learnt += verified
@@ -81,6 +101,10 @@ class Scripted(ForcedDrafter):
         self.drafts.append((draft, list(self.forced)))
         assert draft.tokens.shape[1] in self.draft_sizes()
         assert draft.max_depth == self.max_depth(draft.tokens.shape[1])
+        assert tree_geometry(draft.parent, 20)[1].max() <= draft.max_depth
+        flags = iter(self.forced)
+        for row in state.active.nonzero().flatten().tolist():
+            self.history[row] += "forced " if next(flags) else "own "
         return draft
 
 
@@ -88,6 +112,18 @@ def shape(draft, row):
     """The nodes of a row: tokens and parents, without padding."""
     pairs = zip(draft.tokens[row].tolist(), draft.parent[row].tolist())
     return [pair for node, pair in enumerate(pairs) if node == 0 or pair[1] >= 0]
+
+
+def entries(drafter, row, end):
+    """Keys and values below a position, of all models that draft."""
+    caches = [drafter.cache] if hasattr(drafter, "cache") else []
+    if isinstance(drafter, HierarchicalDrafter):
+        return torch.cat((kv(drafter.level.cache, row, end), entries(drafter.drafter, row, end)))
+    return torch.cat([torch.empty(0), *(kv(cache, row, end) for cache in caches)])
+
+
+def kv(cache, row, end):
+    return torch.cat([part[row, :end].flatten() for part in cache.keys + cache.values])
 
 
 def tree(model):
@@ -130,33 +166,42 @@ def wholes(target):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", INNER)
 def test_a_text_is_the_same(target, small, wholes, name, batch_size):
-    for sampling in SAMPLINGS:
-        wanted = [whole[len(p) :][:40] for whole, p in zip(wholes[sampling], PROMPTS)]
-        drafter = Scripted(INNER[name](target, small), wholes[sampling], wrong=0.1)
-        assert texts(target, PROMPTS, drafter, sampling, batch_size=batch_size) == wanted
-        kinds = {flag for _, flags in drafter.drafts for flag in flags}
-        assert kinds == {True, False} and drafter.accepted > 10
+    sampling = SAMPLINGS[batch_size > 1]
+    wanted = [whole[len(p) :][:40] for whole, p in zip(wholes[sampling], PROMPTS)]
+    drafter = Scripted(INNER[name](target, small), wholes[sampling], wrong=0.1)
+    assert texts(target, PROMPTS, drafter, sampling, batch_size=batch_size) == wanted
+    kinds = {flag for _, flags in drafter.drafts for flag in flags}
+    assert kinds == {True, False} and drafter.accepted > 10
+
+
+class Brief(Script):
+    """Forces a single token behind every third one, in one row."""
+
+    def forced(self, limit):
+        whole, end = self.whole_text()
+        return [] if self.row or end % 3 else whole[end : end + 1]
 
 
 @NEEDS_EQUAL_ROWS
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("script, batch_size", [(Script, 1), (Script, 3), (Brief, 2)])
 @pytest.mark.parametrize("name", [name for name in INNER if name not in ("autoregressive", "auto", "lookup")])
 def test_the_other_drafter_goes_on_as_if_it_had_been_asked(
-    target, small, wholes, name, batch_size, monkeypatch
+    target, small, wholes, name, script, batch_size, monkeypatch
 ):
-    """Each of its drafts is the one that it makes behind a prompt of the same text."""
+    """Each of its drafts is the one that it makes behind a prompt of the same text, from the same keys and
+    values."""
     monkeypatch.setattr(TreeDrafter, "learn", Drafter.learn)  # or a head would trust itself less or more
-    whole = wholes[SAMPLINGS[0]]
-    drafter = Scripted(INNER[name](target, small), whole)
+    drafter = Scripted(INNER[name](target, small), wholes[SAMPLINGS[0]], script=script)
     texts(target, PROMPTS, drafter, batch_size=batch_size)
     alone = INNER[name](target, small)
-    decoder, seen = Decoder(target, alone, max_length=128, compile=False), {}
+    decoder, seen = Decoder(target, alone, max_length=128, compile=False), set()
     assert len(drafter.own) > 10
-    for text, draft in drafter.own:
-        decoder.prefill(0, text[:-1], 0)
-        seen[len(draft)] = seen.get(len(draft), 0) + 1
+    for text, draft, cached in drafter.own:
+        decoder.prefill(0, text[:-1], Request(Sampling(), 0))
         with torch.no_grad():
             assert draft == shape(alone.propose(decoder.state), 0)
+        torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))
+        seen.add(len(draft))
     assert max(seen) > 1
 
 
@@ -171,17 +216,48 @@ def test_it_is_asked_only_where_a_text_has_a_choice(target, small, wholes):
         own = sum(flags.count(False) for _, flags in drafter.drafts)
         assert len(drafter.own) == len(drafter.learnt) == own
         assert all(row.drafted == 3 for row in drafter.learnt)  # it learns from no others
+        for history in drafter.history:
+            if batch_size == 1:  # what it has missed is fed to it once, and only when it is asked
+                assert re.fullmatch("(text (own |(forced )+caught up own )*(forced )*)*", history)
+            else:  # and in a batch, only behind two forced drafts
+                assert re.search("(?<!forced forced )caught up", history) is None
         mixed = [draft for draft, flags in drafter.drafts if len(set(flags)) == 2]
         assert bool(mixed) == (batch_size > 1)
 
 
 def test_all_forced_tokens_are_accepted_and_counted(target, wholes):
     whole = wholes[SAMPLINGS[0]]
-    drafter, stats = Scripted(Drafter(), whole), Stats()
-    texts(target, PROMPTS, drafter, stats=stats)
-    assert drafter.accepted >= stats.accepted_tokens > 0  # some are cut where a text ends
-    steps = sum(bool(draft.parent.ge(0).any()) for draft, _ in drafter.drafts)
-    assert stats.drafter_histogram == {"forced": steps}
+    drafter = Scripted(Drafter(), whole)
+    decoder = Decoder(target, drafter, max_length=128, compile=False)
+    for _ in range(2):
+        drafter.drafts, stats = [], Stats()
+        collect(decoder.run(PROMPTS, 40, stats=stats), len(PROMPTS))
+        drafted = [int((draft.parent >= 0).sum()) for draft, _ in drafter.drafts]
+        assert drafter.accepted == sum(drafted) >= stats.accepted_tokens > 0  # a budget may cut some
+        assert stats.drafter_histogram == {"forced": sum(count > 0 for count in drafted)}
+
+
+def test_a_conversation_goes_on_where_the_other_drafter_was_left_behind(target, small, wholes):
+    """The next prompt shares tokens with the last text that the small model has never read."""
+    [whole, *_] = wholes[SAMPLINGS[0]]
+    drafter = Scripted(SequentialDrafter(small, 3), [whole])
+    decoder = Decoder(target, drafter, max_length=128, compile=False)
+    for script in drafter.scripts:
+        script.forced = lambda limit: whole[(end := int(decoder.state.length[0]) + 1) : end + limit]
+    collect(decoder.run([whole[:5]], 30, reuse=True), 1)
+    assert "own" not in drafter.history[0]
+    drafter.scripts[0].forced = lambda limit: []
+    starts, prefill = [], SequentialDrafter.prefill
+    drafter.inner.prefill = lambda *args: (starts.append(args[3]), prefill(drafter.inner, *args))
+    collect(decoder.run([whole[:30]], 2, reuse=True), 1)
+    assert starts == [5]
+    text, _, cached = drafter.own[0]
+    alone = SequentialDrafter(small, 3)
+    decoder = Decoder(target, alone, max_length=128, compile=False)
+    decoder.prefill(0, text[:-1], Request(Sampling(), 0))
+    with torch.no_grad():
+        alone.propose(decoder.state)
+    torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))
 
 
 def test_without_matchers_it_is_the_other_drafter(target, small, wholes):

@@ -25,7 +25,7 @@ namespace {
 using at::Tensor;
 
 constexpr int BLOCK = 64;       // tokens that share a hash
-constexpr int64_t SMALL = 8192;  // numbers for which waking up threads takes longer than the work
+constexpr int64_t SMALL = 8192; // numbers for which waking up threads takes longer than the work
 constexpr int32_t LEAST = (int32_t)0x807FFFFE;  // less than the key of minus infinity
 
 // ------------------------------------------------------------------------------------------------------------
@@ -161,28 +161,22 @@ struct Row {
     return places[k - 1];
   }
 
-  // Sums of 2^((x - largest) * scale), in units of 2^-42, over the tokens up to each of two places, of blocks that have
-  // a logit of at least `least`.
-  std::pair<int64_t, int64_t> masses(float scale, Place one, Place other, float least) const {
-    int64_t first = 0, second = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-      const Power power_of_top((top[b] - most.value) * scale);
-      if (power_of_top.whole > 42 || top[b] < least) continue;
-      const float* x = block(b);
-      const int32_t to_one = within(one.token - b * BLOCK), to_other = within(other.token - b * BLOCK);
-      // Bits that would be lost later are dropped at once, so that sums have no order.
-      const int32_t drop = larger(power_of_top.whole - 18, 0) - power_of_top.whole;
-      const int32_t left = larger(18 - power_of_top.whole, 0);
-      int32_t in_one = 0, in_other = 0;
-      for (int32_t i = 0; i < BLOCK; i++) {
-        const Power power((x[i] - most.value) * scale);
-        const int32_t weight = power.part >> smaller(power.whole + drop, 31);
-        in_one += (x[i] > one.value) | ((x[i] == one.value) & (i <= to_one)) ? weight : 0;
-        in_other += (x[i] > other.value) | ((x[i] == other.value) & (i <= to_other)) ? weight : 0;
-      }
-      first += (int64_t)in_one << left, second += (int64_t)in_other << left;
+  // Of one block, the sums of 2^((x - largest) * scale), in units of 2^-42, over the tokens up to each of two places.
+  std::pair<int64_t, int64_t> masses(int64_t b, float scale, Place one, Place other) const {
+    const int32_t whole = Power((top[b] - most.value) * scale).whole;  // of none is it less
+    if (whole > 42) return {0, 0};
+    const float* x = block(b);
+    const int32_t to_one = within(one.token - b * BLOCK), to_other = within(other.token - b * BLOCK);
+    // Bits that would be lost later are dropped at once, so that sums have no order.
+    const int32_t drop = larger(whole - 18, 0) - whole, left = larger(18 - whole, 0);
+    int32_t in_one = 0, in_other = 0;
+    for (int32_t i = 0; i < BLOCK; i++) {
+      const Power power((x[i] - most.value) * scale);
+      const int32_t weight = power.part >> smaller(power.whole + drop, 31);
+      in_one += (x[i] > one.value) | ((x[i] == one.value) & (i <= to_one)) ? weight : 0;
+      in_other += (x[i] > other.value) | ((x[i] == other.value) & (i <= to_other)) ? weight : 0;
     }
-    return {first, second};
+    return {(int64_t)in_one << left, (int64_t)in_other << left};
   }
 
   // The largest of logit + temperature * noise among the tokens up to a place.
@@ -192,39 +186,54 @@ struct Row {
       const Place sum = {logits[token] + temperature * gumbel_of(time), token};
       if (!(end < Place{logits[token], token}) && sum < best) best = sum;
     };
-    auto look_into = [&](int64_t b) {
+    auto time_of = [&](int64_t token) {
+      const uint32_t bits = noise.block_bits(token / BLOCK);
+      return Noise::first(bits) + (token % BLOCK == Noise::winner(bits) ? 0 : noise.after_first(token));
+    };
+    auto look_into = [&](int64_t b) {  // logarithms only of what can win
       const uint32_t bits = noise.block_bits(b), winner = Noise::winner(bits);
-      const double first = Noise::first(bits);
-      const float *x = block(b), time = first;
-      if (b * BLOCK + winner < size) consider(b * BLOCK + winner, first);
+      const float *x = block(b), time = uniform(bits) / BLOCK;
       float bound[BLOCK];
       for (uint32_t i = 0; i < BLOCK; i++)
         bound[i] = x[i] + temperature * most_gumbel(time + uniform(noise.token_bits(b * BLOCK + i)));
-      for (uint32_t i = 0; i < BLOCK; i++)
-        if (bound[i] >= best.value && i != winner && b * BLOCK + i < size)
-          consider(b * BLOCK + i, first + noise.after_first(b * BLOCK + i));
+      bound[winner] = x[winner] + temperature * most_gumbel(time);
+      int count = 0;
+      for (uint32_t i = 0; i < BLOCK; i++) count += bound[i] >= best.value;
+      for (int64_t i = 0; count > 0 && i < BLOCK && b * BLOCK + i < size; i++)
+        if (bound[i] >= best.value) consider(b * BLOCK + i, time_of(b * BLOCK + i));
     };
-    const int64_t likely = most.token / BLOCK;
-    const uint32_t bits = noise.block_bits(likely);
-    const bool wins = most.token % BLOCK == Noise::winner(bits);
-    consider(most.token, Noise::first(bits) + (wins ? 0 : noise.after_first(most.token)));
-    look_into(likely);
+    consider(most.token, time_of(most.token));
     static thread_local std::vector<float> bound;
     bound.resize(blocks);
     for (int64_t b = 0; b < blocks; b++)
       bound[b] = top[b] + temperature * most_gumbel(uniform(noise.block_bits(b)) / BLOCK);
+    const int64_t likely = std::max_element(bound.begin(), bound.end()) - bound.begin();
+    if (top[likely] >= end.value) look_into(likely);
     for (int64_t b = 0; b < blocks; b++)
       if (bound[b] >= best.value && top[b] >= end.value && b != likely) look_into(b);
     return {logits[best.token], best.token};
   }
 
-  // Do the tokens up to `ahead` hold less than a share of the tokens up to `end`? Most often those of a few blocks do.
+  // Do the tokens up to `ahead` hold less than a share of the tokens up to `end`? First come the blocks that have tokens
+  // ahead. What the others of them can hold at most is known, so that a few blocks nearly always suffice.
   bool in_nucleus(double share, float scale, Place end, Place ahead) const {
-    for (float least : {ahead.value, -INFINITY}) {
-      const auto [all, before] = masses(scale, end, ahead, least);
-      if (before == 0 || (double)before < share * (double)all) return true;
+    static thread_local std::vector<int64_t> limit;  // of each block, 64 times its largest
+    limit.resize(blocks);
+    int64_t rest = 0, all = 0, before = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+      const Power power((top[b] - most.value) * scale);
+      limit[b] = ((int64_t)(power.part + 8) << 24) >> power.whole;  // 8: powers increase nearly always
+      limit[b] = top[b] >= ahead.value ? limit[b] : 0;
+      rest += limit[b];
     }
-    return false;
+    for (bool has_ahead : {true, false})
+      for (int64_t b = 0; b < blocks; b++) {
+        if ((top[b] >= ahead.value) != has_ahead) continue;
+        const auto [in_end, in_ahead] = masses(b, scale, end, ahead);
+        all += in_end, before += in_ahead, rest -= limit[b];
+        if ((double)(before + rest) < share * (double)(all + rest) * (1 - 1e-9)) return true;
+      }
+    return before == 0 || (double)before < share * (double)all;
   }
 
   // The pick of a row. settings: temperature, log2(e) / temperature, top_k, top_p, temperature * log(min_p).
@@ -237,7 +246,7 @@ struct Row {
     const Noise noise(seed, position);
     for (Place below = end;;) {
       const Place place = sample(noise, temperature, below);
-      if (settings[3] >= 1) return place.token;
+      if (settings[3] >= 1 || place.token == most.token) return place.token;
       below = {place.value, place.token - 1};  // what is ahead of it
       if (in_nucleus(settings[3], scale, end, below)) return place.token;
     }
@@ -371,7 +380,8 @@ Tensor logsumexp(const Tensor& logits) {
   each_row(rows.count(), rows.size, [&](int64_t i) {
     static thread_local Row row;
     row.read(rows.row(i), rows.size);
-    const int64_t mass = row.masses(std::log2(std::exp(1.0)), END, END, -INFINITY).first;
+    int64_t mass = 0;
+    for (int64_t b = 0; b < row.blocks; b++) mass += row.masses(b, std::log2(std::exp(1.0)), END, END).first;
     to[i] = (double)row.most.value + log_of((double)mass * 0x1p-42);
   });
   return out;

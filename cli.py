@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -136,6 +138,18 @@ def load_kernels() -> None:
         kernels.load()
     except ValueError as error:  # of the environment variable
         raise BadInput(str(error)) from None
+
+
+def read_text(value: str) -> str:
+    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with @."""
+    try:
+        if value == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        if value.startswith("@@") or not value.startswith("@"):
+            return value.removeprefix("@")
+        return Path(value[1:]).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
 
 
 def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:

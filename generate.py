@@ -63,6 +63,7 @@ from cli import (  # noqa: E402
     naming_flags,
     read_line,
     read_sampling,
+    read_text,
 )
 from costs import Stats, contestants  # noqa: E402
 from drafts import Drafter, check_vocabulary  # noqa: E402
@@ -398,18 +399,6 @@ def own_twin(args: argparse.Namespace, target: Target, reason: str) -> Transform
 # --------------------------------------------------------------------------------------------------
 # Prompts
 # --------------------------------------------------------------------------------------------------
-
-
-def read_text(value: str) -> str:
-    """--prompt: a text, - for standard input, @FILE for a file, @@ for a text that begins with @."""
-    try:
-        if value == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        if value.startswith("@@") or not value.startswith("@"):
-            return value.removeprefix("@")
-        return Path(value[1:]).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompt: {value} cannot be read as UTF-8 text: {error}") from None
 
 
 def read_prompts(args: argparse.Namespace, target: Target) -> list[Output]:

@@ -87,7 +87,7 @@ def speculate(level: Level, draft: Draft | None = None) -> tuple[Draft, Tensor]:
         return torch.where(state.active, length + accepted + 1, length), path, report
 
     run = level.compiled(verify, draft.tokens.shape[1], max_depth)
-    length, path, report = run(draft.tokens, draft.parent, level.controls.masks(draft))
+    length, path, report = run(draft.tokens, draft.parent, level.controls.masks(draft.tokens, draft.parent))
     # 5. Keep. Keys and values of the path move to where they belong. Rejecting the others costs nothing.
     if draft.branches:  # the path of a chain is in place
         cache.keep(path, state.length)
@@ -464,17 +464,18 @@ class Decoder(Level):
         state.tokens[row, :length] = prompt
         feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
         self.drafter.prefill(state, row, prompt, start)
-        # As if the prompt without its end were the text, and its end the root of a draft of one node
+        # The prompt's end is the root of a draft of one node.
         state.length[row], state.seed[row], state.active[row] = length - 1, request.seed, True
         self.controls.begin(row, request.sampling, prompt, request.stops)
         view, controls = state.row(row), self.controls.row(row)
         position, logits = view.length[:, None] + 1, self.model.lm_head(feature)[..., : self.vocabulary]
-        nothing = Nodes.after([], view.length)
-        first = controls.pick(logits, position, view, nothing, controls.masks())  # [1, 1]
+        root, parent = prompt[None, -1:], torch.full_like(position, -1)  # [1, 1] each
+        mask, nothing = controls.masks(root, parent), Nodes.after([], view.length)
+        first = controls.pick(logits, position, view, nothing, mask)  # [1, 1]
         state.tokens[row, length] = first[0, 0]
         state.length[row] = length
         controls.count(first, torch.zeros_like(view.length), view.active)
-        parent, path = torch.full_like(first, -1), torch.zeros_like(first)
+        path = torch.zeros_like(first)
         report = self.report(path[:, 0], parent, first, logits, path)
         return Step(Draft(first, parent, 0), Fetch(report, None)).read()[0]
 

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 import reference
+import sampling_cuda
 
 CHUNK = tl.constexpr(128)  # inputs that a step of a linear reads
 PLANE = tl.constexpr(32)  # inputs in one pair of nibbles of all 16 words of a chunk
@@ -674,36 +675,6 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
 
 
 @triton.jit
-def mix(x):
-    """`reference.mix` in 32 bits, which wrap around by themselves."""
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit(do_not_specialize=["n"])
-def uniform_kernel(seed, positions, y, n, size, BLOCK: tl.constexpr):
-    line, token = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(seed + line // n)
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    first = mix(mix(low) ^ high)
-    second = mix(first ^ tl.full((), 0x5BF03635, tl.uint32))
-    a = mix((tl.load(positions + line) & 0xFFFFFFFF).to(tl.uint32) + first)
-    b = mix(a ^ second)
-    bits = mix(mix(token.to(tl.uint32) + a) ^ b)
-    value = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)
-    tl.store(y + line * size + token, value, mask=token < size)
-
-
-def uniform(seed: Tensor, positions: Tensor, size: int) -> Tensor:
-    """See `kernels.uniform`: the same bits."""
-    y = torch.empty(*positions.shape, size, dtype=torch.float32, device=positions.device)
-    grid = (positions.numel(), triton.cdiv(size, 1024))
-    uniform_kernel[grid](seed.contiguous(), positions.contiguous(), y, positions.shape[1], size, BLOCK=1024)
-    return y
-
-
-@triton.jit
 def sortable(x, place):
     """int64 numbers that are ordered as `kernels.top_k` orders: by value, then the lower place first."""
     x = tl.where(x == x, x + 0.0, float("-inf"))  # NaN is not itself, and -0 + 0 is 0
@@ -782,10 +753,10 @@ def move(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
     move_kernel[grid](addresses, a, path, length, path.shape[1], a.shape[1], size, BLOCK=block)
 
 
-OPERATIONS = (linear, rms_norm, rotate, uniform, top_k, attention, move)
+OPERATIONS = (linear, rms_norm, rotate, top_k, attention, move)
 
 
 def register(library: torch.library.Library) -> None:
     """Make these the bodies of the operators for CUDA."""
-    for operation in OPERATIONS:
+    for operation in (*OPERATIONS, *sampling_cuda.OPERATIONS):
         library.impl(operation.__name__, operation, "CUDA")

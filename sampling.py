@@ -44,9 +44,7 @@ class Sampling:
     top_p: float = 1.0  # the fewest tokens with this probability together
     seed: int = 1234
     min_p: float = 0.0  # tokens with this share of the largest probability
-    repetition_penalty: float = (
-        1.0  # of tokens in prompt or output: divides what is above 0, multiplies the rest
-    )
+    repetition_penalty: float = 1.0  # divides logits of tokens in the text, multiplies those below 0
     presence_penalty: float = 0.0  # subtracted from the logit of every token in the output
     frequency_penalty: float = 0.0  # subtracted as often as the output has the token
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what to add; a dict is understood
@@ -72,11 +70,7 @@ class Sampling:
     @property
     def changes_logits(self) -> bool:
         """Does it ask for more than `kernels.pick` does?"""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        )
+        penalties = [getattr(self, name) for name in PENALTIES] != [1, 0, 0]
         return penalties or bool(self.logit_bias or self.min_tokens or self.bad_words or self.grammar)
 
     @property
@@ -125,9 +119,9 @@ def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) ->
     """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
     n]. Only temperature and filters act: there is no text here.
 
-    The Gumbel-max trick with noise keyed by position: the pick depends on the logits and on nothing that a
-    drafter did, and a drafter that asks with its own logits gets the same noise, so it agrees as often as its
-    distribution allows (drafter-invariant speculative decoding: Daliri, Musco and Suresh, arXiv 2408.07978).
+    The Gumbel-max trick with noise keyed by position: a drafter that asks with its own logits gets the same
+    noise, so it agrees as often as its distribution allows (drafter-invariant speculative decoding: Daliri,
+    Musco and Suresh, arXiv 2408.07978).
     """
     settings = torch.tensor([sampling.settings], dtype=torch.float64, device=logits.device)
     return kernels.pick(logits.float(), positions, seed, settings.expand(len(logits), -1))
@@ -250,8 +244,7 @@ class Controls:
         `state`: the texts, see `drafts.State`; mask: int32 [B, n, words], see `kernels.penalize`.
         """
         logits = self.penalize(logits, nodes, mask=mask)
-        if self.full:
-            logits = self.ban(logits, positions, state, nodes)
+        logits = self.ban(logits, positions, state, nodes) if self.full else logits
         return kernels.pick(logits, positions, state.seed, self.settings)
 
     def penalize(
@@ -291,28 +284,21 @@ class Controls:
         if self.full:
             self.counts.copy_(above.counts)
 
-    # The grammars of texts, on the host
-
-    def masks(self, draft: Any = None) -> Tensor | None:
-        """Which tokens the grammars allow after every node of a draft, or of no draft: int32 [B, n, words].
-        None where there can be no grammar."""
+    def masks(self, tokens: Tensor, parent: Tensor) -> Tensor | None:
+        """Which tokens the grammars allow after every node of a draft, int64 [B, n]: int32 [B, n, words]. The
+        host finds it out. None where there can be no grammar."""
         if not self.structured:
             return None
-        n, words = 1 if draft is None else draft.tokens.shape[1], -(-self.vocabulary // 32)
-        masks = torch.full((len(self.matchers), n, words), -1, dtype=torch.int32)
-        if draft is not None and any(self.matchers):
-            tokens, parent = draft.tokens.tolist(), draft.parent.tolist()
-        for row, matcher in enumerate(self.matchers):
-            if matcher is not None:
-                nodes = ([0], [-1]) if draft is None else (tokens[row], parent[row])
-                matcher.walk(*nodes, masks[row])
+        masks = torch.full((*tokens.shape, -(-self.vocabulary // 32)), -1, dtype=torch.int32)
+        walking = [row for row, matcher in enumerate(self.matchers) if matcher is not None]
+        for row, *nodes in zip(walking, tokens[walking].tolist(), parent[walking].tolist()):
+            self.matchers[row].walk(*nodes, masks[row])
         return masks.to(self.device)
 
     def consume(self, row: int, tokens: list[int], ended: bool) -> None:
         """What a text has gained. When it has ended, its grammar has, too."""
-        if ended:
-            self.matchers[row] = None
-        elif self.matchers[row] is not None:
+        self.matchers[row] = None if ended else self.matchers[row]
+        if self.matchers[row] is not None:
             self.matchers[row].consume(tokens)
 
 

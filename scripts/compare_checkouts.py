@@ -65,7 +65,7 @@ def decode_when_asked(method: str, precision: str) -> None:
     args = generate.build_parser().parse_args(["--method", method, "--precision", precision])
     target = generate.load_target(args)
     _, drafter = generate.build_drafter(args, target)
-    decoder = generate.Decoder(target.model, drafter, generate.Sampling(), 512)
+    decoder = generate.Decoder(target.model, drafter, max_length=512)
     decoder.warm_up()
     lines = Path("models/held_out.jsonl").read_text(encoding="utf-8").splitlines()[:4]
     prompts = [target.tokenizer.encode(json.loads(line)["prompt"])[:200] for line in lines]

@@ -371,15 +371,57 @@ def check_rows(name: str, ours: Callable, exact: Callable, x: Tensor, tolerance:
     return Check(name, difference(whole, exact(x)), tolerance, equal)
 
 
-def check_uniform(config: ModelConfig, device: str) -> Check:
-    """The same bits as on the CPU."""
-    seeds = torch.tensor([1234, 2**40 + 7, -1], device=device)
+def positions_and_seeds(device: str) -> tuple[Tensor, Tensor]:
+    """[3, 2] and [3], with what does not fit into 32 bits."""
     positions = torch.tensor([[0, 2**33 + 5], [7, 1], [2**31, -1]], device=device)
-    ours = kernels.uniform(seeds, positions, config.vocab_size)
-    exact = kernels.uniform_reference(seeds.cpu(), positions.cpu(), config.vocab_size)
-    alone = kernels.uniform(seeds[1:2], positions[1:2, 1:], config.vocab_size)
+    return positions, torch.tensor([1234, 2**40 + 7, -1], device=device)
+
+
+def check_gumbel(config: ModelConfig, device: str) -> Check:
+    """The same bits as on the CPU."""
+    positions, seeds = positions_and_seeds(device)
+    ours = kernels.gumbel(seeds, positions, config.vocab_size)
+    exact = kernels.gumbel_reference(seeds.cpu(), positions.cpu(), config.vocab_size)
+    alone = kernels.gumbel(seeds[1:2], positions[1:2, 1:], config.vocab_size)
     equal = torch.equal(ours.cpu(), exact) and torch.equal(alone, ours[1:2, 1:])
-    return Check("uniform", difference(ours.cpu(), exact), 0.0, equal)
+    return Check("gumbel", difference(ours.cpu(), exact), 0.0, equal)
+
+
+RULES = {  # three rows of settings of `kernels.pick`, which may differ: temperature, top_k, top_p, min_p
+    "largest": [(0.0, 0, 1.0, 0.0)] * 3,
+    "any": [(1.0, 0, 1.0, 0.0), (0.3, 0, 1.0, 0.0), (4.0, 0, 1.0, 0.0)],
+    "top_k": [(1.0, 1, 1.0, 0.0), (0.8, 50, 1.0, 0.0), (3.0, 5000, 1.0, 0.0)],
+    "top_p": [(1.0, 0, 0.95, 0.0), (0.8, 0, 0.5, 0.0), (3.0, 0, 0.9, 0.0)],
+    "min_p": [(1.0, 0, 1.0, 0.05), (0.8, 0, 1.0, 0.5), (3.0, 0, 1.0, 1e-3)],
+    "all of it": [(0.0, 5, 0.5, 0.1), (1.0, 40, 0.95, 0.01), (3.0, 300, 0.8, 1e-3)],
+}
+
+
+def settings_of(temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+    scale = math.log2(math.e) / temperature if temperature else 0.0
+    return [temperature, scale, top_k, top_p, temperature * math.log(min_p) if min_p else -math.inf]
+
+
+def check_pick(rules: list[tuple], equal_ones: bool, config: ModelConfig, device: str) -> Check:
+    """The same tokens as by sorting, on the CPU, of rows cut from wider ones."""
+    positions, seeds = positions_and_seeds(device)
+    settings = torch.tensor([settings_of(*row) for row in rules], dtype=torch.float64, device=device)
+    x = 3 * torch.randn(3, 2, config.vocab_size + 64, device=device)
+    x = (x.round() if equal_ones else x)[..., : config.vocab_size]
+    given = (x, positions, seeds, settings)
+    ours, exact = kernels.pick(*given), kernels.pick_reference(*(t.cpu() for t in given))
+    alone = kernels.pick(x[1:2, 1:], positions[1:2, 1:], seeds[1:2], settings[1:2])
+    equal = torch.equal(ours.cpu(), exact) and torch.equal(alone, ours[1:2, 1:])
+    return Check("pick", difference(ours.cpu(), exact), 0.0, equal)
+
+
+def check_logsumexp(config: ModelConfig, device: str) -> Check:
+    """The same bits as on the CPU, and close to what PyTorch makes of it."""
+    x = 4 * torch.randn(3, 2, config.vocab_size, device=device)
+    ours, alone = kernels.logsumexp(x), kernels.logsumexp(x[1:2, 1:])
+    equal = torch.equal(ours.cpu(), kernels.logsumexp_reference(x.cpu()))
+    equal &= torch.equal(alone, ours[1:2, 1:])
+    return Check("logsumexp", difference(ours, x.double().logsumexp(-1, keepdim=True)), 2e-6, equal)
 
 
 def check_top_k(config: ModelConfig, device: str) -> Check:
@@ -391,16 +433,6 @@ def check_top_k(config: ModelConfig, device: str) -> Check:
         return torch.cat((values.double(), places.double()), dim=-1)
 
     return check_rows("top_k", both, partial(both, body=kernels.top_k_reference), x, 0.0)
-
-
-def check_filter(config: ModelConfig, device: str) -> Check:
-    """Which logits are kept; where a sum is very close to top_p, that is a matter of rounding."""
-    x = 4 * torch.randn(CHECKED, config.vocab_size, device=device)
-
-    def kept(x: Tensor, body: Callable = kernels.filter_logits) -> Tensor:
-        return body(x, 0.8, 0, 0.95).isfinite()
-
-    return check_rows("filter", kept, partial(kept, body=kernels.filter_reference), x, 5e-2)
 
 
 def check_move(config: ModelConfig, device: str) -> Check:
@@ -430,7 +462,10 @@ def small_checks(config: ModelConfig, device: str) -> Checks:
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
             label, x = f"rotate {name} {str(dtype)[6:]}", torch.randn(CHECKED, size, device=device).to(dtype)
             yield label, partial(check_rows, label, *bodies, x, tolerance)
-    others = {"uniform": check_uniform, "top_k": check_top_k, "filter": check_filter, "move": check_move}
+    for name, rules in RULES.items():
+        for note, equal_ones in (("", False), (", equal logits", True)):
+            yield f"pick {name}{note}", partial(check_pick, rules, equal_ones, c, device)
+    others = {"gumbel": check_gumbel, "logsumexp": check_logsumexp, "top_k": check_top_k, "move": check_move}
     yield from ((name, partial(check, c, device)) for name, check in others.items())
 
 

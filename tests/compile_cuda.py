@@ -1,8 +1,9 @@
-"""Compile what kernels_cuda.py launches, for a GPU that is not here: python tests/compile_cuda.py 90
+"""Compile all Triton kernels for a GPU that is not here: python tests/compile_cuda.py 90
 
 Runs the host code of every operation on tensors of the CPU, in shapes of real models, with a driver that
 knows nothing but the GPU's name, and stops each kernel before its launch. Prints a line of JSON for every
-kernel: what it was compiled with, registers and spilled bytes, by ptxas, and the matrix instructions in it.
+kernel: what it was compiled with, registers and spilled bytes, by ptxas, and of its instructions those that
+multiply matrices, and how many round a product and a sum at once, or other than IEEE does.
 """
 
 import json
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels_cuda
+import sampling_cuda
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -52,6 +54,13 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
     return found
 
 
+def inexact_instructions(ptx: str, may_fuse: bool) -> int:
+    """Those whose result is not that of one operation of IEEE: fused, approximate, or without the smallest
+    numbers. Where ptxas may fuse them, products count, too."""
+    fused = r"\b(?:fma|mad)\.\S*f(?:32|64)" + r"|\bmul\.(?:rn\.)?f(?:32|64)" * may_fuse
+    return len(re.findall(rf"{fused}|\.approx|\.full\.|\.ftz", ptx))
+
+
 def report(kernel, name: str, options: dict) -> dict:
     capability = kernel.metadata.target.arch
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
@@ -68,6 +77,7 @@ def report(kernel, name: str, options: dict) -> dict:
     return {
         "kernel": name, "constants": constants, "registers": registers, "spilled": spilled,
         "shared": kernel.metadata.shared, "instructions": matrix_instructions(kernel.asm["ptx"]),
+        "inexact": inexact_instructions(kernel.asm["ptx"], kernel.metadata.enable_fp_fusion),
     }  # fmt: skip
 
 
@@ -124,12 +134,23 @@ def others() -> None:
         q, cache = torch.zeros(2, n, heads, 128, dtype=dtype), torch.zeros(2, 512, groups, 128, dtype=dtype)
         kernels_cuda.attention(q, cache, cache, torch.ones(2, n, n, dtype=torch.bool), length)
     kernels_cuda.move([cache, cache.clone()], torch.zeros(2, 4, dtype=torch.int64), length)
-    kernels_cuda.uniform(length, torch.zeros(2, n, dtype=torch.int64), 128256)
     kernels_cuda.top_k(torch.zeros(2, n, 128256), 10)
     kernels_cuda.top_k(torch.zeros(2, 200), 59)
+
+
+def picking() -> None:
+    """From the vocabulary of Llama 3, and from one that fills no block."""
+    seed, positions = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
+    settings = torch.zeros(2, 5, dtype=torch.float64)
+    for size in (128256, 61):
+        logits = torch.zeros(2, 8, size)
+        sampling_cuda.pick(logits, positions, seed, settings)
+        sampling_cuda.logsumexp(logits)
+        sampling_cuda.gumbel(seed, positions, size)
 
 
 if __name__ == "__main__":
     launch_nothing(int(sys.argv[1]))
     linears()
     others()
+    picking()

@@ -5,6 +5,7 @@ show: scripts/gpu_pass.py looks at that, and test_decoding.py at whole texts.
 """
 
 import json
+import math
 import subprocess
 import sys
 
@@ -20,8 +21,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 import kernels
 import kernels_cuda
 import packing
+import sampling_cuda
 from drafts import extend
 from model import KVCache, Linear
+from reference import SEEN
 from rotation import paley
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,12 +203,123 @@ def test_rotate(k, power, stride, blocks, dtype):
     assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 5e-3)
 
 
-def test_uniform_is_the_same_bits():
-    seed = torch.tensor([1234, -(2**61) + 7], device=DEVICE)
-    positions = torch.tensor([[0, 1, 77], [2**33, 5, 131071]], device=DEVICE)
-    for size in (61, 1500):
-        same = kernels.uniform_reference(seed, positions, size)
-        assert torch.equal(kernels_cuda.uniform(seed, positions, size), same)
+RULES = [  # temperature, top_k, top_p, min_p
+    *((0.0, 5, 0.5, 0.1), (1.0, 0, 1.0, 0.0), (2.0, 5, 1.0, 0.0), (2.5, 0, 0.3, 0.0), (1.0, 0, 1.0, 0.05)),
+    *((2.0, 40, 0.9, 0.02), (0.0, 0, 1.0, 0.0), (1e-6, 7, 0.9, 0.1), (30.0, 0, 1.0, 0.0)),
+    *((0.7, 1, 1.0, 0.0), (5.0, 50, 0.999, 0.5), (1.0, 10**6, 0.95, 0.0), (3.0, 0, 1e-6, 0.0)),
+]
+
+
+def row_of_settings(temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+    """As `kernels.pick` wants them."""
+    temperature = float(torch.tensor(temperature))  # as float32 has it
+    scale = math.log2(math.e) / temperature if temperature else 0.0
+    return [temperature, scale, top_k, top_p, temperature * math.log(min_p) if min_p else -math.inf]
+
+
+def picks(batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions [batch, n], seeds, and settings that differ between rows: of the first RULES."""
+    positions = torch.randint(-(2**34), 2**34, (batch, n))
+    settings = torch.tensor([row_of_settings(*rules) for rules in RULES[:batch]], dtype=torch.float64)
+    return positions, torch.randint(-(2**63), 2**63 - 1, (batch,)), settings
+
+
+def odd_logits(kind: str, *shape: int) -> torch.Tensor:
+    x = torch.randn(shape) * 3
+    if kind == "equal ones":
+        x = x.round()
+        x[::2, :, ::3] = -0.0
+    if kind == "not finite":
+        for value, share in ((-torch.inf, 0.3), (torch.nan, 0.1), (torch.inf, 2 / shape[-1])):
+            x[torch.rand(shape) < share] = value
+        x[0], x[1], x[2], x[3] = -torch.inf, torch.nan, 0.0, torch.inf
+    if kind == "parts of wider rows":
+        x = torch.cat((x, torch.full((*shape[:-1], 7), 99.0)), dim=-1)[..., : shape[-1]]
+    return x
+
+
+def same(ours: torch.Tensor, reference: torch.Tensor) -> bool:
+    return ours.dtype == reference.dtype and torch.equal(ours.cpu(), reference)
+
+
+KINDS = ["equal ones", "not finite", "parts of wider rows"]
+
+
+def compare_picking(size: int, kind: str, batch: int, n: int) -> None:
+    """All of it on DEVICE with the references on the CPU."""
+    positions, seed, settings = picks(batch, n)
+    logits = odd_logits(kind, batch, n, size)
+    x, *given = (t.to(DEVICE) for t in (logits, positions, seed, settings))
+    assert same(sampling_cuda.pick(x, *given), kernels.pick_reference(logits, positions, seed, settings))
+    noise = sampling_cuda.gumbel(given[1], given[0], size)
+    assert same(noise, kernels.gumbel_reference(seed, positions, size))
+    sums = kernels.logsumexp_reference(torch.where(logits.isnan(), -torch.inf, logits))
+    assert same(sampling_cuda.logsumexp(x), sums)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, of infinities
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 63, 65, 1000])
+def test_picking_is_the_same_bits(size, kind):
+    compare_picking(size, kind, len(RULES), 1)
+
+
+def test_picking_from_more_than_a_tile_of_blocks():
+    compare_picking(5000, "equal ones", 6, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("size", [128256, 300001])
+@pytest.mark.parametrize("kind", KINDS)
+def test_picking_from_large_vocabularies(kind, size):
+    compare_picking(size, kind, len(RULES), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_a_graph_of_picking_takes_other_settings():
+    """Nothing is decided on the host: what a graph was captured with may change, between rows as well."""
+    positions, seed, settings = picks(len(RULES), 1)
+    logits = odd_logits("plain", *positions.shape, 128256)
+    static = [t.to(DEVICE) for t in (logits, positions, seed, settings)]
+    sampling_cuda.pick(*static)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = sampling_cuda.pick(*static)
+    for turn in range(3):
+        settings = settings.roll(turn, dims=0)
+        static[3].copy_(settings)
+        graph.replay()
+        assert same(token, kernels.pick_reference(logits, positions, seed, settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_references_of_picking_are_the_same_bits_on_a_gpu():
+    """And they do not wait for it. `penalize` has no other body there."""
+    (positions, seed, settings), size = picks(len(RULES), 3), 5000
+    batch, n = positions.shape
+    logits, tokens = odd_logits("equal ones", batch, n, size), torch.randint(0, size, (batch, 9))
+    counts = torch.randint(0, 3, (batch, size), dtype=torch.int32)
+    counts += SEEN * (torch.rand(batch, size) < 0.1).int()
+    penalties, bias = torch.rand(batch, 3) + 0.5, torch.randn(batch, size)
+    mask = torch.randint(-(2**31), 2**31, (batch, n, -(-size // 32))).int()
+    sees = torch.rand(batch, n, 9) < 0.5
+    cases = {
+        kernels.penalize_reference: (logits, tokens, sees, counts, penalties, bias, mask),
+        kernels.pick_reference: (logits, positions, seed, settings),
+        kernels.logsumexp_reference: (logits,),
+    }
+    for body, given in cases.items():
+        there = [t.to(DEVICE) for t in given]
+        body(*there)  # what PyTorch sets up once may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = body(*there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert same(ours, body(*given))
 
 
 @pytest.mark.parametrize(("size", "k"), [(61, 1), (61, 60), (9000, 10)])
@@ -327,8 +441,19 @@ def test_linear_kernels_keep_everything_in_registers(compiled, capability):
     linears = [report for report in compiled[capability] if report["kernel"] == "linear_kernel"]
     assert len(linears) > 15 and all(report["spilled"] == 0 for report in linears)
     others = {report["kernel"] for report in compiled[capability]}
-    names = ["prepare", "walsh_hadamard", "small_matrix", "attention", "combine", "uniform", "top_k", "move"]
+    names = ["prepare", "walsh_hadamard", "small_matrix", "attention", "combine", "top_k", "move"]
+    names += ["tops", "pick", "gumbel", "logsumexp"]
     assert others == {"linear_kernel", *(f"{name}_kernel" for name in names)}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_picking_is_compiled_to_operations_of_ieee(compiled, capability):
+    """Products and sums are rounded one by one, small numbers are kept, divisions are exact."""
+    names = {f"{name}_kernel" for name in ("tops", "pick", "gumbel", "logsumexp")}
+    inexact = [(report["kernel"], report["inexact"]) for report in compiled[capability]]
+    assert {name for name, _ in inexact} > names
+    assert [report for report in inexact if report[0] in names and report[1]] == []
+    assert any(count for _, count in inexact)  # they can be told
 
 
 @pytest.mark.parametrize("capability", [80, 90])

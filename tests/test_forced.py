@@ -13,10 +13,11 @@ from conftest import NEEDS_EQUAL_ROWS, collect, guessing_head, noisy_copy, rando
 
 from auto import AdaptiveLookup, AutoDrafter
 from costs import Stats
-from drafts import Drafter, Sampling, tree_geometry
+from drafts import Drafter, tree_geometry
 from eagle import TreeDrafter
 from forced import FORCED, ForcedDrafter
-from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, Request, SequentialDrafter
+from sampling import Sampling
 
 PROMPTS = random_prompts([5, 12, 1, 9])
 SAMPLINGS = [Sampling(), Sampling(1.0, seed=7)]
@@ -28,14 +29,18 @@ class Script:
     def __init__(self, level, row, whole, wrong):
         self.state, self.row, self.whole, self.wrong = level.state, row, whole, wrong
 
-    def forced(self, limit):
-        """By chance, but the same for the same place: nothing, some tokens, or many in several drafts."""
+    def whole_text(self):
+        """With what will follow, and where it is now."""
         assert self.state.active[self.row]
         end = int(self.state.length[self.row]) + 1
         said = self.state.tokens[self.row, :end].tolist()
-        whole = next(text for text in self.whole if text[:end] == said)
-        rng = random.Random(31 * (end // 12) + len(whole[0:1]) + sum(said[:3]))  # alike for 12 tokens
-        if rng.random() < 0.4:
+        return next(text for text in self.whole if text[:end] == said), end
+
+    def forced(self, limit):
+        """By chance, but the same for the same place: nothing, some tokens, or many in several drafts."""
+        whole, end = self.whole_text()
+        rng = random.Random(31 * (end // 12) + sum(whole[:3]))  # alike for 12 tokens
+        if rng.random() < 0.5:
             return []
         tokens = whole[end : end + random.Random(end).randint(0, limit)]
         return [t if random.Random(end + i).random() > self.wrong else 7 for i, t in enumerate(tokens)]
@@ -44,18 +49,26 @@ class Script:
 class Scripted(ForcedDrafter):
     """With scripts for matchers, it watches its drafts and those of the other drafter."""
 
-    def __init__(self, inner, whole, wrong=0.0):
+    def __init__(self, inner, whole, wrong=0.0, script=Script):
         super().__init__(inner)
-        self.whole, self.wrong, self.drafts, self.own, self.learnt = whole, wrong, [], [], []
+        self.whole, self.wrong, self.script, self.drafts, self.own, self.learnt = (
+            whole,
+            wrong,
+            script,
+            [],
+            [],
+            [],
+        )
         self.inner_propose, inner.propose = inner.propose, self.watch
         self.inner_learn, inner.learn = inner.learn, self.watch_learning
 
     def start(self, level):
         rows = range(level.setup.batch_size)
         self.history = ["" for _ in rows]
-        self.scripts = [Script(level, row, self.whole, self.wrong) for row in rows]
-        level.controls = SimpleNamespace(matchers=self.scripts)
+        self.scripts = [self.script(level, row, self.whole, self.wrong) for row in rows]
         super().start(level)
+        self.controls = SimpleNamespace(matchers=self.scripts)
+        assert level.behind == 0
 
     def watch(self, state, n=None):
         draft = self.inner_propose(state, n)
@@ -153,34 +166,42 @@ def wholes(target):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", INNER)
 def test_a_text_is_the_same(target, small, wholes, name, batch_size):
-    for sampling in SAMPLINGS:
-        wanted = [whole[len(p) :][:40] for whole, p in zip(wholes[sampling], PROMPTS)]
-        drafter = Scripted(INNER[name](target, small), wholes[sampling], wrong=0.1)
-        assert texts(target, PROMPTS, drafter, sampling, batch_size=batch_size) == wanted
-        kinds = {flag for _, flags in drafter.drafts for flag in flags}
-        assert kinds == {True, False} and drafter.accepted > 10
+    sampling = SAMPLINGS[batch_size > 1]
+    wanted = [whole[len(p) :][:40] for whole, p in zip(wholes[sampling], PROMPTS)]
+    drafter = Scripted(INNER[name](target, small), wholes[sampling], wrong=0.1)
+    assert texts(target, PROMPTS, drafter, sampling, batch_size=batch_size) == wanted
+    kinds = {flag for _, flags in drafter.drafts for flag in flags}
+    assert kinds == {True, False} and drafter.accepted > 10
+
+
+class Brief(Script):
+    """Forces a single token behind every third one, in one row."""
+
+    def forced(self, limit):
+        whole, end = self.whole_text()
+        return [] if self.row or end % 3 else whole[end : end + 1]
 
 
 @NEEDS_EQUAL_ROWS
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("script, batch_size", [(Script, 1), (Script, 3), (Brief, 2)])
 @pytest.mark.parametrize("name", [name for name in INNER if name not in ("autoregressive", "auto", "lookup")])
 def test_the_other_drafter_goes_on_as_if_it_had_been_asked(
-    target, small, wholes, name, batch_size, monkeypatch
+    target, small, wholes, name, script, batch_size, monkeypatch
 ):
-    """Each of its drafts is the one that it makes behind a prompt of the same text."""
+    """Each of its drafts is the one that it makes behind a prompt of the same text, from the same keys and
+    values."""
     monkeypatch.setattr(TreeDrafter, "learn", Drafter.learn)  # or a head would trust itself less or more
-    whole = wholes[SAMPLINGS[0]]
-    drafter = Scripted(INNER[name](target, small), whole)
+    drafter = Scripted(INNER[name](target, small), wholes[SAMPLINGS[0]], script=script)
     texts(target, PROMPTS, drafter, batch_size=batch_size)
     alone = INNER[name](target, small)
-    decoder, seen = Decoder(target, alone, max_length=128, compile=False), {}
+    decoder, seen = Decoder(target, alone, max_length=128, compile=False), set()
     assert len(drafter.own) > 10
     for text, draft, cached in drafter.own:
-        decoder.prefill(0, text[:-1], 0)
-        seen[len(draft)] = seen.get(len(draft), 0) + 1
+        decoder.prefill(0, text[:-1], Request(Sampling(), 0))
         with torch.no_grad():
             assert draft == shape(alone.propose(decoder.state), 0)
         torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))
+        seen.add(len(draft))
     assert max(seen) > 1
 
 
@@ -233,7 +254,7 @@ def test_a_conversation_goes_on_where_the_other_drafter_was_left_behind(target, 
     text, _, cached = drafter.own[0]
     alone = SequentialDrafter(small, 3)
     decoder = Decoder(target, alone, max_length=128, compile=False)
-    decoder.prefill(0, text[:-1], 0)
+    decoder.prefill(0, text[:-1], Request(Sampling(), 0))
     with torch.no_grad():
         alone.propose(decoder.state)
     torch.testing.assert_close(cached, entries(alone, 0, len(text) - 1))

@@ -28,8 +28,17 @@ def test_every_check_holds_on_the_cpu():
     assert [check for check in results["checks"] if not check["right"]] == []
     assert results["bodies"] == kernels.PATH and results["not_reached"] == 0
     assert len(names) == len(set(names)) > 60 and "tiny o w4a4, groups of 32, zeros" in names
-    for operation in ("attention", "rms_norm", "rotate inner float32", "uniform", "top_k", "move"):
+    for operation in (
+        "attention",
+        "rms_norm",
+        "rotate inner float32",
+        "gumbel",
+        "logsumexp",
+        "top_k",
+        "move",
+    ):
         assert f"tiny {operation}" in names
+    assert sum(name.startswith("tiny pick ") for name in names) == 2 * len(gpu_pass.RULES)
 
 
 def test_time_ends_the_checks():

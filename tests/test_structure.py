@@ -1,4 +1,4 @@
-"""Outputs of a given structure, under speculation: texts are those of plain decoding and follow their schemas.
+"""Outputs of a given structure under speculation: texts of plain decoding, which follow their schemas.
 
 What was broken in other engines has a test each. The masks themselves are tested in test_grammar.py, and
 forced drafts in test_forced.py.
@@ -33,7 +33,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from grammar import Matcher, Vocabulary, grammar_text  # noqa: E402
 
-SCHEMAS = int(os.environ.get("GPT_SPEC_SCHEMAS", "8"))  # random ones; all 200 take a quarter of an hour
+SCHEMAS = int(os.environ.get("GPT_SPEC_SCHEMAS", "8"))  # random ones; all 200 take ten minutes
 LENGTH = 80
 KEYS = ["name", "id", "size", "kind", "x", "items", "state"]
 
@@ -285,23 +285,12 @@ class Parrot(Drafter):
 def test_drafts_past_the_end_of_the_grammar(target, vocabulary, prompts, stop, regex):
     """No exception, no token beyond the end, and a reason for it."""
     yes, grammar = matcher(vocabulary, regex="yes").forced(8), matcher(vocabulary, regex=regex)
-    alone, reasons = decode(target, None, prompts[:3], [grammar] * 3, 1, stop_ids=[stop], length=20)
+    asked, options = (prompts[:3], [grammar] * 3), {"stop_ids": [stop], "length": 20}
+    alone, reasons = decode(target, None, *asked, 1, **options)
     for said in (yes * 4, [*yes, stop, *yes, stop], [stop, *yes, stop], [stop, stop, stop], [7, *yes, stop]):
         for chain in (True, False):
-            ours = decode(
-                target, Parrot(said, chain), prompts[:3], [grammar] * 3, 2, stop_ids=[stop], length=20
-            )
-            assert ours == (alone, reasons)
-            ours = decode(
-                target,
-                ForcedDrafter(Parrot(said, chain)),
-                prompts[:3],
-                [grammar] * 3,
-                2,
-                stop_ids=[stop],
-                length=20,
-            )
-            assert ours == (alone, reasons)
+            for drafter in (Parrot(said, chain), ForcedDrafter(Parrot(said, chain))):
+                assert decode(target, drafter, *asked, 2, **options) == (alone, reasons)
     if regex == "yes":
         assert alone == [[*yes, stop]] * 3 and reasons == ["stop"] * 3
 
@@ -456,47 +445,37 @@ def test_requests_that_cannot_be(target, vocabulary, prompts, stop, stops):
 # ---- broken on purpose ---------------------------------------------------------------------------
 
 
-def mask_of_the_previous_node(monkeypatch):
+def change_masks(monkeypatch, change):
+    """`change` is of masks int32 [B, n, words]."""
     right = Controls.masks
 
-    def masks(self, draft=None):
-        masks = right(self, draft)
-        return masks if masks is None else torch.cat((masks[:, :1], masks[:, :-1]), dim=1)
+    def masks(self, *nodes):
+        masks = right(self, *nodes)
+        return masks if masks is None else change(masks)
 
     monkeypatch.setattr(Controls, "masks", masks)
+
+
+def mask_of_the_previous_node(monkeypatch):
+    change_masks(monkeypatch, lambda masks: torch.cat((masks[:, :1], masks[:, :-1]), dim=1))
+
+
+def mask_of_the_root_for_all(monkeypatch):
+    change_masks(monkeypatch, lambda masks: masks[:, :1].expand_as(masks).contiguous())
+
+
+def masks_of_another_row(monkeypatch):
+    change_masks(monkeypatch, lambda masks: masks.roll(1, 0))
+
+
+def first_token_free(monkeypatch):
+    change_masks(monkeypatch, lambda masks: None if masks.shape[:2] == (1, 1) else masks)
 
 
 def tree_masked_as_a_chain(monkeypatch):
     right = Matcher.walk
     flat = lambda self, tokens, parent, out: right(self, tokens, [*range(-1, len(tokens) - 1)], out)  # noqa: E731
     monkeypatch.setattr(Matcher, "walk", flat)
-
-
-def mask_of_the_root_for_all(monkeypatch):
-    right = Controls.masks
-
-    def masks(self, draft=None):
-        masks = right(self, draft)
-        return masks if masks is None else masks[:, :1].expand_as(masks).contiguous()
-
-    monkeypatch.setattr(Controls, "masks", masks)
-
-
-def first_token_free(monkeypatch):
-    right = Controls.masks
-    monkeypatch.setattr(
-        Controls, "masks", lambda self, draft=None: None if draft is None else right(self, draft)
-    )
-
-
-def masks_of_another_row(monkeypatch):
-    right = Controls.masks
-
-    def masks(self, draft=None):
-        masks = right(self, draft)
-        return masks if masks is None else masks.roll(1, 0)
-
-    monkeypatch.setattr(Controls, "masks", masks)
 
 
 FAULTS = [mask_of_the_previous_node, tree_masked_as_a_chain, mask_of_the_root_for_all, first_token_free]

@@ -106,6 +106,10 @@ def read_sampling(
     if "" in args.bad_words:
         raise BadInput("--bad_words is empty; give the text that must not be written")
     structure = read_grammar(args.json_schema, args.regex, args.grammar)
+    if structure and args.ignore_eos:
+        raise BadInput(
+            "--ignore_eos: where a schema, regex or grammar ends, only the end of the text is left"
+        )
     more = {}
     if size:
         if tokenizer is None and (structure or args.bad_words):

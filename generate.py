@@ -472,7 +472,8 @@ def decode_all(
     seeds = [args.seed + i for i, output in enumerate(outputs) if output.error is None]
     explain_to = sys.stderr if args.json else sys.stdout
     screen = Screen(outputs, args.explain, explain_to) if args.explain or not args.json else None
-    why, auto = "", decoder.drafter if isinstance(decoder.drafter, AutoDrafter) else None
+    inner = decoder.drafter.inner if isinstance(decoder.drafter, ForcedDrafter) else decoder.drafter
+    why, auto = "", inner if isinstance(inner, AutoDrafter) else None
 
     def completes_a_stop_string(prompt: int, token: int) -> bool:
         return todo[prompt].stream.add(token)

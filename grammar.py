@@ -28,8 +28,9 @@ from chat import Tokenizer, naming_failures
 from model import BadInput
 from prompts import short
 
-# Between two parts of a JSON text: a model that is not sure what comes next would write blanks for ever.
-BLANKS = r"[ \n\r\t]{1,40}"
+# Between two parts of a JSON text: a blank, or a line break and its indentation. A model that is not sure
+# what comes next would otherwise write blanks for ever.
+BLANKS = r" |\r?\n[ \t]{0,32}"
 
 
 def library() -> Any:

@@ -338,14 +338,18 @@ def test_special_tokens_are_no_text_and_can_be_named(tmp_path):
 
 
 def test_blanks_are_bounded_unless_the_schema_says_otherwise(shipped):
-    blanks = shipped.tokenizer.encode_ordinary("{" + 50 * "\t")
-    for schema, bounded in ((PERSON, True), (PERSON | {"x-guidance": {}}, False)):
-        place = start(shipped, json_schema=schema).place
-        assert (place.try_consume_tokens(blanks) < len(blanks)) == bounded
-    nested = json.dumps({"name": "a", "age": 1, "tags": ["red"]}, indent=8)
-    matcher = start(shipped, json_schema=PERSON)
-    matcher.consume(shipped.tokenizer.encode_ordinary(nested))
-    assert matcher.place.is_accepting()
+    value, encode = {"name": "a", "age": 1, "tags": ["red", "green"]}, shipped.tokenizer.encode_text
+    bounded = start(shipped, json_schema=PERSON)
+    for options in ({}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 8}, {"indent": "\t"}):
+        for end in ("\n", "\r\n"):
+            matcher = bounded.fresh()
+            matcher.consume(encode(json.dumps(value, **options).replace("\n", end)))
+            assert matcher.place.is_accepting()
+    free = start(shipped, json_schema=PERSON | {"x-guidance": {}})
+    for blanks in (50 * " ", 50 * "\n", "\n" + 50 * "\t"):
+        ids = encode("{" + blanks)
+        assert bounded.fresh().place.try_consume_tokens(ids) < len(ids)
+        assert free.fresh().place.try_consume_tokens(ids) == len(ids)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -110,17 +110,18 @@ def read_sampling(
         raise BadInput(
             "--ignore_eos: where a schema, regex or grammar ends, only the end of the text is left"
         )
-    with naming_flags():
-        if not size:
-            return Sampling(**fields)
+    more = {}
+    if size:
         if tokenizer is None and (structure or args.bad_words):
-            raise BadInput("json_schema, --regex, --grammar and --bad_words need a tokenizer")
+            raise BadInput("--json_schema, --regex, --grammar and --bad_words need a tokenizer")
+        if args.logprobs is not None and not 0 <= args.logprobs <= size:
+            raise BadInput(f"--logprobs is {args.logprobs}; it must be 0 to {size}")
         # With and without a space before it: in the middle of a text most words have one.
-        words = {
-            tuple(tokenizer.encode_text(blank + w.lstrip())) for w in args.bad_words for blank in ("", " ")
-        }
-        grammar = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
-        return Sampling(**fields, bad_words=tuple(sorted(words)), grammar=grammar)
+        blanks = [blank + word.lstrip() for word in args.bad_words for blank in ("", " ")]
+        more["bad_words"] = tuple(sorted({tuple(tokenizer.encode_text(word)) for word in blanks}))
+        more["grammar"] = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
+    with naming_flags():
+        return Sampling(**fields, **more)
 
 
 def check_device(name: str) -> None:

@@ -679,6 +679,8 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--batch_size {args.batch_size}: the caches cannot be allocated ({reason})") from None
+    with naming_flags():
+        decoder.controls.check(sampling, target.stop_ids)  # before anything is compiled
     stats = Stats(compile_seconds=warm_up(decoder, target.precision))
     if args.explain:
         print(Screen.legend(), file=sys.stderr, flush=True)

@@ -407,7 +407,7 @@ class Decoder(Level):
             self.controls.check(sampling, known)
         keys = [ours.seed + i for i in range(count)] if samplings is None else [each.seed for each in every]
         keys = keys if seeds is None else [check_seed(seed) for seed in whole_numbers("seed", seeds)]
-        for name, values in (("seeds", keys), ("samplings", every)):
+        for name, values in (("samplings", every), ("seeds", keys)):
             if len(values) != count:
                 raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
         return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]

@@ -839,7 +839,7 @@ def test_an_interrupted_prefill_leaves_nothing_to_reuse(target, name, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("gpt_spec.pick", interrupt)
+        patch.setattr("sampling.Controls.pick", interrupt)
         list(decoder.run([second], 5, reuse=True))
     assert list(decoder.run([first[:12]], 5, reuse=True))
     row_text = decoder.state.tokens[0, :17].tolist()

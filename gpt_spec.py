@@ -400,7 +400,8 @@ class Decoder(Level):
     ) -> list[Request]:
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
         ours, count = self.setup.sampling, len(prompts)
-        every = [ours] * count if samplings is None else list(samplings)
+        every = [ours] * count if samplings is None else samplings
+        check_kind("samplings", every, list)
         known = frozenset(token for token in stops if 0 <= token < self.vocabulary)  # the others never come
         for sampling in every:
             check_kind("sampling", sampling, Sampling)

@@ -70,8 +70,10 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--presence_penalty", type=float, default=0.0, help=present)
     often = "subtract it as often as the output has the token"
     p.add_argument("--frequency_penalty", type=float, default=0.0, help=often)
-    bias = "add to the logits of tokens; -inf forbids one"
-    p.add_argument("--logit_bias", metavar="ID:VALUE,...", type=logit_bias, default={}, help=bias)
+    bias = "add to the logits of tokens; -inf forbids one; may be repeated"
+    p.add_argument(
+        "--logit_bias", metavar="ID:VALUE,...", type=logit_bias, action="append", default=[], help=bias
+    )
     stops = "pick no stop token and look for no --stop before so many tokens"
     p.add_argument("--min_tokens", type=int, default=0, help=stops)
     words = "never write this, in its usual tokens; may be repeated"
@@ -84,11 +86,11 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     form.add_argument("--grammar", metavar="FILE", help="the output follows this grammar, in Lark's language")
 
 
-def logit_bias(text: str) -> dict[int, float]:
+def logit_bias(text: str) -> list[tuple[int, float]]:
     """The type of --logit_bias."""
     try:
         pairs = [pair.split(":") for pair in text.split(",")]
-        return {int(token): float(value) for token, value in pairs}
+        return [(int(token), float(value)) for token, value in pairs]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not ID:VALUE,ID:VALUE like 15:-2.5") from None
 
@@ -98,14 +100,22 @@ def read_sampling(
 ) -> Sampling:
     """The flags as `Sampling`, for a model of `size` tokens. Without one, what can be checked without it."""
     names = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty")
-    fields = {name: getattr(args, name) for name in (*names, "frequency_penalty", "logit_bias", "min_tokens")}
+    fields = {name: getattr(args, name) for name in (*names, "frequency_penalty", "min_tokens")}
+    bias = [pair for pairs in args.logit_bias for pair in pairs]
+    twice = next((token for i, (token, _) in enumerate(bias) if token in dict(bias[:i])), None)
+    if twice is not None:
+        raise BadInput(f"--logit_bias names the token {twice} twice")
     if args.min_tokens > args.max_new_tokens:
         raise BadInput(f"--min_tokens is {args.min_tokens}, above --max_new_tokens {args.max_new_tokens}")
+    if args.logprobs is not None and args.interactive:
+        raise BadInput("--logprobs are written into the object of --json, which --interactive does not have")
     if args.logprobs is not None and not args.json:
         raise BadInput("--logprobs are written into the object of --json; give both")
     if "" in args.bad_words:
         raise BadInput("--bad_words is empty; give the text that must not be written")
-    structure = read_grammar(args.json_schema, args.regex, args.grammar)
+    if not hasattr(args, "structure"):  # a pipe can be read once
+        args.structure = read_grammar(args.json_schema, args.regex, args.grammar)
+    structure = args.structure
     if structure and args.ignore_eos:
         raise BadInput(
             "--ignore_eos: where a schema, regex or grammar ends, only the end of the text is left"
@@ -116,12 +126,25 @@ def read_sampling(
             raise BadInput("--json_schema, --regex, --grammar and --bad_words need a tokenizer")
         if args.logprobs is not None and not 0 <= args.logprobs <= size:
             raise BadInput(f"--logprobs is {args.logprobs}; it must be 0 to {size}")
-        # With and without a space before it: in the middle of a text most words have one.
-        blanks = [blank + word.lstrip() for word in args.bad_words for blank in ("", " ")]
-        more["bad_words"] = tuple(sorted({tuple(tokenizer.encode_text(word)) for word in blanks}))
+        more["bad_words"] = tuple(sorted({w for text in args.bad_words for w in spellings(text, tokenizer)}))
         more["grammar"] = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
     with naming_flags():
-        return Sampling(**fields, **more)
+        return Sampling(**fields, logit_bias=dict(bias), **more)
+
+
+def spellings(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
+    """The usual tokens of a text: at a beginning and in the middle of a line, where most words have a blank
+    before them."""
+    break_ = tokenizer.encode_text("\n")
+    try:
+        forms = [text] if text[0].isspace() else [text, " " + text]
+        beginnings = [tokenizer.encode_text(form) for form in forms]
+        middles = [tokenizer.encode_text("\n" + form)[len(break_) :] for form in forms]
+    except BadInput as error:
+        raise BadInput(f"--bad_words: {error}") from None
+    wanted = {form.encode() for form in forms}
+    written = [ids for ids in middles if b"".join(map(tokenizer.token_bytes, ids)) in wanted]
+    return {tuple(ids) for ids in beginnings + written}
 
 
 def check_device(name: str) -> None:

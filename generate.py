@@ -592,7 +592,8 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
         weight_bytes([decoder.model]),
         replace(setup.sampling, seed=0, grammar=None),
     ]
-    what += [setup.batch_size, setup.slots, setup.runtime.compile]
+    what += [setup.batch_size, setup.slots, setup.runtime.compile, setup.every_control, setup.logprobs]
+    what += [setup.sampling.grammar is not None]
     what += [(name, settings_of(drafter)) for name, drafter in contestants(decoder.drafter).items()]
     return kernels.cache_directory() / f"costs-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
 

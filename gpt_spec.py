@@ -411,6 +411,7 @@ class Decoder(Level):
         for name, values in (("samplings", every), ("seeds", keys)):
             if len(values) != count:
                 raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
+        self.controls.structured = any(each.grammar is not None for each in [ours, *every])
         return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]
 
     def decode(
@@ -500,8 +501,8 @@ class Decoder(Level):
     def may_go_on(self, step: Step, rows: list[Row | None]) -> bool:
         """May the next step begin before this one is read? Not where this one may use up a row's budget or
         its room. A text that meets a stop token now is decoded a step too far, which nothing reads."""
-        most = step.draft.max_depth + 1
-        return self.runs_ahead and all(row is None or row.budget > most for row in rows)
+        most, ahead = step.draft.max_depth + 1, self.runs_ahead and not self.controls.structured
+        return ahead and all(row is None or row.budget > most for row in rows)
 
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
         """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
@@ -594,8 +595,10 @@ def generate(
     ids = token_lists(prompts, tokenizer) or [[]]  # which `run` refuses
     longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
-    sizes = (max_length, batch_size, compile, options.get("samplings") is not None)
-    decoder = Decoder(model, drafter, sampling, *sizes, logprobs)
+    asked = [each for each in options.get("samplings") or [] if isinstance(each, Sampling)]
+    usual = max(asked, key=lambda each: each.temperature, default=sampling)
+    sizes = (max_length, batch_size, compile, any(each.changes_logits for each in asked))
+    decoder = Decoder(model, drafter, usual, *sizes, logprobs)
     options["stats"] = stats = options.get("stats") or Stats()
     steps = decoder.run(ids, max_new_tokens, **options)  # what it refuses, it refuses before the warm-up
     stats.compile_seconds += decoder.warm_up()

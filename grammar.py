@@ -66,8 +66,10 @@ def grammar_text(
             schema = json.loads(json_schema) if isinstance(json_schema, str) else json_schema
             if not isinstance(schema, dict):
                 raise BadInput(f"{what} (a schema is an object, not {short(schema)})")
-            options = {"whitespace_pattern": BLANKS} if "x-guidance" not in schema else None
-            text = reader.grammar_from_json_schema(json.dumps(schema), defaults=options)
+            own = schema.get("x-guidance") or {}  # llguidance forgets its defaults where a schema has options
+            if not any(name.startswith("whitespace") for name in own):
+                schema = schema | {"x-guidance": {"whitespace_pattern": BLANKS} | own}
+            text = reader.grammar_from_json_schema(json.dumps(schema))
         check(what, reader.validate_grammar(text))
     return text
 
@@ -126,7 +128,10 @@ class Vocabulary:
         """The tokens of a text in the middle of another one."""
         for before in ("", "\n"):  # behind a line break, a tokenizer may not put a blank before the text
             known = len(self.tokenizer.encode_text(before))
-            ids = self.tokenizer.encode_text(before + text.decode())[known:]
+            try:
+                ids = self.tokenizer.encode_text(before + text.decode())[known:]
+            except BadInput:  # longer than any text of this model
+                break
             if all(t < len(self.tokens) for t in ids) and b"".join(self.tokens[t] for t in ids) == text:
                 return ids
         return self.spell_greedily(text)  # it writes another text, like one that composes accents

@@ -374,7 +374,7 @@ def penalize_reference(
     def change(logits: Tensor, bias: Tensor, count: Tensor) -> Tensor:
         x, output = logits + bias, count & (SEEN - 1)
         x = torch.where(count > 0, torch.where(x > 0, x / repetition, x * repetition), x)
-        return x - frequency * output - presence * (output > 0)
+        return x - frequency * output - torch.where(output > 0, presence, 0.0)
 
     columns = tokens[:, None].expand(-1, logits.shape[1], -1)  # [B, n, m]
     same = (tokens[:, :, None] == tokens[:, None]).int()  # [B, m, m]
@@ -391,6 +391,7 @@ def penalize_reference(
 
 def logsumexp_reference(logits: Tensor) -> Tensor:
     """Logarithm of the sum of the exponentials of every row, float64 [..., 1]: the same bits in any order."""
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
     scale = torch.full_like(logits[..., :1], math.log2(math.e))
     mass = masses_reference(logits, scale).sum(dim=-1, keepdim=True)
     return logits.amax(dim=-1, keepdim=True).double() + log_reference(mass.double() * 2.0**-42)

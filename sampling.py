@@ -1,8 +1,7 @@
 """sampling.py: from logits to tokens: temperature, filters, penalties, bans, masks, log-probabilities.
 
     sampling = Sampling(temperature=0.8, min_p=0.05, frequency_penalty=0.5, seed=7)
-    tokens = pick(logits, positions, seed, sampling)           # the model's own tokens, given no text
-    tokens = controls.pick(logits, positions, state, nodes)    # the same, given the texts of a batch
+    tokens = controls.pick(logits, positions, state, nodes)    # of the texts of a batch
 
 The one idea: the token at a position is a function of the raw logits there, of the tokens before it, and of
 constants. Noise is a constant, too: a function of seed, position and token. So a token never depends on what
@@ -61,6 +60,8 @@ class Sampling:
         object.__setattr__(self, "seed", check_seed(self.seed))
         object.__setattr__(self, "logit_bias", read_bias(self.logit_bias))
         words = plain(self.bad_words)
+        if not isinstance(words, (list, tuple)):
+            raise BadInput("bad_words must be a list of token sequences")
         object.__setattr__(self, "bad_words", tuple(tuple(whole_numbers("bad_words", w)) for w in words))
         if not all(self.bad_words):
             raise BadInput("bad_words has an empty word; each needs a token")
@@ -76,21 +77,22 @@ class Sampling:
     @property
     def settings(self) -> list[float]:
         """The row of `kernels.pick`. The temperature is what float32 makes of it, on every device."""
-        temperature = struct.unpack("f", struct.pack("f", min(self.temperature, 1e38)))[0]
+        temperature = struct.unpack("f", struct.pack("f", self.temperature))[0]
         scale = min(math.log2(math.e) / temperature, 1e38) if temperature else 0.0
         gap = temperature * math.log(self.min_p) if self.min_p else -math.inf
         return [temperature, scale, self.top_k, self.top_p, gap]
 
 
+LIMIT = 1e6  # of numbers in a request: float32 has room for what they do to a logit
 RULES = {  # of fields: how they are read, what holds for them, and how to say it
-    "temperature": (number, lambda x: 0 <= x < math.inf, "0 (greedy) or a positive number"),
-    "top_k": (whole_number, lambda x: x >= 0, "0 (keep all) or the number of tokens to keep"),
+    "temperature": (number, lambda x: 0 <= x <= LIMIT, "0 (greedy) or positive, up to 1e6"),
+    "top_k": (whole_number, lambda x: 0 <= x < 2**31, "0 (keep all) or the number of tokens to keep"),
     "top_p": (number, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (number, lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
-    "repetition_penalty": (number, lambda x: 0 < x < math.inf, "a positive number; 1 is none"),
-    "presence_penalty": (number, math.isfinite, "a finite number; 0 is none"),
-    "frequency_penalty": (number, math.isfinite, "a finite number; 0 is none"),
-    "min_tokens": (whole_number, lambda x: x >= 0, "0 or more"),
+    "repetition_penalty": (number, lambda x: 1 / LIMIT <= x <= LIMIT, "positive, 1e-6 to 1e6; 1 is none"),
+    "presence_penalty": (number, lambda x: abs(x) <= LIMIT, "a number up to 1e6; 0 is none"),
+    "frequency_penalty": (number, lambda x: abs(x) <= LIMIT, "a number up to 1e6; 0 is none"),
+    "min_tokens": (whole_number, lambda x: 0 <= x < 2**31, "0 or more"),
 }
 
 
@@ -109,9 +111,9 @@ def read_bias(given: Any) -> tuple[tuple[int, float], ...]:
         bias = {whole_number("logit_bias", token): number("logit_bias", value) for token, value in pairs}
     except (TypeError, ValueError):
         raise BadInput("logit_bias must be token ids with numbers, such as {15: -2.5}") from None
-    wrong = next((value for value in bias.values() if not value < math.inf), None)
-    if wrong is not None:
-        raise BadInput(f"logit_bias has {wrong}; it must be a finite number, or -inf")
+    for value in bias.values():
+        if not (abs(value) <= LIMIT or value == -math.inf):
+            raise BadInput(f"logit_bias has {value}; it must be a number up to {LIMIT:.0f}, or -inf")
     return tuple(sorted(bias.items()))
 
 
@@ -131,7 +133,7 @@ def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) ->
 # What the requests in the rows of a batch ask for
 # --------------------------------------------------------------------------------------------------
 
-BANS = 64  # banned words of a request, at most: bad words, and stop tokens where there is `min_tokens`
+BANS = 128  # banned words of a request, at most: bad words, and stop tokens where there is `min_tokens`
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -158,25 +160,23 @@ class Controls:
     It grows with the text. Where no request may change logits, only `settings` is there.
     """
 
-    def __init__(
-        self, batch_size: int, vocabulary: int, sampling: Sampling, device: torch.device, every: bool
-    ):
+    def __init__(self, rows: int, vocabulary: int, sampling: Sampling, device: torch.device, every: bool):
         """`sampling`: what requests usually ask for. With `every`, a request may ask for anything else."""
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         self.vocabulary, self.device = vocabulary, device
         self.noisy = every or sampling.temperature > 0  # may a request have noise?
         self.full = every or sampling.changes_logits  # may one change logits?
-        self.structured = every or sampling.grammar is not None  # may one have a grammar?
+        self.structured = sampling.grammar is not None  # has one a grammar, whose masks the host makes?
         self.settings = zeros(5, dtype=torch.float64)
-        self.matchers: list[Any] = [None] * batch_size  # `grammar.Matcher`s of the texts
+        self.matchers: list[Any] = [None] * rows  # `grammar.Matcher`s of the texts
         if self.full:
             self.counts = zeros(vocabulary, dtype=torch.int32)
             self.bias = zeros(vocabulary, dtype=torch.float32)
             self.penalties = zeros(len(PENALTIES), dtype=torch.float32).fill_(1)
-            longest = max(map(len, sampling.bad_words), default=8 if every else 1)
+            longest = max([8 if every else 1, *map(len, sampling.bad_words)])
             # A ban: its last token must not follow the others (-1: any) before position `until`.
             self.bans, self.until = zeros(BANS, longest, dtype=torch.int64), zeros(BANS, dtype=torch.int64)
 
@@ -190,7 +190,7 @@ class Controls:
 
     def check(self, sampling: Sampling, stops: Iterable[int]) -> None:
         """BadInput for a request that these tensors have no room for, or that has unknown tokens."""
-        if sampling.changes_logits and not self.full or sampling.grammar is not None and not self.structured:
+        if sampling.changes_logits and not self.full:
             raise BadInput("this request changes logits; make the decoder with every_control=True for it")
         ids = {"logit_bias": [token for token, _ in sampling.logit_bias]}
         ids |= {"bad_words": [token for word in sampling.bad_words for token in word]}
@@ -200,8 +200,8 @@ class Controls:
                 raise BadInput(f"{name} has the token id {wrong}; the model knows 0 to {self.vocabulary - 1}")
         words = ban_list(sampling, stops)
         if self.full and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
-            most = f"{BANS} of up to {self.bans.shape[2]} tokens"
-            raise BadInput(f"bad_words: {most} fit, stop tokens counted where there is min_tokens")
+            most = f"there is room for {BANS} token sequences of up to {self.bans.shape[2]} tokens"
+            raise BadInput(f"bad_words: {most}, stop tokens counted where there is min_tokens")
         if (grammar := sampling.grammar) is not None:
             if len(grammar.vocabulary.tokens) != self.vocabulary:
                 raise BadInput(f"grammar is for another vocabulary; the model has {self.vocabulary} tokens")
@@ -217,7 +217,7 @@ class Controls:
         self.penalties[row] = torch.tensor([getattr(sampling, name) for name in PENALTIES])
         self.bias[row].zero_()
         for token, value in sampling.logit_bias:
-            self.bias[row, token] = max(value, -1e38)  # not -inf, which is for what a grammar does not allow
+            self.bias[row, token] = max(value, -1e30)  # -inf is for what a grammar does not allow
         self.counts[row].zero_()
         self.counts[row, prompt] = kernels.SEEN
         self.until[row].zero_()
@@ -244,7 +244,9 @@ class Controls:
         `state`: the texts, see `drafts.State`; mask: int32 [B, n, words], see `kernels.penalize`.
         """
         logits = self.penalize(logits, nodes, mask=mask)
-        logits = self.ban(logits, positions, state, nodes) if self.full else logits
+        free, logits = logits, self.ban(logits, positions, state, nodes) if self.full else logits
+        if mask is not None:  # where bans leave nothing of what a grammar allows, the grammar wins
+            logits = torch.where(logits.amax(dim=-1, keepdim=True) == -torch.inf, free, logits)
         return kernels.pick(logits, positions, state.seed, self.settings)
 
     def penalize(
@@ -261,16 +263,14 @@ class Controls:
         return kernels.penalize(logits, nodes.tokens, sees, counts, self.penalties, bias, mask)
 
     def ban(self, logits: Tensor, positions: Tensor, state: Any, nodes: Nodes) -> Tensor:
-        """-inf for the last tokens of banned words whose other tokens are what comes before a position. Where
-        that leaves nothing of what a grammar allows, the grammar wins."""
+        """-inf for the last tokens of banned words whose other tokens are what comes before a position."""
         banned = positions[..., None] < self.until[:, None]  # [B, n, bans]
         for back in range(1, self.bans.shape[2]):
             said = token_before(positions, back, state, nodes)[..., None]  # [B, n, 1]
             wanted = self.bans[:, None, :, -1 - back]  # [B, 1, bans]
             banned = banned & ((wanted < 0) | (wanted == said))
         last = self.bans[:, None, :, -1].expand_as(banned)
-        left = logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
-        return torch.where(left.amax(dim=-1, keepdim=True) == -torch.inf, logits, left)
+        return logits.scatter_add(2, last, torch.where(banned, -torch.inf, 0.0))
 
     def count(self, emitted: Tensor, accepted: Tensor, active: Tensor) -> None:
         """Count the tokens that texts have gained: emitted int64 [B, D + 1], of which accepted + 1 int64 [B]

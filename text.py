@@ -385,7 +385,7 @@ class TextStream:
         """Append a token; True if that completes a stop string, which is then cut away."""
         before = len(self.text)
         self.text += self.decoder.decode(self.tokenizer.token_bytes(token)) if self.tokenizer else f"{token} "
-        stops = self.stops if len(self.ends) + 1 >= self.min_tokens else []
+        stops = self.stops if len(self.ends) + 1 > self.min_tokens else []
         found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
         found = [place for place in found if place >= 0]
         if found:

@@ -423,7 +423,7 @@ def test_a_stop_token_inside_a_run_ends_it_after_min_tokens(target, name):
         assert not {*free[3:6]} & {*expected[:-1]}
 
 
-@pytest.mark.parametrize("least, end", [(0, 2), (2, 2), (3, 5), (5, 5), (6, None)])
+@pytest.mark.parametrize("least, end", [(0, 2), (1, 2), (2, 5), (4, 5), (5, None)])
 def test_min_tokens_of_stop_strings(least, end):
     """They are not looked for before: one that is complete by then is text."""
     stream, tokens = TextStream(None, ["7 1"], least), [7, 1, 4, 7, 1, 4]
@@ -444,9 +444,9 @@ def test_stop_tokens_that_the_model_does_not_have(target):
     [
         (True, {"logit_bias": {61: 1.0}}, "logit_bias has the token id 61; the model knows 0 to 60"),
         (True, {"bad_words": ((3, -1),)}, "bad_words has the token id -1"),
-        (True, {"bad_words": ((1,) * 9,)}, f"bad_words: {BANS} of up to 8 tokens fit"),
-        (True, {"bad_words": ((1,),) * (BANS + 1)}, f"bad_words: {BANS} of up to 8"),
-        (True, {"bad_words": ((1,),) * 60, "min_tokens": 1}, f"bad_words: {BANS} of up to 8"),
+        (True, {"bad_words": ((1,) * 9,)}, f"room for {BANS} token sequences of up to 8"),
+        (True, {"bad_words": ((1,),) * (BANS + 1)}, f"room for {BANS} token"),
+        (True, {"bad_words": ((1,),) * (BANS - 1), "min_tokens": 1}, f"room for {BANS} token"),
         (False, {"presence_penalty": 1.0}, "every_control=True"),
         (False, {"min_tokens": 1}, "every_control=True"),
         (True, {"grammar": "a"}, "grammar must be a grammar.Matcher"),

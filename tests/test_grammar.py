@@ -345,10 +345,12 @@ def test_blanks_are_bounded_unless_the_schema_says_otherwise(shipped):
             matcher = bounded.fresh()
             matcher.consume(encode(json.dumps(value, **options).replace("\n", end)))
             assert matcher.place.is_accepting()
-    free = start(shipped, json_schema=PERSON | {"x-guidance": {}})
+    other = start(shipped, json_schema=PERSON | {"x-guidance": {"coerce_one_of": True}})
+    free = start(shipped, json_schema=PERSON | {"x-guidance": {"whitespace_pattern": "[ \n\t]*"}})
     for blanks in (50 * " ", 50 * "\n", "\n" + 50 * "\t"):
         ids = encode("{" + blanks)
-        assert bounded.fresh().place.try_consume_tokens(ids) < len(ids)
+        for matcher in (bounded, other):
+            assert matcher.fresh().place.try_consume_tokens(ids) < len(ids)
         assert free.fresh().place.try_consume_tokens(ids) == len(ids)
 
 

@@ -353,7 +353,7 @@ def random_settings(rows: int) -> torch.Tensor:
 
     samplings = [
         Sampling(
-            one_of(0, 0.1, 0.7, 1.0, 2.5, 1e-30, 1e30),
+            one_of(0, 0.1, 0.7, 1.0, 2.5, 1e-30, 1e5),
             one_of(0, 0, 1, 5, 50, 4000),
             one_of(1.0, 1.0, 0.95, 0.5, 0.05, 0.999),
             min_p=one_of(0, 0, 0.05, 0.5, 1),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,14 +96,20 @@ def logit_bias(text: str) -> list[tuple[int, float]]:
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not ID:VALUE,ID:VALUE like 15:-2.5") from None
 
 
-def read_sampling(
-    args: argparse.Namespace, tokenizer: Tokenizer | None = None, size: int = 0, stops: Iterable[int] = ()
-) -> Sampling:
-    """The flags as `Sampling`, for a model of `size` tokens. Without one, what can be checked without it."""
+def plain_sampling(args: argparse.Namespace, **more: Any) -> Sampling:
+    """The flags that need no tokenizer, as `Sampling`, and `more` of its fields."""
     names = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty")
     fields = {name: getattr(args, name) for name in (*names, "frequency_penalty", "min_tokens")}
     bias = [pair for pairs in args.logit_bias for pair in pairs]
-    twice = next((token for i, (token, _) in enumerate(bias) if token in dict(bias[:i])), None)
+    with naming_flags():
+        return Sampling(**fields, logit_bias=dict(bias), **more)
+
+
+def check_sampling(args: argparse.Namespace) -> str | None:
+    """Check what can be checked without a model -> the structure of outputs, see `grammar.grammar_text`."""
+    plain_sampling(args)
+    counts = Counter(token for pairs in args.logit_bias for token, _ in pairs)
+    twice = next((token for token, count in counts.items() if count > 1), None)
     if twice is not None:
         raise BadInput(f"--logit_bias names the token {twice} twice")
     if args.min_tokens > args.max_new_tokens:
@@ -113,23 +120,29 @@ def read_sampling(
         raise BadInput("--logprobs are written into the object of --json; give both")
     if "" in args.bad_words:
         raise BadInput("--bad_words is empty; give the text that must not be written")
-    if not hasattr(args, "structure"):  # a pipe can be read once
-        args.structure = read_grammar(args.json_schema, args.regex, args.grammar)
-    structure = args.structure
+    structure = read_grammar(args.json_schema, args.regex, args.grammar)
     if structure and args.ignore_eos:
         raise BadInput(
             "--ignore_eos: where a schema, regex or grammar ends, only the end of the text is left"
         )
-    more = {}
-    if size:
-        if tokenizer is None and (structure or args.bad_words):
-            raise BadInput("--json_schema, --regex, --grammar and --bad_words need a tokenizer")
-        if args.logprobs is not None and not 0 <= args.logprobs <= size:
-            raise BadInput(f"--logprobs is {args.logprobs}; it must be 0 to {size}")
-        more["bad_words"] = tuple(sorted({w for text in args.bad_words for w in spellings(text, tokenizer)}))
-        more["grammar"] = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
-    with naming_flags():
-        return Sampling(**fields, logit_bias=dict(bias), **more)
+    return structure
+
+
+def read_sampling(
+    args: argparse.Namespace,
+    structure: str | None,
+    tokenizer: Tokenizer | None,
+    size: int,
+    stops: Iterable[int],
+) -> Sampling:
+    """The flags as `Sampling`, for a model of `size` tokens; `structure`: see `check_sampling`."""
+    if tokenizer is None and (structure or args.bad_words):
+        raise BadInput("--json_schema, --regex, --grammar and --bad_words need a tokenizer")
+    if args.logprobs is not None and not 0 <= args.logprobs <= size:
+        raise BadInput(f"--logprobs is {args.logprobs}; it must be 0 to {size}")
+    words = tuple(sorted({word for text in args.bad_words for word in spellings(text, tokenizer)}))
+    grammar = Matcher(Vocabulary(tokenizer, size, list(stops)), structure) if structure else None
+    return plain_sampling(args, bad_words=words, grammar=grammar)
 
 
 def spellings(text: str, tokenizer: Tokenizer) -> set[tuple[int, ...]]:

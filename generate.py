@@ -57,6 +57,7 @@ from cli import (  # noqa: E402
     OneLineParser,
     add_sampling_flags,
     check_device,
+    check_sampling,
     encode_prompt,
     json_object,
     load_kernels,
@@ -659,11 +660,11 @@ def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
     load_kernels()
-    read_sampling(args)  # what is wrong without a model is told before one is loaded
+    structure = check_sampling(args)  # before a model is loaded
     target = load_target(args)
     method, drafter = build_drafter(args, target)
     config = target.model.config
-    sampling = read_sampling(args, target.tokenizer, config.vocab_size, target.stop_ids)
+    sampling = read_sampling(args, structure, target.tokenizer, config.vocab_size, target.stop_ids)
     drafter = drafter if sampling.grammar is None else ForcedDrafter(drafter)
     if args.interactive and target.tokenizer is None:
         raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")

@@ -7,8 +7,8 @@ of its own, no files and no command line.
 
 The one idea: a method of speculative decoding is a *drafter* inside one loop. The drafter proposes tokens,
 one forward of the target picks its own token after every one of them, and the longest path on which both
-agree is kept. What the target picks never depends on what was proposed (see `pick`), so a drafter can change
-the speed and nothing else. And a decoder, a model with its drafter, may be the drafter of a larger model.
+agree is kept. What the target picks never depends on what was proposed, so a drafter can change the speed and
+nothing else. And a decoder, a model with its drafter, may be the drafter of a larger model.
 """
 
 from __future__ import annotations
@@ -411,7 +411,6 @@ class Decoder(Level):
         for name, values in (("samplings", every), ("seeds", keys)):
             if len(values) != count:
                 raise BadInput(f"there are {len(values)} {name} for {count} prompts; each needs its own")
-        self.controls.structured = any(each.grammar is not None for each in [ours, *every])
         return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]
 
     def decode(
@@ -425,6 +424,7 @@ class Decoder(Level):
     ) -> Iterator[list[Emission]]:
         """`run`, after its checks. `ends(prompt index, token)`: does a text end with this token?"""
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
+        self.controls.expect([self.setup.sampling, *(request.sampling for request in requests)])
         self.count_into(stats)
         waiting, total, watch = deque(range(len(prompts))), Stopwatch(), Stopwatch()
         rows: list[Row | None] = [None] * self.setup.batch_size
@@ -596,7 +596,7 @@ def generate(
     longest = max(map(len, ids)) + whole_number("max_new_tokens", max_new_tokens, 1)
     max_length = cache_length(model.config, longest)
     asked = [each for each in options.get("samplings") or [] if isinstance(each, Sampling)]
-    usual = max(asked, key=lambda each: each.temperature, default=sampling)
+    usual = max(asked, key=lambda each: (each.grammar is not None, each.temperature), default=sampling)
     sizes = (max_length, batch_size, compile, any(each.changes_logits for each in asked))
     decoder = Decoder(model, drafter, usual, *sizes, logprobs)
     options["stats"] = stats = options.get("stats") or Stats()

@@ -117,18 +117,6 @@ def read_bias(given: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(bias.items()))
 
 
-def pick(logits: Tensor, positions: Tensor, seed: Tensor, sampling: Sampling) -> Tensor:
-    """The token at each of `positions`. logits [B, n, V], positions int64 [B, n], seed int64 [B] -> int64 [B,
-    n]. Only temperature and filters act: there is no text here.
-
-    The Gumbel-max trick with noise keyed by position: a drafter that asks with its own logits gets the same
-    noise, so it agrees as often as its distribution allows (drafter-invariant speculative decoding: Daliri,
-    Musco and Suresh, arXiv 2408.07978).
-    """
-    settings = torch.tensor([sampling.settings], dtype=torch.float64, device=logits.device)
-    return kernels.pick(logits.float(), positions, seed, settings.expand(len(logits), -1))
-
-
 # --------------------------------------------------------------------------------------------------
 # What the requests in the rows of a batch ask for
 # --------------------------------------------------------------------------------------------------
@@ -188,6 +176,10 @@ class Controls:
             mine.counts = self.counts.clone()
         return mine
 
+    def expect(self, samplings: list[Sampling]) -> None:
+        """These requests may come in a run: masks are made where one has a grammar."""
+        self.structured = any(sampling.grammar is not None for sampling in samplings)
+
     def check(self, sampling: Sampling, stops: Iterable[int]) -> None:
         """BadInput for a request that these tensors have no room for, or that has unknown tokens."""
         if sampling.changes_logits and not self.full:
@@ -240,6 +232,10 @@ class Controls:
         self, logits: Tensor, positions: Tensor, state: Any, nodes: Nodes, mask: Tensor | None = None
     ) -> Tensor:
         """The token at each of `positions` int64 [B, n], given logits [B, n, V] -> int64 [B, n].
+
+        The Gumbel-max trick with noise keyed by position: a drafter that asks with its own logits gets the
+        same noise, so it agrees as often as its distribution allows (drafter-invariant speculative decoding:
+        Daliri, Musco and Suresh, arXiv 2408.07978).
 
         `state`: the texts, see `drafts.State`; mask: int32 [B, n, words], see `kernels.penalize`.
         """

@@ -55,6 +55,7 @@ from drafts import tree_geometry  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from packing import PRECISIONS  # noqa: E402
 from rotation import Rotations  # noqa: E402
+from sampling import Sampling  # noqa: E402
 
 DEFAULT_SHAPES = "llama-3-8b,llama-3-70b"
 SIZES = "1,2,4,8,16,32,60"  # n of T(n)
@@ -397,15 +398,11 @@ RULES = {  # three rows of settings of `kernels.pick`, which may differ: tempera
 }
 
 
-def settings_of(temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
-    scale = math.log2(math.e) / temperature if temperature else 0.0
-    return [temperature, scale, top_k, top_p, temperature * math.log(min_p) if min_p else -math.inf]
-
-
 def check_pick(rules: list[tuple], equal_ones: bool, config: ModelConfig, device: str) -> Check:
     """The same tokens as by sorting, on the CPU, of rows cut from wider ones."""
     positions, seeds = positions_and_seeds(device)
-    settings = torch.tensor([settings_of(*row) for row in rules], dtype=torch.float64, device=device)
+    rows = [Sampling(*row[:3], min_p=row[3]).settings for row in rules]
+    settings = torch.tensor(rows, dtype=torch.float64, device=device)
     x = 3 * torch.randn(3, 2, config.vocab_size + 64, device=device)
     x = (x.round() if equal_ones else x)[..., : config.vocab_size]
     given = (x, positions, seeds, settings)

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny random models, and where the shipped and the shared files are."""
 
+import builtins
 import copy
 import json
 import os
@@ -105,6 +106,25 @@ def held_out_prompts(count: int) -> list[list[int]]:
     """The first prompts that ship with the repository, in the tokens of the shipped models."""
     lines = (ROOT / "models" / "held_out.jsonl").read_text().splitlines()[:count]
     return [load_tokenizer(SHIPPED_TARGET).encode(json.loads(line)["prompt"]) for line in lines]
+
+
+def pick(logits, positions, seed, sampling) -> torch.Tensor:
+    """The tokens at `positions` where there is no text: by temperature and filters alone. Shapes as in
+    `kernels.pick`."""
+    settings = torch.tensor([sampling.settings], dtype=torch.float64)
+    return kernels.pick(logits.float(), positions, seed, settings.expand(len(logits), -1))
+
+
+def hide_module(monkeypatch, name: str) -> None:
+    """From here on the module of this name cannot be imported."""
+    true_import = builtins.__import__
+
+    def without(wanted, *rest, **more):
+        if wanted.partition(".")[0] == name:
+            raise ImportError(wanted)
+        return true_import(wanted, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 def texts(model, prompts, drafter=None, sampling=Sampling(), max_new_tokens=40, **options) -> list[list[int]]:

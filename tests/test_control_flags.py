@@ -1,10 +1,9 @@
 """The flags of controls, log-probabilities and structures: what they do, and one line where they cannot."""
 
-import builtins
 import json
 
 import pytest
-from conftest import SHIPPED_TARGET, random_model, save_checkpoint
+from conftest import SHIPPED_TARGET, hide_module, random_model, save_checkpoint
 from test_generate import SELF, SHORT, assert_refused, run, run_json, talk, write_prompts
 
 from text import load_tokenizer
@@ -193,14 +192,7 @@ def test_wrong_structures_get_one_line(capsys, flags, words):
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
-    true_import = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.partition(".")[0] == "llguidance":
-            raise ImportError(name)
-        return true_import(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide_module(monkeypatch, "llguidance")
     assert_refused(capsys, [*SHORT, "--regex", "a"], "pip install llguidance")
     assert run(capsys, *SHORT, "--max_new_tokens", "2")[0] == 0
 

@@ -3,14 +3,13 @@
 Every mask is compared with brute force: a matcher of its own for every node, which has consumed its path.
 """
 
-import builtins
 import json
 import random
 import shutil
 
 import pytest
 import torch
-from conftest import SHIPPED_TARGET
+from conftest import SHIPPED_TARGET, hide_module
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -424,14 +423,7 @@ def test_the_order_of_a_schema_is_the_order_of_the_text(shipped):
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):
-    true_import = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.partition(".")[0] == "llguidance":
-            raise ImportError(name)
-        return true_import(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide_module(monkeypatch, "llguidance")
     assert grammar_text() is None
     with pytest.raises(BadInput, match=r"^[^\n]*pip install llguidance$"):
         grammar_text(regex="a")

@@ -12,6 +12,7 @@ from conftest import (
     collect,
     guessing_head,
     noisy_copy,
+    pick,
     random_model,
     random_prompts,
     texts,
@@ -25,7 +26,7 @@ from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter
 from model import BadInput, KVCache
 from packing import share_weights
-from sampling import Sampling, pick
+from sampling import Sampling
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=7)
 

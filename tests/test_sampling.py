@@ -9,14 +9,14 @@ import math
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import pick, random_model
 
 import kernels
 from gpt_spec import generate
 from kernels import gumbel
 from model import BadInput
 from reference import kept_reference
-from sampling import Sampling, pick
+from sampling import Sampling
 
 ALARM = 1e-6  # probability below which a check is alarmed; the real noise is fixed, so nothing here is flaky
 

@@ -893,6 +893,100 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 }
 
 // ------------------------------------------------------------------------------------------------------------
+// What comes between the projections and attention: RoPE, and keys and values to their slots.
+// ------------------------------------------------------------------------------------------------------------
+
+// Tokens and heads of a tensor [B, n, heads, size], whose numbers lie side by side and whose other strides are any.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t batch, n, heads, size, strides[3];
+
+  Heads(const Tensor& t, T* data) : data(data), batch(t.size(0)), n(t.size(1)), heads(t.size(2)), size(t.size(3)) {
+    TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || size == 1), "[B, n, heads, size] should be dense in the last");
+    for (int i = 0; i < 3; i++) strides[i] = t.stride(i);
+  }
+  T* at(int64_t b, int64_t i, int64_t h) const { return data + b * strides[0] + i * strides[1] + h * strides[2]; }
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// One head: (a, b) -> (a cos - b sin, b cos + a sin), where a and b are its halves.
+template <class T>
+void turn(const T* x, const float* cos, const float* sin, int64_t half, T* out) {
+  float wide[2 * LANES];
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, half - i);
+    for (int64_t j = 0; j < count; j++) {
+      const float a = to_float(x[i + j]), b = to_float(x[half + i + j]), c = cos[i + j], s = sin[i + j];
+      wide[j] = a * c - b * s, wide[LANES + j] = b * c + a * s;
+    }
+    narrow_row(wide, count, out + i);
+    narrow_row(wide + LANES, count, out + half + i);
+  }
+}
+
+template <class T>
+void rope_of(const Tensor& x, const float* cos, const float* sin, Tensor& out) {
+  const Heads<const T> from(x, (const T*)x.const_data_ptr());
+  const Heads<T> to(out, (T*)out.mutable_data_ptr());
+  const int64_t half = from.size / 2;
+  for (int64_t token = 0; token < from.batch * from.n; token++)
+    for (int64_t h = 0; h < from.heads; h++) {
+      const int64_t b = token / from.n, i = token % from.n;
+      turn(from.at(b, i, h), cos + token * half, sin + token * half, half, to.at(b, i, h));
+    }
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos_any, const Tensor& sin_any) {
+  Tensor cos = cos_any.contiguous(), sin = sin_any.contiguous();
+  Tensor out[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  for (const Tensor& t : {q, k})
+    TORCH_CHECK(t.dim() == 4 && t.size(3) % 2 == 0 && cos.numel() == t.size(0) * t.size(1) * t.size(3) / 2 &&
+                    cos.numel() == sin.numel() && cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat,
+                "rope: angles ", cos.sizes(), " do not fit ", t.sizes());
+  for (int i = 0; i < 2; i++) {
+    const Tensor& x = i ? k : q;
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "rope: not float32 or bfloat16");
+    auto body = x.scalar_type() == at::kFloat ? rope_of<float> : rope_of<bf16>;
+    body(x, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), out[i]);
+  }
+  return {out[0], out[1]};
+}
+
+void store_rows(const Tensor& cache, const Tensor& x, const int64_t* slots) {
+  TORCH_CHECK(cache.scalar_type() == x.scalar_type() && cache.dim() == 4 && x.dim() == 4 && cache.stride(3) == 1 &&
+                  cache.stride(2) == cache.size(3) && cache.size(0) == x.size(0) && cache.size(2) == x.size(2) &&
+                  cache.size(3) == x.size(3),
+              "store: ", x.sizes(), " do not fit into a cache ", cache.sizes());
+  const Heads<const char> from(x, (const char*)x.const_data_ptr());
+  const int64_t bytes = x.element_size(), head = from.size * bytes;
+  for (int64_t b = 0; b < from.batch; b++)
+    for (int64_t i = 0; i < from.n; i++) {
+      const int64_t slot = slots[b * from.n + i];
+      TORCH_CHECK(0 <= slot && slot < cache.size(1), "store: slot ", slot, " of ", cache.size(1));
+      char* to = (char*)cache.mutable_data_ptr() + (b * cache.stride(0) + slot * cache.stride(1)) * bytes;
+      for (int64_t h = 0; h < from.heads; h++)
+        std::memcpy(to + h * head, from.data + (from.at(b, i, h) - from.data) * bytes, head);
+    }
+}
+
+void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any) {
+  Tensor slots = slots_any.contiguous();
+  TORCH_CHECK(slots.scalar_type() == at::kLong && k.dim() == 4 && k.sizes() == v.sizes() &&
+                  slots.numel() == k.size(0) * k.size(1),
+              "store: slots int64 [B, n], please");
+  store_rows(keys, k, slots.const_data_ptr<int64_t>());
+  store_rows(values, v, slots.const_data_ptr<int64_t>());
+}
+
+// ------------------------------------------------------------------------------------------------------------
 // Attention over a static cache. A query's keys are taken in the order of their positions, 16 at a time, wherever
 // their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors.
 // ------------------------------------------------------------------------------------------------------------
@@ -1178,5 +1272,7 @@ TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
   m.impl("rotate", rotate);
   m.impl("move", move);
   m.impl("top_k", top_k);
+  m.impl("rope", rope);
+  m.impl("store", store_all);
   m.impl("attention", attention);
 }

@@ -9,6 +9,8 @@
     penalize    logits after a bias, penalties for what was said, and a mask
     logsumexp   what log-probabilities need, the same bits in any order
     top_k       the largest of every row, with a rule for equal ones
+    rope        queries and keys, turned by the angles of their positions
+    store       keys and values, to their slots in a static cache
     attention   n queries of every text over a static cache
     move        what an accepted path left in the caches, to where it belongs
 
@@ -66,7 +68,9 @@ from reference import (  # noqa: E402, F401
     quantize_activations,
     restore_nibbles,
     rms_norm_reference,
+    rope_reference,
     rotate_reference,
+    store_reference,
     swap_nibbles,
     top_k_reference,
     unpack,
@@ -146,7 +150,7 @@ def load_cuda() -> bool:
 def compiled_library() -> Path:
     """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
     torch_directory = Path(torch.__file__).parent
-    sources = [Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp")]
+    sources = [Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp", "tape.cpp")]
     compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"there is no C++ compiler {compiler}; install g++")
@@ -238,6 +242,8 @@ library.define(
 )
 library.define("logsumexp(Tensor logits) -> Tensor")
 library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
+library.define("rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
+library.define("store(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor slots) -> ()")
 library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
 library.define("move(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()")
 library.impl("move", move_reference, "CompositeExplicitAutograd")
@@ -249,6 +255,8 @@ library.impl("gumbel", gumbel_reference, "CompositeExplicitAutograd")
 library.impl("penalize", penalize_reference, "CompositeExplicitAutograd")
 library.impl("logsumexp", logsumexp_reference, "CompositeExplicitAutograd")
 library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
+library.impl("rope", rope_reference, "CompositeExplicitAutograd")
+library.impl("store", store_reference, "CompositeExplicitAutograd")
 library.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 
@@ -291,6 +299,16 @@ def _(seed, positions, size):
 @torch.library.register_fake("gpt_spec::top_k")
 def _(x, k):
     return x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
+
+
+@torch.library.register_fake("gpt_spec::rope")
+def _(q, k, cos, sin):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+
+
+@torch.library.register_fake("gpt_spec::store")
+def _(keys, values, k, v, slots):
+    return None
 
 
 @torch.library.register_fake("gpt_spec::attention")
@@ -418,6 +436,19 @@ def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
     length: int64 [B].
     """
     torch.ops.gpt_spec.move(caches, path, length)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """RoPE in the half-split order of Hugging Face, of queries [B, n, H, D] and keys [B, n, G, D], bf16 or
+    float32. cos, sin: float32 [B, n, 1, D / 2]. Computed in float32; all bodies give the same bits.
+    """
+    body = rope_reference if q.requires_grad else torch.ops.gpt_spec.rope  # which cannot be trained through
+    return body(q, k, cos, sin)
+
+
+def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v [B, n, G, D] to slots int64 [B, n] of keys, values [B, slots, G, D], which lie alike."""
+    torch.ops.gpt_spec.store(keys, values, k, v, slots)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:

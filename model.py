@@ -248,12 +248,6 @@ class LanguageHead(Linear):
     float32_out = True
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split order of Hugging Face. x: [B, n, heads, D]; cos, sin: [B, n, 1, D / 2]."""
-    a, b = x.float().chunk(2, dim=-1)  # [B, n, heads, D / 2] each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, inputs: int | None = None):
         """`inputs`: width of x, where it is not the hidden size."""
@@ -272,7 +266,7 @@ class Attention(nn.Module):
         """x [B, n, inputs] -> rotated queries [B, n, H, D], rotated keys and values [B, n, G, D]."""
         heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))  # [B, n, H + 2 G, D]
         q, k, v = heads.split(self.heads, dim=2)
-        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
+        return *kernels.rope(self.q_norm(q), self.k_norm(k), cos, sin), v
 
 
 class FeedForward(nn.Module):
@@ -451,9 +445,7 @@ class KVCache:
         return kernels.attention(q, self.keys[layer], self.values[layer], ancestors, length)
 
     def write(self, slots: Tensor, layer: int, k: Tensor, v: Tensor) -> None:
-        rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
-        self.keys[layer][rows, slots] = k
-        self.values[layer][rows, slots] = v
+        kernels.store(self.keys[layer], self.values[layer], k, v, slots)
 
     def keep(self, path: Tensor, length: Tensor) -> None:
         """Move an accepted path to where it belongs: slot length + path[d] -> length + d, for all d at once.

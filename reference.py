@@ -231,6 +231,23 @@ def move_reference(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
         cache[rows, goal] = cache[rows, source]  # the right side is gathered before the left is written
 
 
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.rope` in plain PyTorch."""
+
+    def turned(x: Tensor) -> Tensor:  # [B, n, heads, D]
+        a, b = x.float().chunk(2, dim=-1)  # [B, n, heads, D / 2] each
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
+def store_reference(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """`kernels.store` in plain PyTorch."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None]  # [B, 1]
+    keys[rows, slots] = k
+    values[rows, slots] = v
+
+
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
     """Slice what is valid, mask, and let PyTorch's fused attention do the rest. Shapes as in `attention`.
 

@@ -1,8 +1,10 @@
-"""runtime.py: how functions of tensors are run: compiled by `torch.compile`, and on a GPU as CUDA graphs.
+"""runtime.py: how functions of tensors are run: on a GPU compiled by `torch.compile` and launched by CUDA graphs,
+on a CPU from a tape (`tape.py`).
 
 The one idea: the engine is written as plain functions of tensors, and this file decides how they run. A
-function goes in, a function with the same arguments and results comes out. `Runtime` and `Recorded` know no
-models and no methods; `warm_up` asks a level for everything that it may run.
+function goes in, a function with the same arguments and results comes out. Either way it is recorded once for
+each set of shapes, and then called again without Python. `Runtime` and what records know no models and no
+methods; `warm_up` asks a level for everything that it may run.
 
     runtime = Runtime(compile=True, device=torch.device("cuda"))
     fast = runtime.recorded(runtime.compiled(function))
@@ -25,20 +27,24 @@ from torch import Tensor
 
 import kernels
 from costs import Stopwatch, measure_costs
+from tape import Tape, is_recording
 
 
 @dataclass(frozen=True)
 class Runtime:
     """How the parts of a decoder run."""
 
-    compile: bool
+    compile: bool  # if not, every operator is called from Python
     device: torch.device
-    cpp_wrapper: bool = True  # what calls the compiled kernels: C++ is faster, Python compiles faster
 
     def compiled(self, function: Callable) -> Callable:
         """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a
-        method, what `without_owner` makes of it."""
-        if not self.compile:
+        method, what `without_owner` makes of it.
+
+        On a CPU nothing is: all that takes time there is in the operators of kernels.py, and a tape calls these
+        as fast as compiled code does, from the first step on. Compiling thirty layers took a minute and more.
+        """
+        if not self.compile or self.device.type == "cpu":
             return without_owner(function)
         import torch._dynamo.config  # slow to import, and only needed here
 
@@ -48,8 +54,6 @@ class Runtime:
         # Round where the code says so. Otherwise fusion drops some roundings, depending on the number of
         # rows, and the text would depend on it, too.
         options = {"emulate_precision_casts": True}
-        # On the CPU a step is some sixty short calls, and Python between them would be a fifth of its time.
-        options["cpp_wrapper"] = self.cpp_wrapper and self.device.type == "cpu"
         # Look for the graph to run among its own only; before PyTorch 2.13, among those of all decoders.
         can_isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
         isolate = {"isolate_recompiles": True} if can_isolate else {}
@@ -62,10 +66,13 @@ class Runtime:
         return self.compile and self.device.type == "cuda" and kernels.load_cuda()
 
     def recorded(self, function: Callable) -> Callable:
-        """The function as CUDA graphs; itself where nothing is recorded. Of a method, what `without_owner`
-        makes of it."""
+        """The function as CUDA graphs or tapes; itself where nothing is recorded. Of a method, what
+        `without_owner` makes of it."""
         function = without_owner(function)
-        return Recorded(function, self.pool) if self.records else function
+        if self.records:
+            return Recorded(function, self.pool)
+        tapes = self.compile and self.device.type == "cpu" and kernels.load()  # tape.cpp is among the kernels
+        return Taped(function) if tapes else function
 
     @cached_property
     def pool(self) -> tuple[int, int]:
@@ -114,6 +121,28 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+class Taped:
+    """A function of tensors, and of anything else that stays the same, as tapes: the first call with new
+    shapes or arguments records one, and later ones play it. Inputs are not copied."""
+
+    def __init__(self, function: Callable):
+        self.function, self.tapes = function, {}
+
+    def __call__(self, *arguments) -> tuple[Tensor, ...]:
+        if is_recording():
+            return self.function(*arguments)
+        key = key_of(arguments)
+        if key in self.tapes:
+            return self.tapes[key].run(arguments)
+        self.tapes[key], results = Tape.record(self.function, *arguments)
+        return results
+
+
+def key_of(arguments: tuple) -> tuple:
+    """What a recording is for: the shapes of tensors, and the other arguments."""
+    return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+
+
 class Recorded:
     """A function of tensors, and of anything else that stays the same, as CUDA graphs: a step of a small
     model is hundreds of launches, which take the host longer than the GPU.
@@ -130,7 +159,7 @@ class Recorded:
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
-        key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        key = key_of(arguments)
         if key not in self.seen:
             results = self.function(*arguments)
             self.seen.add(key)  # not before: it may have been interrupted

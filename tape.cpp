@@ -1,0 +1,109 @@
+// tape.cpp: operator calls that were recorded once, made again without Python between them. tape.py records them, and
+// kernels.py compiles this file together with kernels.cpp.
+//
+// The one idea: a step of a small model is hundreds of short operators, and Python takes longer to call them than
+// they take to run. What they are called with is known after one step, but for the tensors that earlier calls or the
+// caller supply. So a tape is a list of calls whose arguments have holes.
+
+#include <ATen/ScalarOps.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
+
+namespace {
+
+using at::Tensor;
+using c10::IValue;
+using std::int64_t;
+using Numbers = std::vector<int64_t>;
+
+struct Hole {  // where a tensor belongs: argument, place in it if it is a list, otherwise -1, and number of the tensor
+  int64_t argument, place, tensor;
+};
+
+struct Call {
+  c10::OperatorHandle op;
+  std::vector<IValue> arguments;  // all that the schema has
+  std::vector<Hole> holes;
+  Numbers results, last;  // tensors that it makes (-1: nobody wants it), and those that nobody needs after it
+};
+
+// An argument as its schema wants it. Python gives numbers for tensors of no dimension. It could not tell of which type
+// an empty list is, and says None; a list that has None in it is one of tensors, whose holes these are.
+IValue typed(const IValue& value, const c10::TypePtr& type) {
+  if (type->kind() == c10::TypeKind::TensorType && value.isScalar()) {
+    Tensor number = c10::scalar_to_tensor(value.toScalar());
+    number.unsafeGetTensorImpl()->set_wrapped_number(true);  // which does not decide about the type of a result
+    return number;
+  }
+  if (type->kind() != c10::TypeKind::ListType || !(value.isNone() || value.isList())) return value;
+  c10::impl::GenericList list(type->containedType(0));
+  if (value.isNone()) return list;
+  const bool tensors = type->containedType(0)->kind() == c10::TypeKind::TensorType;
+  for (const IValue& each : value.toListRef()) list.push_back(tensors && each.isNone() ? IValue(Tensor()) : each);
+  return list;
+}
+
+struct Tape : torch::CustomClassHolder {
+  std::vector<Call> calls;
+  std::vector<Tensor> tensors;  // by number: those of the caller, and then those that the calls make
+
+  void add(const std::string& name, const std::string& overload, const std::vector<IValue>& arguments,
+           const Numbers& holes, const Numbers& results, const Numbers& last) {
+    Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str()), {}, {}, results, last};
+    const auto& schema = call.op.schema().arguments();
+    TORCH_CHECK(schema.size() == arguments.size(), "tape: ", name, " has ", schema.size(), " arguments");
+    for (size_t i = 0; i < schema.size(); i++) call.arguments.push_back(typed(arguments[i], schema[i].type()));
+    for (size_t i = 0; i < holes.size(); i += 3) call.holes.push_back({holes[i], holes[i + 1], holes[i + 2]});
+    for (int64_t number : results) tensors.resize(std::max<int64_t>(tensors.size(), number + 1));
+    calls.push_back(std::move(call));
+  }
+
+  std::vector<Tensor> run(const std::vector<Tensor>& inputs, const Numbers& outputs) {
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    tensors.resize(std::max(tensors.size(), inputs.size()));
+    std::copy(inputs.begin(), inputs.end(), tensors.begin());
+    for (const Call& call : calls) run(call);
+    std::vector<Tensor> results;
+    for (int64_t number : outputs) results.push_back(tensors[number]);
+    std::fill(tensors.begin(), tensors.end(), Tensor());
+    return results;
+  }
+
+  void run(const Call& call) {
+    std::vector<IValue> stack = call.arguments;
+    for (const Hole& hole : call.holes) fill(stack[hole.argument], hole, call);
+    call.op.callBoxed(stack);
+    auto number = call.results.begin();
+    auto keep = [&](const Tensor& tensor) {
+      if (*number >= 0) tensors[*number] = tensor;
+      number++;
+    };
+    for (const IValue& result : stack)
+      if (result.isTensor())
+        keep(result.toTensor());
+      else if (result.isTensorList())
+        for (const Tensor& tensor : result.toTensorVector()) keep(tensor);
+    for (int64_t n : call.last) tensors[n] = Tensor();
+  }
+
+  void fill(IValue& argument, const Hole& hole, const Call& call) const {
+    if (hole.place < 0) {
+      argument = tensors[hole.tensor];
+      return;
+    }
+    if (argument.is(call.arguments[hole.argument])) argument = argument.toList().copy();  // the recorded one stays
+    argument.toList().set(hole.place, tensors[hole.tensor]);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gpt_spec, m) {
+  m.class_<Tape>("Tape")
+      .def(torch::init<>())
+      .def("add", &Tape::add)
+      .def("run", [](const c10::intrusive_ptr<Tape>& tape, const std::vector<Tensor>& inputs, const Numbers& outputs) {
+        return tape->run(inputs, outputs);
+      });
+}

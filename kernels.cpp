@@ -21,8 +21,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <omp.h>
 #include <torch/library.h>
+
+#include "team.h"
 
 namespace {
 
@@ -767,15 +768,13 @@ void multiply_block(const Weight& w, const Activations& a, int rows, int64_t row
 
 template <class Format>
 void multiply_all(const Weight& w, const Activations& a, const Result& result) {
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < w.blocks; block++)  // its weights stay in the cache while the rows pass by
+  side_by_side(w.blocks, a.n * w.in * w.out, [&](int64_t block) {  // its weights stay in the cache for all rows
     for (int64_t part = 0; part < a.parts(); part++) {
       int64_t row = a.first_row(part);
       multiply_block<Format>(w, a, a.first_row(part + 1) - row, row, block, result);
     }
+  });
 }
-
-constexpr int64_t SMALL = 1 << 15;  // multiplications or numbers for which waking up threads would take longer
 
 using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
@@ -833,26 +832,22 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   a.n = n, a.width = activation_bits == 16 ? w.in / 2 : w.in / 4;
   a.words.resize(n * a.width), a.sums.resize(n * w.chunks), a.scales.resize(n * w.groups);
   Activations& shared = a;  // the calling thread's, for all threads of the region
-#pragma omp parallel if (n * w.in * w.out > SMALL)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-      const bf16* row = (const bf16*)x.const_data_ptr() + i * x.size(-1);
-      prepare(row, w, i, preparation, activation_bits, shared);
-    }
-    if (w.inputs == 2)
-      multiply_all<Bf16>(w, shared, result);
-    else if (activation_bits == 16 && w.inputs == 4)
-      multiply_all<Int8Times16>(w, shared, result);
-    else if (activation_bits == 16)
-      multiply_all<Int4Times16>(w, shared, result);
-    else if (w.inputs == 4)
-      multiply_all<Int8Times8>(w, shared, result);
-    else if (activation_bits == 8)
-      multiply_all<Int4Times8>(w, shared, result);
-    else
-      multiply_all<Int4Times4>(w, shared, result);
-  }
+  side_by_side(n, n * w.in, [&](int64_t i) {
+    const bf16* row = (const bf16*)x.const_data_ptr() + i * x.size(-1);
+    prepare(row, w, i, preparation, activation_bits, shared);
+  });
+  if (w.inputs == 2)
+    multiply_all<Bf16>(w, shared, result);
+  else if (activation_bits == 16 && w.inputs == 4)
+    multiply_all<Int8Times16>(w, shared, result);
+  else if (activation_bits == 16)
+    multiply_all<Int4Times16>(w, shared, result);
+  else if (w.inputs == 4)
+    multiply_all<Int8Times8>(w, shared, result);
+  else if (activation_bits == 8)
+    multiply_all<Int4Times8>(w, shared, result);
+  else
+    multiply_all<Int4Times4>(w, shared, result);
   return y;
 }
 
@@ -860,28 +855,26 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
   Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "rms_norm: not bfloat16");
   int64_t size = x.size(-1), n = x.numel() / size;
-#pragma omp parallel for schedule(static) if (x.numel() > SMALL)
-  for (int64_t i = 0; i < n; i++) {
+  side_by_side(n, x.numel(), [&](int64_t i) {
     static thread_local std::vector<float> row;
     row.resize(round_up(size, LANES));
     widen_row((const bf16*)x.const_data_ptr() + i * size, size, row.data());
     norm_row(row.data(), size, (const bf16*)weight.const_data_ptr(), eps);
     narrow_row(row.data(), size, (bf16*)y.mutable_data_ptr() + i * size);
-  }
+  });
   return y;
 }
 
 template <class T>
 void rotate_rows(const Tensor& x, Tensor& y, const Rotation& rotation) {
   const int64_t size = x.size(-1), n = x.numel() / size;
-#pragma omp parallel for schedule(static) if (x.numel() > SMALL)
-  for (int64_t i = 0; i < n; i++) {
+  side_by_side(n, x.numel(), [&](int64_t i) {
     static thread_local std::vector<float> row;
     row.resize(round_up(size, LANES));
     widen_row((const T*)x.const_data_ptr() + i * size, size, row.data());
     rotate_row(row.data(), size, rotation);
     narrow_row(row.data(), size, (T*)y.mutable_data_ptr() + i * size);
-  }
+  });
 }
 
 Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride) {
@@ -937,11 +930,11 @@ void rope_of(const Tensor& x, const float* cos, const float* sin, Tensor& out) {
   const Heads<const T> from(x, (const T*)x.const_data_ptr());
   const Heads<T> to(out, (T*)out.mutable_data_ptr());
   const int64_t half = from.size / 2;
-  for (int64_t token = 0; token < from.batch * from.n; token++)
-    for (int64_t h = 0; h < from.heads; h++) {
-      const int64_t b = token / from.n, i = token % from.n;
+  side_by_side(from.batch * from.n, x.numel(), [&](int64_t token) {
+    const int64_t b = token / from.n, i = token % from.n;
+    for (int64_t h = 0; h < from.heads; h++)
       turn(from.at(b, i, h), cos + token * half, sin + token * half, half, to.at(b, i, h));
-    }
+  });
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos_any, const Tensor& sin_any) {
@@ -1155,17 +1148,15 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   const int64_t parts = (n + QUERIES - 1) / QUERIES;
-#pragma omp parallel for schedule(dynamic) collapse(3) if (q.numel() * longest > SMALL)
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t part = 0; part < parts; part++)
-      for (int64_t g = 0; g < kv_heads; g++) {
+  side_by_side(batch * parts * kv_heads, q.numel() * longest, [&](int64_t task) {
+        const int64_t b = task / (parts * kv_heads), part = task / kv_heads % parts, g = task % kv_heads;
         const int64_t first = b * n * row + g * heads * size, begin = part * QUERIES;
         attend(Head<T>{texts[b], (const T*)q.const_data_ptr() + first,
                        (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
                        (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2),
                        (T*)out.mutable_data_ptr() + first, row, keys.stride(1), heads, size, begin,
                        std::min(begin + QUERIES, n)});
-      }
+  });
 }
 
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
@@ -1259,8 +1250,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
   const float* from = x.const_data_ptr<float>();
   float* to = values.mutable_data_ptr<float>();
   int64_t* to_places = places.mutable_data_ptr<int64_t>();
-#pragma omp parallel for if (x.numel() > SMALL)
-  for (int64_t row = 0; row < rows; row++) largest(from + row * n, n, k, to + row * k, to_places + row * k);
+  side_by_side(rows, x.numel(), [&](int64_t row) { largest(from + row * n, n, k, to + row * k, to_places + row * k); });
   return {values, places};
 }
 

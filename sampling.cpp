@@ -20,12 +20,13 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "team.h"
+
 namespace {
 
 using at::Tensor;
 
 constexpr int BLOCK = 64;       // tokens that share a hash
-constexpr int64_t SMALL = 8192; // numbers for which waking up threads takes longer than the work
 constexpr int32_t LEAST = (int32_t)0x807FFFFE;  // less than the key of minus infinity
 
 // ------------------------------------------------------------------------------------------------------------
@@ -277,8 +278,7 @@ struct Rows {
 // Calls f(i) for every row, side by side.
 template <class Function>
 void each_row(int64_t rows, int64_t size, Function f) {
-#pragma omp parallel for schedule(dynamic) if (rows > 1 && rows * size > SMALL)
-  for (int64_t i = 0; i < rows; i++) f(i);
+  side_by_side(rows, rows * size, f);
 }
 
 Tensor pick(const Tensor& logits, const Tensor& positions_any, const Tensor& seed_any, const Tensor& settings_any) {

@@ -1,0 +1,186 @@
+// team.h: the threads that kernels.cpp and sampling.cpp share their work among.
+//
+// The one idea: nobody waits for a thread that has not begun. The caller shares out ranges of the work, and whoever
+// is done with its own takes what is left of the others', piece by piece. So a thread that another process keeps from
+// its core costs nothing but its help. One that is stopped in the middle of a piece does make the caller wait. That
+// tells that the cores are taken, and fewer threads are asked for a while. OpenMP's threads would wait for each other
+// after every operation, spinning: with another busy process a step takes ten times as long.
+//
+// How many threads there are at most is PyTorch's number, which OMP_NUM_THREADS sets. Results must not depend on it:
+// a piece of work is the same whoever does it.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+namespace team {
+
+using std::int64_t, std::uint32_t, std::uint64_t;
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+// A helper that is awake answers in less than a microsecond, one that sleeps in some fifty. So it stays awake for as
+// long as Python takes from one step to the next.
+constexpr microseconds AWAKE(1000);
+constexpr microseconds STALL(150);  // longer than any piece: who makes the caller wait so long has lost its core
+constexpr microseconds SHORTEST(4000), LONGEST(256000);  // how long fewer helpers are asked after a stall
+constexpr int64_t PIECES = 4;  // of each thread's range
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Spins until `ready`, or until the time is over -> is it ready?
+template <class Ready>
+bool spin(microseconds time, Ready ready) {
+  for (int i = 0; i < 64; i++) {
+    if (ready()) return true;
+    pause();
+  }
+  for (const auto end = Clock::now() + time; Clock::now() < end;)
+    for (int i = 0; i < 64; i++) {
+      if (ready()) return true;
+      pause();
+    }
+  return false;
+}
+
+// What is left of the range of a thread. The number of the job is in the same word as the next index: who is late for
+// a job cannot take anything of the one after it.
+struct alignas(64) Range {
+  std::atomic<uint64_t> next{0};  // job, index
+  std::atomic<uint32_t> end{0};
+};
+
+struct alignas(64) Bell {
+  std::atomic<uint32_t> job{0};  // the latest that a helper was asked for
+};
+
+class Team {
+ public:
+  // body(i) for i = 0 .. count - 1, each once, in any order and by any thread.
+  template <class Body>
+  void run(int64_t count, const Body& body) {
+    const int64_t most = std::min<int64_t>(at::get_num_threads(), count) - 1;
+    if (most <= 0 || busy.test_and_set(std::memory_order_acquire)) {  // several threads may call operators
+      for (int64_t i = 0; i < count; i++) body(i);
+      return;
+    }
+    call([](const void* body, uint32_t i) { (*(const Body*)body)(i); }, &body, count, helpers_now(most));
+    busy.clear(std::memory_order_release);
+  }
+
+ private:
+  using Function = void (*)(const void*, uint32_t);
+  static constexpr int MOST = 256;
+
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  Range ranges[MOST];
+  Bell bells[MOST];
+  int hired = 0;  // helpers that exist: 1, 2, ...; number 0 is the caller
+  uint32_t job = 0;
+  // Of the job, for helpers. They may read them late, but then find nothing to take.
+  std::atomic<Function> function{nullptr};
+  std::atomic<const void*> body{nullptr};
+  std::atomic<uint32_t> threads{1}, piece{1};
+  alignas(64) std::atomic<uint32_t> done{0};
+  int64_t allowed = MOST;  // helpers that may be asked for
+  microseconds patience = SHORTEST;
+  Clock::time_point retry{}, calm{};  // when to ask for more of them, and since when nobody has stalled
+
+  // How many helpers to ask for: after a stall half as many, for longer and longer if it happens again.
+  int64_t helpers_now(int64_t most) {
+    most = std::min<int64_t>(most, MOST - 1);
+    if (allowed < most) {
+      const auto now = Clock::now();
+      if (now >= retry) allowed = 2 * allowed + 1, retry = now + patience, calm = now;
+    }
+    return std::min(allowed, most);
+  }
+
+  void stalled(int64_t helpers) {
+    const auto now = Clock::now();
+    patience = now - calm > LONGEST ? SHORTEST : std::min(2 * patience, LONGEST);
+    allowed = helpers / 2, retry = now + patience, calm = now;
+  }
+
+  void call(Function call_function, const void* call_body, uint32_t count, int64_t helpers) {
+    const uint32_t n = helpers + 1;
+    job++;
+    function.store(call_function, std::memory_order_relaxed), body.store(call_body, std::memory_order_relaxed);
+    threads.store(n, std::memory_order_relaxed), done.store(0, std::memory_order_relaxed);
+    piece.store(std::max<uint32_t>(1, count / (n * PIECES)), std::memory_order_relaxed);
+    for (uint32_t t = 0; t < n; t++) {
+      ranges[t].next.store((uint64_t)job << 32 | UINT32_MAX, std::memory_order_relaxed);  // before the new end is there
+      ranges[t].end.store((uint64_t)count * (t + 1) / n, std::memory_order_release);
+      ranges[t].next.store((uint64_t)job << 32 | (uint64_t)count * t / n, std::memory_order_release);
+    }
+    for (; hired < helpers; hired++) std::thread(&Team::help, this, hired + 1).detach();
+    for (int64_t t = 1; t <= helpers; t++) {
+      bells[t].job.store(job, std::memory_order_release);
+      bells[t].job.notify_one();
+    }
+    work(0, job);
+    if (spin(STALL, [&] { return done.load(std::memory_order_acquire) == count; })) return;
+    while (done.load(std::memory_order_acquire) != count) std::this_thread::yield();
+    stalled(helpers);
+  }
+
+  // Thread t takes pieces of a job, of its own range first, until there are none.
+  void work(uint32_t t, uint32_t job) {
+    const uint32_t n = threads.load(std::memory_order_relaxed);
+    for (uint32_t k = 0; k < n; k++) {
+      Range& range = ranges[(t + k) % n];
+      uint64_t next = range.next.load(std::memory_order_acquire);
+      while (next >> 32 == job) {
+        const Function f = function.load(std::memory_order_relaxed);
+        const void* of = body.load(std::memory_order_relaxed);
+        const uint32_t begin = next, limit = range.end.load(std::memory_order_acquire);
+        const uint32_t end = std::min(begin + piece.load(std::memory_order_relaxed), limit);
+        if (begin >= limit) break;
+        // If this succeeds, the job is not done, and what was read above belongs to it.
+        if (!range.next.compare_exchange_weak(next, (uint64_t)job << 32 | end, std::memory_order_acq_rel)) continue;
+        for (uint32_t i = begin; i < end; i++) f(of, i);
+        done.fetch_add(end - begin, std::memory_order_release);
+        next = range.next.load(std::memory_order_acquire);
+      }
+    }
+  }
+
+  void help(uint32_t t) {
+    for (uint32_t seen = 0;;) {
+      auto& bell = bells[t].job;
+      if (!spin(AWAKE, [&] { return bell.load(std::memory_order_acquire) != seen; })) bell.wait(seen);
+      seen = bell.load(std::memory_order_acquire);
+      work(t, seen);
+    }
+  }
+};
+
+inline Team& team() {
+  static Team* all = new Team;  // never deleted: its threads are still there when the process ends
+  return *all;
+}
+
+// body(i) for i = 0 .. count - 1, side by side if that pays: `work` counts multiplications or numbers.
+constexpr int64_t SMALL = 1 << 15;  // for less, sharing the work would take longer
+template <class Body>
+void side_by_side(int64_t count, int64_t work, const Body& body) {
+  if (work > SMALL && count > 1) return team().run(count, body);
+  for (int64_t i = 0; i < count; i++) body(i);
+}
+
+}  // namespace team
+
+using team::side_by_side;

@@ -328,20 +328,10 @@ def linear(
         rows, x_scales = prepare(rows, norm, eps, gated, permutation, activation_bits, groups)
     if residual is not None:
         residual = residual.reshape(-1, out_features).contiguous()
-    y = multiply(
-        rows,
-        weight,
-        scales,
-        zeros,
-        x_scales,
-        bias,
-        residual,
-        out_features,
-        activation_bits,
-        float32_out,
-        plan,
-    )
-    return y.unflatten(0, x.shape[:-1])
+    return multiply(
+        rows, weight, scales, zeros, x_scales, bias, residual, out_features, activation_bits,
+        float32_out, plan,
+    ).unflatten(0, x.shape[:-1])  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,8 +430,7 @@ def prepare(
     cells = triton.next_power_of_2(triton.cdiv(min(size, 8192), cell))  # in flight at a time
     prepare_kernel[(n,)](
         x, norm, permutation, y, scales, x.shape[1], size, eps,
-        GATED=gated, BITS=bits, GROUP=group, CELL=cell, CELLS=cells, num_warps=8,
-        enable_fp_fusion=False,  # products are rounded before they are rounded to integers
+        GATED=gated, BITS=bits, GROUP=group, CELL=cell, CELLS=cells, num_warps=8, **sampling_cuda.EXACT,
     )  # fmt: skip
     return y, scales
 
@@ -673,6 +662,74 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
 # The others
 # --------------------------------------------------------------------------------------------------
 
+HEADS_AT_ONCE = tl.constexpr(8)  # of a token, that a program takes
+
+
+@triton.jit
+def turn_heads(x, y, line, h, d, c, s, heads, stride_h, HALF: tl.constexpr):
+    """Heads h [HEADS_AT_ONCE, 1] of the token at x, to a dense y. c, s: [1, ROOM] of the token's angles."""
+    valid, place = (h < heads) & (d < HALF), y + (line * heads + h) * (2 * HALF) + d
+    a = tl.load(x + h * stride_h + d, mask=valid, other=0).to(tl.float32)
+    b = tl.load(x + h * stride_h + d + HALF, mask=valid, other=0).to(tl.float32)
+    tl.store(place, (a * c - b * s).to(y.dtype.element_ty), mask=valid)
+    tl.store(place + HALF, (b * c + a * s).to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["n"])
+def rope_kernel(
+    q, k, cos, sin, new_q, new_k, n, heads, groups, q_b, q_n, q_h, k_b, k_n, k_h,
+    HALF: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Grid: tokens, blocks of heads: those of queries, then those of keys."""
+    line, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(heads, HEADS_AT_ONCE)
+    b, i, d = line // n, line % n, tl.arange(0, ROOM)[None, :]
+    h = block * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)[:, None]
+    c = tl.load(cos + line * HALF + d, mask=d < HALF, other=0)
+    s = tl.load(sin + line * HALF + d, mask=d < HALF, other=0)
+    if block < blocks:
+        turn_heads(q + b * q_b + i * q_n, new_q, line, h, d, c, s, heads, q_h, HALF)
+    else:
+        turn_heads(k + b * k_b + i * k_n, new_k, line, h - blocks * HEADS_AT_ONCE, d, c, s, groups, k_h, HALF)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `kernels.rope`: the same bits."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    (batch, n, heads, size), groups = q.shape, k.shape[2]
+    new_q, new_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    blocks, half = (triton.cdiv(count, HEADS_AT_ONCE.value) for count in (heads, groups)), size // 2
+    rope_kernel[(batch * n, sum(blocks))](
+        q, k, cos.contiguous(), sin.contiguous(), new_q, new_k, n, heads, groups, *q.stride()[:3],
+        *k.stride()[:3], HALF=half, ROOM=max(triton.next_power_of_2(half), 16), **sampling_cuda.EXACT,
+    )  # fmt: skip
+    return new_q, new_k
+
+
+@triton.jit(do_not_specialize=["n"])
+def store_kernel(
+    k, v, keys, values, slots, n, groups, k_b, k_n, k_h, v_b, v_n, v_h, to_b, to_slot, to_h,
+    D: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Grid: tokens, blocks of heads, keys or values."""
+    line, d = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM)[None, :]
+    h = tl.program_id(1) * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)[:, None]
+    b, i, valid = line // n, line % n, (h < groups) & (d < D)
+    to = b * to_b + tl.load(slots + line) * to_slot + h * to_h + d
+    if tl.program_id(2) == 0:
+        tl.store(keys + to, tl.load(k + b * k_b + i * k_n + h * k_h + d, mask=valid), mask=valid)
+    else:
+        tl.store(values + to, tl.load(v + b * v_b + i * v_n + h * v_h + d, mask=valid), mask=valid)
+
+
+def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """See `kernels.store`."""
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, n, groups, size = k.shape
+    store_kernel[(batch * n, triton.cdiv(groups, HEADS_AT_ONCE.value), 2)](
+        k, v, keys, values, slots.contiguous(), n, groups, *k.stride()[:3], *v.stride()[:3],
+        *keys.stride()[:3], D=size, ROOM=max(triton.next_power_of_2(size), 16),
+    )  # fmt: skip
+
 
 @triton.jit
 def sortable(x, place):
@@ -753,7 +810,7 @@ def move(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
     move_kernel[grid](addresses, a, path, length, path.shape[1], a.shape[1], size, BLOCK=block)
 
 
-OPERATIONS = (linear, rms_norm, rotate, top_k, attention, move)
+OPERATIONS = (linear, rms_norm, rotate, rope, store, attention, top_k, move)
 
 
 def register(library: torch.library.Library) -> None:

@@ -444,6 +444,36 @@ def check_move(config: ModelConfig, device: str) -> Check:
     return Check("move", worst, 0.0, all(map(torch.equal, caches, expected)))
 
 
+def between_linears(config: ModelConfig, device: str) -> tuple[Tensor, ...]:
+    """Queries, keys and values of three texts, parts of one result, and their angles: cosines and sines."""
+    counts, size = (config.num_heads, config.num_kv_heads, config.num_kv_heads), config.head_dim
+    parts = torch.randn(3, CHECKED, sum(counts), size, device=device).bfloat16().split(counts, dim=2)
+    angles = 1e4 * torch.rand(3, CHECKED, 1, size // 2, device=device)
+    return (*parts, angles.cos(), angles.sin())
+
+
+def check_rope(config: ModelConfig, device: str) -> Check:
+    """The same bits as on the CPU."""
+    q, k, _, *angles = between_linears(config, device)
+    given = (q, k, *angles)
+    ours, exact = kernels.rope(*given), kernels.rope_reference(*(t.cpu() for t in given))
+    alone = kernels.rope(*(t[1:2, 5:6] for t in given))
+    equal = all(torch.equal(one, all_of_them[1:2, 5:6]) for one, all_of_them in zip(alone, ours))
+    equal &= all(torch.equal(mine.cpu(), its) for mine, its in zip(ours, exact))
+    return Check("rope", max(difference(a.cpu(), b) for a, b in zip(ours, exact)), 0.0, equal)
+
+
+def check_store(config: ModelConfig, device: str) -> Check:
+    """Into caches of three texts, then into a view of one row. Slots that nothing is stored to count, too."""
+    _, k, v, *_ = between_linears(config, device)
+    caches = torch.randn(2, 3, 200, *k.shape[2:], device=device).bfloat16()
+    expected, slots = caches.clone(), torch.rand(2, 3, 200, device=device).argsort(dim=-1)[..., :CHECKED]
+    for into, body in ((caches, kernels.store), (expected, kernels.store_reference)):
+        body(*into, k, v, slots[0])
+        body(*into[:, 1:2], v[1:2], k[1:2], slots[1, 1:2])
+    return Check("store", difference(caches, expected), 0.0, torch.equal(caches, expected))
+
+
 def small_checks(config: ModelConfig, device: str) -> Checks:
     """Everything but linears."""
     c, rotations = config, Rotations.of(config)
@@ -462,7 +492,8 @@ def small_checks(config: ModelConfig, device: str) -> Checks:
     for name, rules in RULES.items():
         for note, equal_ones in (("", False), (", equal logits", True)):
             yield f"pick {name}{note}", partial(check_pick, rules, equal_ones, c, device)
-    others = {"gumbel": check_gumbel, "logsumexp": check_logsumexp, "top_k": check_top_k, "move": check_move}
+    others = {"gumbel": check_gumbel, "logsumexp": check_logsumexp, "top_k": check_top_k}
+    others |= {"rope": check_rope, "store": check_store, "move": check_move}
     yield from ((name, partial(check, c, device)) for name, check in others.items())
 
 

@@ -129,6 +129,7 @@ def others() -> None:
     kernels_cuda.prepare(bf16(8, 28672), None, gated=True, bits=8)
     kernels_cuda.rotate(x.float(), torch.ones(1, 1), 4096, 1)
     kernels_cuda.rotate(torch.zeros(8, 14336), torch.ones(28, 28), 512, 1)
+    between()
     length, n = torch.full((2,), 100), 8
     for heads, groups, dtype in ((32, 8, torch.bfloat16), (64, 8, torch.bfloat16), (32, 32, torch.float32)):
         q, cache = torch.zeros(2, n, heads, 128, dtype=dtype), torch.zeros(2, 512, groups, 128, dtype=dtype)
@@ -136,6 +137,16 @@ def others() -> None:
     kernels_cuda.move([cache, cache.clone()], torch.zeros(2, 4, dtype=torch.int64), length)
     kernels_cuda.top_k(torch.zeros(2, n, 128256), 10)
     kernels_cuda.top_k(torch.zeros(2, 200), 59)
+
+
+def between() -> None:
+    """Rotation and storing, of heads that fill a program and of others."""
+    for groups, size, dtype in ((8, 128, torch.bfloat16), (8, 128, torch.float32), (1, 80, torch.bfloat16)):
+        heads = (4 * groups, groups, groups)
+        q, k, v = torch.zeros(2, 8, sum(heads), size, dtype=dtype).split(heads, dim=2)
+        cos, cache = torch.zeros(2, 8, 1, size // 2), torch.zeros(2, 512, groups, size, dtype=dtype)
+        kernels_cuda.rope(q, k, cos, cos)
+        kernels_cuda.store(cache, cache.clone(), k.contiguous(), v, torch.zeros(2, 8, dtype=torch.int64))
 
 
 def picking() -> None:

@@ -203,6 +203,82 @@ def test_rotate(k, power, stride, blocks, dtype):
     assert ours.dtype == dtype and close(ours, reference, 1e-6 if dtype == torch.float32 else 5e-3)
 
 
+def projected(batch: int, n: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> tuple:
+    """Queries, keys and values as parts of one result, and the cosines and sines of angles."""
+    counts = (heads, groups, groups)
+    parts = randn(batch, n, sum(counts), size, dtype=dtype).split(counts, dim=2)
+    angles = 1e4 * torch.rand(batch, n, 1, size // 2).to(DEVICE)
+    return (*parts, angles.cos(), angles.sin())
+
+
+def slots_to_fill(batch: int, n: int, slots: int) -> torch.Tensor:
+    """Different ones of every text, int64 [batch, n], which do not lie dense."""
+    return torch.rand(batch, slots).argsort(dim=1)[:, : 2 * n : 2].to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize(("batch", "n", "heads", "groups"), [(1, 1, 8, 1), (3, 5, 12, 3), (1, 70, 20, 10)])
+def test_rope_is_the_same_bits(batch, n, heads, groups, size, dtype):
+    q, k, _, cos, sin = projected(batch, n, heads, groups, size, dtype)
+    for keys in (k, k.contiguous(), k.transpose(2, 3).contiguous().transpose(2, 3)):
+        given = (q, keys, cos, sin)
+        for ours, reference in zip(kernels_cuda.rope(*given), kernels.rope_reference(*given)):
+            assert ours.dtype == dtype and ours.is_contiguous() and torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2), slice(0, 5, 2)])
+@pytest.mark.parametrize(("n", "groups"), [(1, 8), (6, 10)])
+def test_store(n, groups, rows, size, dtype):
+    """All rows of caches, one of them, or every other one. Nothing else is written."""
+    caches = randn(2, rows.stop, 40, groups, size, dtype=dtype)
+    expected, (keys, values) = caches.clone(), caches[:, rows]
+    _, k, v, cos, sin = projected(len(keys), n, groups, groups, size, dtype)
+    given = (kernels.rope_reference(k, k, cos, sin)[1], v, slots_to_fill(len(keys), n, 40))
+    kernels_cuda.store(keys, values, *given)
+    kernels.store_reference(*expected[:, rows], *given)
+    assert torch.equal(caches, expected) and torch.equal(keys[0, given[2][0]], given[0][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (3, 60), (1, 2000)])
+def test_a_graph_of_rope_and_store_takes_other_tokens(batch, n):
+    """The operators, for which the bodies are registered: they ask the host nothing."""
+    assert kernels.load_cuda() or kernels.PATH == "reference"
+    static = [*projected(batch, n, 32, 8, 128, torch.bfloat16), slots_to_fill(batch, n, 2 * n)]
+    caches = torch.zeros(2, batch, 2 * n, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+
+    def step() -> torch.Tensor:
+        q, k, v, cos, sin, slots = static
+        q, k = kernels.rope(q, k, cos, sin)
+        kernels.store(*caches, k, v, slots)
+        return q
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = step()
+    for _ in range(2):
+        fresh = [*projected(batch, n, 32, 8, 128, torch.bfloat16), slots_to_fill(batch, n, 2 * n)]
+        for old, new in zip(static, fresh):
+            old.copy_(new)
+        expected, (q, k, v, cos, sin, slots) = caches.clone(), fresh
+        graph.replay()
+        q, k = kernels.rope_reference(q, k, cos, sin)
+        kernels.store_reference(*expected, k, v, slots)
+        assert torch.equal(ours, q) and torch.equal(caches, expected)
+
+
+def test_all_operators_but_one_have_a_body_here():
+    schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
+    defined = {name[10:] for name in schemas if name.startswith("gpt_spec::")}
+    bodies = {body.__name__ for body in (*kernels_cuda.OPERATIONS, *sampling_cuda.OPERATIONS)}
+    assert bodies < defined and defined - bodies == {"penalize"}
+
+
 RULES = [  # temperature, top_k, top_p, min_p
     *((0.0, 5, 0.5, 0.1), (1.0, 0, 1.0, 0.0), (2.0, 5, 1.0, 0.0), (2.5, 0, 0.3, 0.0), (1.0, 0, 1.0, 0.05)),
     *((2.0, 40, 0.9, 0.02), (0.0, 0, 1.0, 0.0), (1e-6, 7, 0.9, 0.1), (30.0, 0, 1.0, 0.0)),
@@ -416,7 +492,8 @@ def test_a_whole_model(monkeypatch):
 
     monkeypatch.setattr(kernels, "linear", multiply)
     monkeypatch.setattr(kernels, "rms_norm", kernels_cuda.rms_norm)
-    monkeypatch.setattr(kernels, "attention", kernels_cuda.attention)
+    for name in ("rope", "store", "attention"):
+        monkeypatch.setattr(kernels, name, getattr(kernels_cuda, name))
     cache = KVCache.allocate(model.config, 2, 64, model.norm.weight)
     start = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     features, _ = extend(model, cache, tokens, start)
@@ -441,15 +518,15 @@ def test_linear_kernels_keep_everything_in_registers(compiled, capability):
     linears = [report for report in compiled[capability] if report["kernel"] == "linear_kernel"]
     assert len(linears) > 15 and all(report["spilled"] == 0 for report in linears)
     others = {report["kernel"] for report in compiled[capability]}
-    names = ["prepare", "walsh_hadamard", "small_matrix", "attention", "combine", "top_k", "move"]
-    names += ["tops", "pick", "gumbel", "logsumexp"]
+    names = ["prepare", "walsh_hadamard", "small_matrix", "rope", "store", "attention", "combine", "top_k"]
+    names += ["move", "tops", "pick", "gumbel", "logsumexp"]
     assert others == {"linear_kernel", *(f"{name}_kernel" for name in names)}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_picking_is_compiled_to_operations_of_ieee(compiled, capability):
+def test_what_is_the_same_bits_is_compiled_to_operations_of_ieee(compiled, capability):
     """Products and sums are rounded one by one, small numbers are kept, divisions are exact."""
-    names = {f"{name}_kernel" for name in ("tops", "pick", "gumbel", "logsumexp")}
+    names = {f"{name}_kernel" for name in ("rope", "store", "tops", "pick", "gumbel", "logsumexp")}
     inexact = [(report["kernel"], report["inexact"]) for report in compiled[capability]]
     assert {name for name, _ in inexact} > names
     assert [report for report in inexact if report[0] in names and report[1]] == []

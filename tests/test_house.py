@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
-    **{"reference.py": 420, "kernels.py": 440, "kernels_cuda.py": 800, "kernels.cpp": 1300},
+    **{"reference.py": 420, "kernels.py": 440, "kernels_cuda.py": 820, "kernels.cpp": 1300},
     **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 400},
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
     **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 560},

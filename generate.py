@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
     )
-    head = "of the target's lm_head, where --precision quantizes 16-bit weights; 4 is for w4 (default: 8)"
+    head = "of the target's lm_head, where --precision quantizes 16-bit weights; 4 only with w4 (default: 8)"
     p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help=head)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file, @@ is the text @")

@@ -81,9 +81,8 @@ from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
     **{"cost": report_cost, "methods": report_methods, "auto": report_auto, "synthetic": report_synthetic},
-    **{"quality": report_quality, "noise": report_noise, "exact": report_exact},
-    **{"tree": report_tree, "hierarchical": report_hierarchical, "qspec": report_qspec},
-    **{"qspec_shape": report_qspec_shape},
+    **{"quality": report_quality, "noise": report_noise, "exact": report_exact, "tree": report_tree},
+    **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
     **{"sampling": report_sampling},
@@ -112,6 +111,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_auto.json": "auto",
     "cpu_synthetic.json": "synthetic",
     "cpu_quality.json": "quality",
+    "cpu_lm_head.json": "quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
     "cpu_tree.json": "tree --prompts 14",
     "cpu_hierarchical.json": "hierarchical --prompts 14",
     "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",
@@ -158,18 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
     only = p.add_mutually_exclusive_group()
     only.add_argument("--uncompiled", action="store_true", help="exact: only what is not; others: all")
     only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
-    p.add_argument(
-        "--prompts", type=int, help="prompts to use (default: 20; auto 24, sampling 8, synthetic 4)"
-    )
+    p.add_argument("--prompts", type=int, help="so many (default: 20; auto 24, sampling 8, synthetic 4)")
     p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, sampling 100, synthetic 64)")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
     p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help="depth of all trees")
     p.add_argument("--tree_topk", type=int, default=TREE_TOPK, help="nodes of a beam")
-    p.add_argument(
-        "--tree_size", type=int, help="nodes of trees in a hierarchy (default: auto; synthetic 16)"
-    )
+    p.add_argument("--tree_size", type=int, help="nodes of trees in a hierarchy (auto; synthetic 16)")
     p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto, sampling: rows (auto 1,8; sampling 1,4)")
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
@@ -186,9 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     directory = "a Hugging Face directory or hub repository id"
-    p.add_argument(
-        "--checkpoint_path", help=f"cost, methods, auto, quality, sampling: the target: {directory}"
-    )
+    p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality, sampling: target, {directory}")
+    bits = "of quantized targets: cost, methods, auto, synthetic, exact, decode; quality (with commas)"
+    p.add_argument("--lm_head_bits", metavar="4|8|16", help=bits)
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
@@ -204,14 +200,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, value in (DEFAULTS[""] | DEFAULTS.get(args.report, {}) | of_shape).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    for flag, possible in (("precisions", ALL_PRECISIONS), ("shapes", SHAPES)):
-        unknown = set(split(getattr(args, flag))) - set(possible)
+    lists = {"precisions": ALL_PRECISIONS, "shapes": SHAPES, "lm_head_bits": ("4", "8", "16")}
+    for flag, possible in lists.items():
+        given = getattr(args, flag)
+        unknown = set(split(given)) - set(possible) if given is not None else ()
         if unknown:
             raise BadInput(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
     for flag in ("batch_sizes", "sizes"):
         text = getattr(args, flag)
         if not all(size.isdecimal() and 0 < int(size) <= 256 for size in split(text)):
             raise BadInput(f"--{flag}: {text} is no list of numbers up to 256 like 1,8")
+    if args.report != "quality" and "," in (args.lm_head_bits or ""):
+        raise BadInput(f"--lm_head_bits: {args.report} takes one number, not {args.lm_head_bits}")
     if "1" not in split(args.sizes):
         raise BadInput(f"--sizes: {args.sizes} has no 1, with which the others are compared")
     for flag, least in (("prompts", 1), ("max_new_tokens", 2), ("repeats", 1), ("tokens", 1)):

@@ -324,14 +324,27 @@ def check_precision(precision: str, checkpoint: Checkpoint, flag: str) -> None:
         )
 
 
+def check_lm_head_bits(bits: int | None, checkpoint: Checkpoint, precision: str) -> None:
+    """Raise BadInput for bits that lm_head cannot have. They are a choice where 16-bit weights are quantized
+    while they load; elsewhere only those that are there will do."""
+    q = checkpoint.quantization
+    own = q.bits_of("lm_head") if q is not None else {"fp32": 32, "bf16": 16}.get(precision)
+    if None not in (bits, own) and bits != own:
+        raise BadInput(
+            f"--lm_head_bits {bits} is for 16-bit weights that --precision quantizes; in {precision}, the "
+            f"lm_head of {checkpoint.directory} has {own} bits"
+        )
+
+
 def load_model(
     path: str | Path,
     precision: str | None = None,
     device: str = "cpu",
     flag: str = "--checkpoint_path",
+    lm_head_bits: int | None = None,
 ) -> Transformer:
     """Load a Hugging Face directory or hub repository. `precision` is fp32, bf16 or a name of
-    `packing.PRECISIONS`; None is the file's own.
+    `packing.PRECISIONS`; None is the file's own. `lm_head_bits`: see `default_quantization`.
 
     Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
     the precision asks for it, those that another tool has quantized are brought into our format. Raises
@@ -340,11 +353,12 @@ def load_model(
     checkpoint = open_checkpoint(find_checkpoint(str(path), flag))
     precision = precision or checkpoint.precision
     check_precision(precision, checkpoint, flag)
+    check_lm_head_bits(lm_head_bits, checkpoint, precision)
     model, q = checkpoint.model, None
     if checkpoint.quantization is None:
         model = model.to(DTYPES.get(precision, torch.bfloat16))
         if precision in PRECISIONS:
-            q = default_quantization(model, precision)
+            q = default_quantization(model, precision, lm_head_bits)
             reshape(model, q)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     if model.config.tied_embeddings and model.lm_head.scales is None:

@@ -136,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--precision", choices=ALL_PRECISIONS, help="of weights and activations (default: the file's own)"
     )
+    head = "of the target's lm_head, where --precision quantizes 16-bit weights; 4 only with w4 (default: 8)"
+    p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help=head)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="a text; - reads standard input, @FILE a file, @@ is the text @")
     source.add_argument("--prompt_ids", help="token ids, 1,2,3, used as they are")
@@ -256,7 +258,7 @@ class Target:
 def load_target(args: argparse.Namespace) -> Target:
     """The target of the flags, or the shipped one."""
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
-    model = load_model(directory, args.precision, args.device)
+    model = load_model(directory, args.precision, args.device, lm_head_bits=args.lm_head_bits)
     precision = precision_of(model)
     tokenizer = load_tokenizer(directory, model.config.max_context)
     stops = [] if args.ignore_eos else stop_ids(directory, tokenizer)

@@ -62,7 +62,7 @@ class Quantization:
     """The format of a checkpoint's weights; the metadata of its files, as JSON."""
 
     bits: int  # 8 or 4, of every linear of the layers but those below
-    group: int = -1  # inputs that share a scale; -1: all of a row, as for lm_head where its bits differ
+    group: int = -1  # inputs that share a scale; -1: all of a row, as for an lm_head of other bits
     symmetric: bool = True
     lm_head_bits: int = 16  # or 8, or 4
     modules_16_bit: tuple[str, ...] = ()  # Hugging Face module paths
@@ -119,11 +119,19 @@ def best_group(inputs: list[int]) -> int:
     return next((g for g in GROUP_SIZES if all(n % g == 0 for n in inputs)), -1)
 
 
-def default_quantization(model: CheckpointModule, precision: str) -> Quantization:
-    """What `--precision` means for a 16-bit checkpoint: symmetric, groups of 128, lm_head in 8 bits."""
+def default_quantization(
+    model: CheckpointModule, precision: str, lm_head_bits: int | None = None
+) -> Quantization:
+    """What `--precision` means for a 16-bit checkpoint: symmetric, groups of 128, lm_head in 8 bits.
+
+    Raises BadInput for a 4-bit lm_head of an 8-bit model. A file has one size of groups, and 8-bit weights
+    have a scale a row, which is too few for 4 bits.
+    """
     bits, _ = PRECISIONS[precision]
+    if lm_head_bits == 4 and bits == 8:
+        raise BadInput(f"--lm_head_bits 4 is for 4-bit weights, not for {precision}; use 8 or 16")
     inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.float32_out]
-    return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=8)
+    return Quantization(bits, best_group(inputs) if bits == 4 else -1, lm_head_bits=lm_head_bits or 8)
 
 
 def reshape(model: CheckpointModule, q: Quantization, permuted: frozenset[str] = frozenset()) -> None:
@@ -151,12 +159,16 @@ def reshape(model: CheckpointModule, q: Quantization, permuted: frozenset[str] =
 
 
 def set_precision(model: CheckpointModule, precision: str) -> None:
-    """Choose the activations of a quantized model. 8-bit weights, like lm_head, never meet 4-bit ones."""
+    """Choose the activations of a quantized model. 8-bit weights never meet 4-bit ones, nor does lm_head.
+
+    Nothing comes after lm_head that could make good what rounding does to its inputs, and the order of close
+    logits is the text. It is one matrix of many, so 8 bits there cost little.
+    """
     _, activation_bits = PRECISIONS[precision]
     for linear in model.modules():
         if isinstance(linear, Linear) and linear.scales is not None:
-            eight = linear.weight.dtype == torch.int8 and activation_bits == 4
-            linear.activation_bits = 8 if eight else activation_bits
+            eight = linear.weight.dtype == torch.int8 or linear.float32_out
+            linear.activation_bits = max(activation_bits, 8) if eight else activation_bits
 
 
 def precision_of(model: Transformer) -> str:

@@ -29,7 +29,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ import gpt_spec
 import kernels
 from checkpoints import MODELS, Checkpoint, find_checkpoint, load_model, open_checkpoint
 from cli import OneLineParser, load_kernels, read_line
-from model import BadInput, Linear, ModelConfig, Transformer, causal_attention, rope_frequencies
+from model import BadInput, LanguageHead, Linear, ModelConfig, Transformer, causal_attention, rope_frequencies
 from packing import (
     FLOAT_TYPES,
     GROUP_SIZES,
@@ -139,7 +139,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 def gptq(
     config: ModelConfig, tensors: dict[str, Stored], q: Quantization, calibration: Tensor
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(module, its tensors in a file) of every 4-bit linear of the layers.
+    """(module, its tensors in a file) of every 4-bit linear.
 
     calibration: tokens int64 [texts, n]. Each layer is read, and its linears are quantized one after another.
     Their inputs are what the quantized linears before them compute on the texts. Then the layer is dropped.
@@ -169,6 +169,23 @@ def gptq(
                 yield from gptq_linear(linear, parts, run.hessian(linear), q)
         states = run.forward()
         layer.to("meta")
+    if q.bits_of("lm_head") == 4:
+        yield from gptq_lm_head(model, tensors, states, q)
+
+
+def gptq_lm_head(
+    model: Transformer, tensors: dict[str, Stored], states: Tensor, q: Quantization
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The same for lm_head, which may be tied; `states` [texts, n, hidden] leave the last layer."""
+    name = "model.embed_tokens.weight" if model.config.tied_embeddings else "lm_head.weight"
+    head = LanguageHead(model.config.hidden_size, model.config.vocab_size).requires_grad_(False)
+    head.weight = nn.Parameter(tensors[name].read().float(), requires_grad=False)
+    norm = tensors["model.norm.weight"].read().float()
+    total = torch.zeros(head.in_features, head.in_features)
+    for some in model.unrotated(states).flatten(0, 1).split(GPTQ_TOKENS):
+        x = kernels.rms_norm(some, norm, model.config.norm_eps)  # [tokens, hidden]
+        total.addmm_(x.T, x)
+    yield from gptq_linear(head, {"lm_head": head.out_features}, total / states[..., 0].numel(), q)
 
 
 def gptq_linear(
@@ -336,9 +353,10 @@ def quantize_checkpoint(
         for module, quantized in gptq(model.config, tensors, q, calibration):
             done.add(f"{module}.weight")
             yield quantized
+    rest = replace(q, lm_head_bits=16) if "lm_head.weight" in done else q  # a tied one, not twice
     for name, stored in tensors.items():
         if name not in done:
-            converted = convert(name, stored.read(), q, linears, tied, quantizer == "hqq")
+            converted = convert(name, stored.read(), rest, linears, tied, quantizer == "hqq")
             if name in converted:  # rotated or not, what is not quantized is stored as it was
                 converted[name] = converted[name].to(FLOAT_TYPES.get(source[name].kind))
             yield converted
@@ -458,7 +476,7 @@ def build_parser() -> argparse.ArgumentParser:
                    "generate.py; default: what the model, all of it in memory, writes itself")  # fmt: skip
     p.add_argument("--calibration_tokens", type=int, metavar="N", help="for gptq; default: 32768")
     p.add_argument("--rotate", action="store_true", help="spread large activations over all (QuaRot)")
-    p.add_argument("--lm_head_bits", type=int, choices=[8, 16], help="default: 8")
+    p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help="default: 8; 4: like other modules")
     p.add_argument("--keep_16_bit", metavar="REGEX", help="modules that are not quantized")
     p.add_argument("--output", help="the directory to write; it must not exist yet")
     about = f"perplexity before and after on held-out Python modules ({PERPLEXITY_TOKENS})"
@@ -499,7 +517,7 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
         raise BadInput(
             "--group_size, --asymmetric and --quantizer are for 4-bit weights; 8-bit ones have a scale a row"
         )
-    default = default_quantization(model, args.precision)
+    default = default_quantization(model, args.precision, args.lm_head_bits)
     group = default.group if args.group_size is None else args.group_size
     inputs = [m.in_features for m in model.modules() if isinstance(m, Linear) and not m.float32_out]
     if group != -1 and any(n % group for n in inputs):
@@ -510,7 +528,7 @@ def choose_quantization(args: argparse.Namespace, model: Transformer) -> Quantiz
     kept = kept_modules(args.keep_16_bit, sorted(linear_names(model))) if args.keep_16_bit else ()
     symmetric = not args.asymmetric and args.quantizer != "hqq"
     rotation = "hadamard" if args.rotate else None
-    q = Quantization(bits, group, symmetric, args.lm_head_bits or 8, kept, rotation)
+    q = Quantization(bits, group, symmetric, default.lm_head_bits, kept, rotation)
     with torch.device("meta"):
         reshape(Transformer(model.config), q)
     return q

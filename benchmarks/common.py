@@ -43,6 +43,7 @@ from eagle import EagleHead
 from generate import Target, load_draft_model, load_target
 from gpt_spec import Decoder, Request, cache_length
 from model import BadInput, Transformer
+from packing import PRECISIONS
 from sampling import Sampling
 from text import load_tokenizer, read_json
 
@@ -151,13 +152,19 @@ def chosen_paths(args: argparse.Namespace) -> Paths:
     return paths
 
 
-def load_parts(precision: str, paths: Paths, device: str = "cpu") -> Parts:
+def load_parts(precision: str, paths: Paths, device: str = "cpu", lm_head_bits: int | None = None) -> Parts:
+    """`lm_head_bits`: of the target; None for the default."""
     flags = {"precision": precision, "draft_precision": None, "device": device, "ignore_eos": False}
-    args = argparse.Namespace(checkpoint_path=paths.target, **flags)
+    args = argparse.Namespace(checkpoint_path=paths.target, lm_head_bits=lm_head_bits, **flags)
     target = load_target(args)
     small = load_draft_model(str(paths.small), args, target) if paths.small else None
     heads = (partial(load_head, path) if path else None for path in (paths.head, paths.small_head))
     return Parts(target, small, *heads)
+
+
+def head_bits(args: argparse.Namespace, precision: str) -> int | None:
+    """--lm_head_bits, where a precision has that choice."""
+    return int(args.lm_head_bits) if args.lm_head_bits and precision in PRECISIONS else None
 
 
 def shipped(precision: str) -> tuple[Transformer, Transformer]:

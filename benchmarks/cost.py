@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Parts, chosen_paths, compiles, freeze, in_each_precision, load_parts, numbers
+from benchmarks.common import (
+    Parts,
+    chosen_paths,
+    compiles,
+    freeze,
+    head_bits,
+    in_each_precision,
+    load_parts,
+    numbers,
+)
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
 from drafts import Draft, Drafter
@@ -39,10 +48,11 @@ def report_cost(args: argparse.Namespace) -> dict:
 
 def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[str, dict]:
     """The costs in one precision, printed as well."""
+    bits = head_bits(args, precision)
     if args.shape:
-        parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device)
+        parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device, bits)
     else:
-        parts = load_parts(precision, chosen_paths(args), args.device)
+        parts = load_parts(precision, chosen_paths(args), args.device, bits)
     # Calls in bursts bring what fits into the cache there first. The weights of a shape never fit.
     effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
     costs = measure_cost(parts, numbers(args.sizes), *effort)

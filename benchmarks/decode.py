@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 import kernels
-from benchmarks.common import decode_all
+from benchmarks.common import decode_all, head_bits
 from benchmarks.shapes import SHAPES, random_model, weights_of_a_step
 from benchmarks.timing import read_all
 from costs import Stats
@@ -25,7 +25,7 @@ from sampling import Sampling
 
 def report_decode(args: argparse.Namespace) -> dict:
     """Autoregressive decoding of a whole random model, next to reading its weights once per token."""
-    model = random_model(SHAPES[args.shape], args.precision)
+    model = random_model(SHAPES[args.shape], args.precision, lm_head_bits=head_bits(args, args.precision))
     decoder = Decoder(model, max_length=512)
     decoder.warm_up()
     weights = weights_of_a_step(model)

@@ -26,6 +26,7 @@ from benchmarks.common import (
     build_decoders,
     chosen_paths,
     fitting_prompts,
+    head_bits,
     in_each_precision,
     load_parts,
     numbers,
@@ -104,7 +105,7 @@ def report_methods(args: argparse.Namespace) -> dict:
 
 def methods_in(args: argparse.Namespace, paths: Paths, precision: str) -> dict[str, dict]:
     """Every method in one precision."""
-    parts = load_parts(precision, paths, args.device)
+    parts = load_parts(precision, paths, args.device, head_bits(args, precision))
     prompts = fitting_prompts(parts, args)
     print(f"{precision}, {len(prompts)} prompts", flush=True)
     decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
@@ -141,7 +142,8 @@ def report_auto(args: argparse.Namespace) -> dict:
         for precision in split(args.precisions):
             for batch_size in numbers(args.batch_sizes):
                 key = f"{name} {precision} batch {batch_size}"
-                results[key] = measure_auto(load_parts(precision, paths, args.device), batch_size, args)
+                parts = load_parts(precision, paths, args.device, head_bits(args, precision))
+                results[key] = measure_auto(parts, batch_size, args)
                 print_auto(key, results[key])
     return results
 

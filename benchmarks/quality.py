@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,9 +27,11 @@ from benchmarks.common import (
     decode_all,
     fitting_prompts,
     load_parts,
+    numbers,
     quantized_target,
     split,
 )
+from benchmarks.shapes import weights_of_a_step
 from checkpoints import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
 from drafts import Drafter
 from model import BadInput, Transformer
@@ -40,24 +43,31 @@ def report_quality(args: argparse.Namespace) -> dict:
     """What each precision costs: perplexity, and the share of held-out positions where its greedy choice is
     that of bf16; with --prompt_file of problems and answers (GSM8K), how many it solves, too.
 
-    Every precision quantizes the same checkpoint by itself, rounding to nearest.
+    Every precision quantizes the same checkpoint by itself, rounding to nearest; with --lm_head_bits, once
+    for each of these numbers.
     """
     paths, results = chosen_paths(args), {}
+    width = 17 if args.lm_head_bits else 6
     directory = find_checkpoint(str(paths.target))
     texts, reference = held_out_tokens(directory), None
-    for precision in dict.fromkeys(["bf16", *split(args.precisions)]):
-        parts = load_parts(precision, Paths(directory), args.device)
+    chosen_bits = numbers(args.lm_head_bits) if args.lm_head_bits else [None]
+    for precision, bits in dict.fromkeys([("bf16", None), *product(split(args.precisions), chosen_bits)]):
+        bits = bits if precision in PRECISIONS else None
+        parts = load_parts(precision, Paths(directory), args.device, bits)
         model = parts.target.model
         choices = greedy_choices(model, texts, args.tokens)
         reference = choices if reference is None else reference
         row = {"perplexity": math.exp(mean_loss(model, texts, args.tokens))}
         row |= {"agreement": (choices == reference).float().mean().item(), "positions": len(choices)}
         row |= count_solved(parts, args) if args.prompt_file else {}
-        results[precision] = row
-        solved = f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
+        row["step_bytes"] = sum(p.nbytes for p in weights_of_a_step(model))
+        name = f"{precision}, lm_head {bits}" if bits else precision
+        results[name] = row
+        more = f"   {row['step_bytes'] / 1e6:.1f} MB a step"
+        more += f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
         print(
-            f"{precision:6} perplexity {row['perplexity']:.3f}   greedy choice that of bf16 in "
-            f"{row['agreement']:.2%} of {row['positions']} positions{solved}",
+            f"{name:{width}} perplexity {row['perplexity']:.3f}   greedy choice that of bf16 in "
+            f"{row['agreement']:.2%} of {row['positions']} positions{more}",
             flush=True,
         )
     return results

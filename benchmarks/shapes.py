@@ -73,12 +73,14 @@ def random_weight(
     return packed(*random_rows(out, inputs, precision, device))
 
 
-def random_model(config: ModelConfig, precision: str, device: str = "cpu") -> Transformer:
+def random_model(
+    config: ModelConfig, precision: str, device: str = "cpu", lm_head_bits: int | None = None
+) -> Transformer:
     """A model of random weights in the given precision. Memory never holds anything larger."""
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
         if precision in PRECISIONS:
-            reshape(model, default_quantization(model, precision))
+            reshape(model, default_quantization(model, precision, lm_head_bits))
     model = model.to_empty(device=device).requires_grad_(False)
     fill_randomly(model)
     if model.config.tied_embeddings and model.lm_head.scales is None:
@@ -111,9 +113,15 @@ def random_head(target: Transformer) -> EagleHead:
     return head.pack().attach(target)
 
 
-def random_parts(target: ModelConfig, small: ModelConfig | None, precision: str, device: str) -> Parts:
-    """A target, perhaps a small model, and heads, of random weights."""
-    loaded = Target(random_model(target, precision, device), None, [], precision)
+def random_parts(
+    target: ModelConfig,
+    small: ModelConfig | None,
+    precision: str,
+    device: str,
+    lm_head_bits: int | None = None,
+) -> Parts:
+    """A target, perhaps a small model, and heads, of random weights. `lm_head_bits`: of the target."""
+    loaded = Target(random_model(target, precision, device, lm_head_bits), None, [], precision)
     return Parts(loaded, small and random_model(small, precision, device), random_head, random_head)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.common import Parts, Prompt, compiles, in_each_precision, split
+from benchmarks.common import Parts, Prompt, compiles, head_bits, in_each_precision, split
 from benchmarks.compare import compare
 from benchmarks.shapes import SHAPES, SMALLER, random_parts
 from drafts import Draft, Drafter
@@ -214,8 +214,8 @@ def synthetic_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
     target, generator = SHAPES[args.shape], torch.Generator().manual_seed(0)
     small = SMALLER.get(args.shape, replace(target, num_layers=4))
     ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
-    parts, decoders = random_parts(target, small, precision, args.device), {}
-    methods = synthetic_methods(parts, args)
+    parts = random_parts(target, small, precision, args.device, head_bits(args, precision))
+    methods, decoders = synthetic_methods(parts, args), {}
     for name, (drafter, acceptance) in methods.items():
         settings = {"max_length": 512, "compile": compiles(args)}
         decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)

@@ -17,7 +17,10 @@ from statistics import median
 
 from draw import BASE, SOURCES, damaged, describe
 
-COMMANDS = SOURCES | {"cpu_quality.json": "python bench.py quality"}
+COMMANDS = SOURCES | {
+    "cpu_quality.json": "python bench.py quality",
+    "cpu_lm_head.json": "python bench.py quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
+}
 DEFAULT = "benchmarks/results"
 Lines = Iterator[str]
 
@@ -101,13 +104,14 @@ def auto_table(results: dict) -> Lines:
 def quality_table(results: dict) -> Lines:
     columns = ["", "perplexity", "greedy choice that of `bf16`"]
     solved = any("solved" in row for row in results.values())
-    rows = []
+    sizes, rows = all("step_bytes" in row for row in results.values()), []
     for precision, row in results.items():
         cells = [f"{row['perplexity']:.2f}", f"{row['agreement']:.2%}"]
+        cells += [f"{row['step_bytes'] / 1e6:.1f}"] if sizes else []
         cells += [f"{row['solved']} of {row['problems']}"] if "solved" in row else []
         rows.append([f"`{precision}`", *cells])
     yield "Each precision rounds the same checkpoint to nearest:"
-    yield markdown(columns + solved * ["solved"], rows)
+    yield markdown(columns + sizes * ["MB that a step reads"] + solved * ["solved"], rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[dict], Lines]]] = {
@@ -117,6 +121,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], Lines]]] = {
     "cpu_cost_1b.json": ("What a step costs, the shape of Llama-3.2-1B, random weights", cost_table),
     "cpu_synthetic.json": ("Synthetic acceptance, random weights", methods_table),
     "cpu_quality.json": ("What a precision costs in quality, the shipped target", quality_table),
+    "cpu_lm_head.json": ("What fewer bits of `lm_head` cost in quality, the shipped target", quality_table),
 }
 
 

@@ -174,6 +174,9 @@ def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, mon
         (["cost", "--precisions", "w5"], "--precisions: w5"),
         (["cost", "--sizes", "2,4"], "--sizes: 2,4 has no 1"),
         (["auto", "--batch_sizes", "0"], "--batch_sizes: 0"),
+        (["cost", "--lm_head_bits", "5"], "--lm_head_bits: 5 is none of 4, 8, 16"),
+        (["cost", "--lm_head_bits", "4,8"], "--lm_head_bits: cost takes one number"),
+        (["cost", "--lm_head_bits", "4", "--precisions", "w8a8"], "--lm_head_bits 4 is for 4-bit"),
         (["methods", "--prompts", "0"], "--prompts is 0"),
         (["methods", "--eagle_checkpoint_path", "x"], "need --checkpoint_path"),
         (["methods", "--checkpoint_path", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -205,6 +208,25 @@ def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys):
     assert list(file["results"]["w4a8"]["drafting"]) == ["a token in w4a4", *names]
     assert list(draw.read_results(path).table) == ["bf16", "w4a8"]
     assert file["device"].startswith("cpu ") and "commit" in file
+
+
+def test_bits_of_lm_head_in_reports(tiny_shape, tmp_path, capsys, held_out):
+    """quality takes several; the others have fewer bytes to read with fewer bits."""
+    path = tmp_path / "q.json"
+    flags = ["--precisions", "w4a16", "--tokens", "600", "--output", str(path)]
+    assert bench.main(["quality", "--lm_head_bits", "16,8,4", *flags]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert list(rows) == ["bf16", *(f"w4a16, lm_head {bits}" for bits in (16, 8, 4))]
+    assert [row["step_bytes"] for row in rows.values()] == sorted(
+        (row["step_bytes"] for row in rows.values()), reverse=True
+    )
+    flags = ["--shape", "tiny", "--sizes", "1", "--precisions", "bf16,w4a8", "--repeats", "1"]
+    nbytes = {}
+    for bits in ("4", "8"):
+        assert bench.main(["cost", *flags, "--lm_head_bits", bits, "--output", str(path)]) == 0
+        costs = json.loads(path.read_text())["results"]
+        nbytes[bits] = [costs[precision]["memory"]["weight_bytes"] for precision in ("bf16", "w4a8")]
+    assert nbytes["4"][0] == nbytes["8"][0] and nbytes["4"][1] < nbytes["8"][1]
 
 
 def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):

@@ -478,7 +478,7 @@ def test_sums_go_over_positions():
 def test_a_whole_model(monkeypatch):
     """All operations of a forward, as `Transformer.forward` puts them together."""
     model = random_model(hidden_size=128, intermediate_size=192, head_dim=32).bfloat16().requires_grad_(False)
-    linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
+    linears = [module for module in model.modules() if isinstance(module, Linear)]  # lm_head too
     for linear in linears:
         linear.set_weights(*packing.quantize_4_bit(linear.weight.float(), 32, True))
     model, tokens = model.to(DEVICE), torch.randint(0, 61, (2, 9), device=DEVICE)

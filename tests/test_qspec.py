@@ -38,6 +38,11 @@ def plain() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
+def four_bit_head() -> torch.nn.Module:
+    return load_model(SHIPPED_TARGET, "w4a16", lm_head_bits=4)
+
+
+@pytest.fixture(scope="module")
 def rotated(rotated_target) -> torch.nn.Module:
     return load_model(rotated_target, "w4a16")
 
@@ -73,7 +78,10 @@ def check_bits(decoder: Decoder, prompts: list[list[int]], expected: list[list[i
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("model, precision", [("plain", "w4a8"), ("plain", "w4a4"), ("rotated", "w4a4")])
+@pytest.mark.parametrize(
+    "model, precision",
+    [("plain", "w4a8"), ("plain", "w4a4"), ("rotated", "w4a4"), ("four_bit_head", "w4a4")],
+)
 def test_after_every_round_the_cache_is_the_targets(request, prompts, model, precision, temperature):
     """Batches of 1 and 4, rows refilled: keys, values and text are those of w4a16, and it does pay."""
     target, sampling = request.getfixturevalue(model), Sampling(temperature)

@@ -20,6 +20,7 @@ from model import BadInput, causal_attention
 from packing import PRECISIONS, Quantization, precision_of
 from text import load_tokenizer
 
+CHOICES = [*((precision, None) for precision in PRECISIONS), ("w4a4", 4), ("w8a16", 16)]  # of lm_head_bits
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
@@ -184,13 +185,16 @@ def test_layers_see_what_the_quantized_layers_before_them_made():
     torch.testing.assert_close(run.hessian(model.layers[0].self_attn.qkv_proj), x.T @ x / len(x))
 
 
-@pytest.mark.parametrize("rotate", [[], ["--rotate"]])
-def test_gptq_is_better_on_what_it_saw(tmp_path, rotate):
+@pytest.mark.parametrize(
+    "more, tied",
+    [([], False), (["--rotate"], False), (["--lm_head_bits", "4"], False), (["--lm_head_bits", "4"], True)],
+)
+def test_gptq_is_better_on_what_it_saw(tmp_path, more, tied):
     """From a file of texts; the output of the model, not the weights, is what comes closer."""
-    directory = source(tmp_path, num_layers=3)
+    directory = source(tmp_path, num_layers=3, tied_embeddings=tied)
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt_ids": torch.randint(61, (2000,)).tolist()}))
     shutil.copy(SHIPPED_TARGET / "tokenizer.model", directory)
-    flags = ["--group_size", "32", *rotate]
+    flags = ["--group_size", "32", *more]
     assert quantized(directory, tmp_path / "rtn", *flags) == 0
     more = ["--quantizer", "gptq", "--calibration", str(tmp_path / "lines.jsonl")]
     assert quantized(directory, tmp_path / "gptq", *flags, *more) == 0
@@ -290,18 +294,52 @@ def test_a_file_nibble_by_nibble(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("precision", list(PRECISIONS))
-def test_a_file_and_quantizing_while_loading_are_the_same_model(tmp_path, precision, tied):
+@pytest.mark.parametrize("precision, lm_head_bits", CHOICES)
+def test_a_file_and_quantizing_while_loading_are_the_same_model(tmp_path, precision, lm_head_bits, tied):
     directory = source(tmp_path, tied_embeddings=tied)
-    assert quantized(directory, tmp_path / "q", "--precision", precision) == 0
+    flags = ["--lm_head_bits", str(lm_head_bits)] if lm_head_bits else []
+    assert quantized(directory, tmp_path / "q", "--precision", precision, *flags) == 0
     from_file = load_model(tmp_path / "q", precision)
-    while_loading = load_model(directory, precision)
+    while_loading = load_model(directory, precision, lm_head_bits=lm_head_bits)
+    assert from_file.lm_head.activation_bits == max(8, PRECISIONS[precision][1])
     assert precision_of(from_file) == precision_of(while_loading) == precision
     assert torch.equal(logits(from_file), logits(while_loading))
     exact = logits(load_model(directory))
     difference = (logits(from_file) - exact).norm() / exact.norm()
     assert 0 < difference < (0.05 if precision.startswith("w8") else 0.5)
     assert weight_bytes([from_file]) < weight_bytes([load_model(directory)])
+
+
+@pytest.mark.parametrize("flags", [[], ["--asymmetric"], ["--quantizer", "hqq"]])
+def test_a_4_bit_lm_head_is_quantized_like_any_other_module(tmp_path, flags):
+    """In groups, with zeros where others have them; the embedding that it is tied to keeps its 16 bits."""
+    directory = source(tmp_path, tied_embeddings=True)
+    more = ["--lm_head_bits", "4", "--group_size", "32"]
+    assert quantized(directory, tmp_path / "q", *more, *flags) == 0
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    kinds = {
+        name: t
+        for name, t in ((name.removeprefix("lm_head."), t) for name, t in tensors.items())
+        if "." not in name
+    }
+    assert set(kinds) == {"packed", "scales"} | ({"zeros"} if flags else set())
+    assert kinds["packed"].shape == (61, 32) and kinds["scales"].shape == (61, 2)
+    q = Quantization(4, 32, not flags, 4)
+    weight = tensors["model.embed_tokens.weight"]
+    same = packing.quantize_weight("lm_head", weight, q, refine="hqq" in flags)
+    assert weight.dtype == torch.bfloat16
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in same.items())
+
+
+def test_bits_of_lm_head_are_a_choice_only_where_16_bits_are_quantized(tmp_path):
+    directory = source(tmp_path)
+    assert quantized(directory, tmp_path / "q", "--lm_head_bits", "4") == 0
+    for path, precision, own in ((tmp_path / "q", "w4a8", 4), (directory, "bf16", 16), (directory, None, 16)):
+        load_model(path, precision, lm_head_bits=own)
+        with pytest.raises(BadInput, match=f"--lm_head_bits 8 is for .* has {own} bits"):
+            load_model(path, precision, lm_head_bits=8)
+    with pytest.raises(BadInput, match="--lm_head_bits 4 is for 4-bit weights, not for w8a8"):
+        load_model(directory, "w8a8", lm_head_bits=4)
 
 
 def test_files_say_their_own_precision_and_activations_are_a_choice(tmp_path):
@@ -353,6 +391,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(tmp_path, capsys):
     assert "--group_size: 64 does not divide 96 inputs; use 32" in refused("--group_size", "64")
     assert "fewer than 100 tokens" in refused("--evaluate", "-5")
     assert "for 4-bit weights" in refused("--precision", "w8a8", "--group_size", "64")
+    assert "--lm_head_bits 4 is for 4-bit" in refused("--precision", "w8a8", "--lm_head_bits", "4")
     assert "no module matches 'attention'" in refused("--keep_16_bit", "attention")
     assert "no regular expression" in refused("--keep_16_bit", "(")
     assert "are one matrix" in refused("--keep_16_bit", "q_proj")

@@ -186,9 +186,12 @@ def test_a_rotated_directory(tmp_path, tied):
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("precision", ["w4a16", "w4a8", "w4a4"])
-def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
-    """With heads that were trained on the model before it was rotated; `bench.py exact` takes more texts."""
-    target, small = load_model(rotated_target, precision), load_model(SHIPPED_SMALL)
+@pytest.mark.parametrize("kind", ["rotated", "4-bit lm_head"])
+def test_every_method_is_exact_on_other_targets(rotated_target, kind, precision):
+    """With heads that were trained on the model in bf16, unrotated; `bench.py exact` takes more texts."""
+    four = load_model(SHIPPED_TARGET, precision, lm_head_bits=4)
+    target = four if kind == "4-bit lm_head" else load_model(rotated_target, precision)
+    small = load_model(SHIPPED_SMALL)
     prompts = held_out_prompts(2)
     lower = share_weights(target, [*lower_precisions(precision), precision][0])
     heads = {model: load_head(SHIPPED_HEAD, model) for model in (target, lower)}
@@ -198,6 +201,7 @@ def test_every_method_is_exact_on_a_rotated_target(rotated_target, precision):
         "sequential": SequentialDrafter(small, 4),
         "tree": TreeDrafter(heads[target], 16, 4, 4),
         "hierarchical": HierarchicalDrafter(small, inner, 4),
+        "qspec": SequentialDrafter(lower, 3, shares_cache=True),
         "its own middle": HierarchicalDrafter(lower, TreeDrafter(heads[lower], 12, 3, 4), 4, True),
     }
     for sampling in (Sampling(), Sampling(temperature=1.0)):

@@ -252,6 +252,7 @@ class Transformers:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.facts = {"version": transformers.__version__, "dtype": "bf16", "cache": "dynamic"}
         automatic = transformers.AutoModelForCausalLM
         self.model = automatic.from_pretrained(find_checkpoint(str(path)), dtype=torch.bfloat16)

@@ -69,7 +69,7 @@ def parse_llama_bench(text: str) -> tuple[dict[tuple[int, int, int], dict], dict
 
 class LlamaCpp:
     """llama-bench on the CPU, with as many threads as we have. `runs`: its repetitions, of which it gives the
-    mean; it warms up before."""
+    mean. It warms up before, but not where one run takes long."""
 
     def __init__(self, programs: dict[str, Path], gguf: str | Path):
         self.programs, self.gguf, self.facts = programs, str(Path(gguf).resolve()), {}
@@ -82,8 +82,8 @@ class LlamaCpp:
         """`prompt`, `new`: numbers of tokens with commas, each a test of its own; 0 is none."""
         flags = {"-m": self.gguf, "-o": form, "-t": self.threads, "-ngl": 0, "-dev": "none"}
         flags |= {"-p": prompt, "-n": new, "-d": depth, "-r": runs}
-        pairs = [(flag, str(value)) for flag, value in flags.items()]
-        return [str(self.programs["llama-bench"]), *(part for pair in pairs for part in pair)]
+        pairs = [str(part) for pair in flags.items() for part in pair]
+        return [str(self.programs["llama-bench"]), *pairs, *(["--no-warmup"] if runs == 1 else [])]
 
     def speeds(self, prompt: str, new: str, depth: int, runs: int) -> dict[tuple[int, int, int], float]:
         """Tokens per second by numbers of prompt, new and earlier tokens."""

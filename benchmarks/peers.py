@@ -9,7 +9,7 @@ same time, with equal threads and equal work, and the ratio of their medians cou
 the subject, both get the same company: a busy loop, or a copy of themselves.
 
 llama-bench computes the logits of the last of n tokens alone, and picks no tokens. Ours has the logits of all
-n, which verifying needs, and picks. Both count against us.
+n, which verifying needs, and picks. Both count against us. What OMP_WAIT_POLICY says counts for us alone.
 """
 
 from __future__ import annotations
@@ -82,19 +82,39 @@ def report_peers(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def take_turns(sides: dict[str, Any], groups: list[Callable[[Any], dict]], repeats: int) -> dict[str, dict]:
-    """Each group of measurements with every side in turn -> medians, ratio and all values, by measurement."""
+def take_turns(sides: dict[str, Any], groups: list[Callable[[Any], dict]], repeats: int) -> dict[str, Any]:
+    """Each group of measurements with every side in turn -> medians, ratio and all values by measurement,
+    and how busy others kept the machine before every turn."""
     values: dict[str, dict[str, list[float]]] = {}
-    turns = max(LEAST_TURNS, repeats)
+    turns, busy = max(LEAST_TURNS, repeats), []
     for turn in range(turns):
-        begin = time.perf_counter()
+        busy, begin = [*busy, others_busy()], time.perf_counter()
         for measure in groups:
             for side in rotate_names([*sides], turn):
                 for name, value in measure(sides[side]).items():
                     values.setdefault(name, {side: [] for side in sides})[side].append(value)
-        print(f"turn {turn + 1} of {turns}: {time.perf_counter() - begin:.0f} s", flush=True)
+        seconds, others = time.perf_counter() - begin, f"others keep {busy[-1]:.0%} of the CPUs busy"
+        print(f"turn {turn + 1} of {turns}: {seconds:.0f} s; {others}", flush=True)
     rows = {name: {side: median(of[side]) for side in sides} for name, of in values.items()}
-    return {n: row | {"ratio": row["ours"] / row["peer"], "all": values[n]} for n, row in rows.items()}
+    rows = {n: row | {"ratio": row["ours"] / row["peer"], "all": values[n]} for n, row in rows.items()}
+    return {"others_busy": busy, "rows": rows}
+
+
+def others_busy(seconds: float = 1.0) -> float:
+    """The share of all CPUs that is busy while we sleep; not a number where Linux does not tell. Above a few
+    per cent, the machine is not idle, and the results are of the load, not of the engines."""
+
+    def read() -> tuple[int, int]:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(ticks), ticks[3] + ticks[4]  # all; idle, and waiting for a disk
+
+    try:
+        everything, idle = read()
+        time.sleep(seconds)
+        after = read()
+    except OSError:
+        return float("nan")
+    return 1 - (after[1] - idle) / max(after[0] - everything, 1)
 
 
 def print_rows(rows: dict[str, dict], peer: str) -> None:
@@ -238,11 +258,11 @@ def next_to_llama_cpp(
     groups += [whole_program] if args.gguf and args.checkpoint_path else []
     with nullcontext(args.gguf) if args.gguf else random_gguf(ours.config, ours.precision) as gguf:
         peer = LlamaCpp(programs, gguf)
-        rows = take_turns({"ours": ours, "peer": peer}, groups, args.repeats)
+        results = take_turns({"ours": ours, "peer": peer}, groups, args.repeats)
     megabytes = f"{ours.weight_bytes / 1e6:.0f} MB, its {peer.facts.get('model_size', 0) / 1e6:.0f} MB"
     print(f"our weights {megabytes}, {peer.facts.get('model_type')}, build {peer.facts.get('build_commit')}")
-    print_rows(rows, "llama.cpp")
-    return {"facts": peer.facts, "rows": rows}
+    print_rows(results["rows"], "llama.cpp")
+    return {"facts": peer.facts} | results
 
 
 class Transformers:
@@ -279,9 +299,9 @@ def next_to_transformers(ours: Ours, lengths: list[int], args: argparse.Namespac
         return {"left_out": reason}
     peer = Transformers(args.checkpoint_path or SHIPPED_TARGET)
     groups = [partial(texts, length, args.max_new_tokens) for length in lengths]
-    rows = take_turns({"ours": ours, "peer": peer}, groups, args.repeats)
-    print_rows(rows, "transformers")
-    return {"facts": peer.facts, "rows": rows}
+    results = take_turns({"ours": ours, "peer": peer}, groups, args.repeats)
+    print_rows(results["rows"], "transformers")
+    return {"facts": peer.facts} | results
 
 
 def linears(ours: Ours, args: argparse.Namespace) -> dict[str, dict]:

@@ -506,7 +506,7 @@ def test_ours_and_llama_cpp_take_turns(fake_llama_cpp, tmp_path, capsys):
     assert all(omp == [] for _, _, omp in calls)
     assert [name for name, *_ in calls].count("llama-cli") == 1
     assert all(command[command.index("-t") + 1] == str(torch.get_num_threads()) for _, command, _ in calls)
-    assert "ours / it" in capsys.readouterr().out
+    assert "ours / it" in capsys.readouterr().out and len(results["llama.cpp"]["others_busy"]) == 1
 
 
 def test_company_is_gone_afterwards(tmp_path):

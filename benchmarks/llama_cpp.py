@@ -106,7 +106,7 @@ class LlamaCpp:
 
     def copy(self, length: int, new: int) -> tuple[list[str], dict[str, str]]:
         """A long run, which prints a line when a short test is done."""
-        tests = ",".join(["1", *40 * [str(new)]])
+        tests = ",".join(["1", *10 * [str(new)]])
         return self.command("0", tests, length, 20, "jsonl"), self.environment
 
     def program(self, prompt: str, new: int) -> tuple[list[str], dict[str, str]]:

@@ -18,6 +18,7 @@
     python bench.py hadamard    # what online rotations add to the linears that they belong to
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's and others'
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
+    python bench.py peers --llama_cpp DIR    # next to llama.cpp; without DIR next to transformers and PyTorch
     python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
 
     # your own models and prompts
@@ -64,6 +65,7 @@ from benchmarks.exact import report_exact
 from benchmarks.linears import report_hadamard, report_kernels
 from benchmarks.machine import machine
 from benchmarks.methods import report_auto, report_methods
+from benchmarks.peers import report_peers
 from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
@@ -85,7 +87,7 @@ REPORTS = {
     **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
-    **{"sampling": report_sampling},
+    **{"peers": report_peers, "sampling": report_sampling},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
@@ -99,6 +101,7 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "exact": {"precisions": EVERY_PRECISION},
     "qspec_shape": {"shape": "llama-3.2-1b"},
     "decode": {"shape": "llama-3.2-1b"},
+    "peers": {"precision": "w4a8", "max_new_tokens": 64},
     "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
 }
 STUDY = {  # file -> its report and settings: all tables and figures of the README
@@ -153,13 +156,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("report", choices=[*REPORTS, "all"])
-    p.add_argument("--precision", choices=ALL_PRECISIONS, help="noise, decode (bf16), sampling (w4a8)")
+    p.add_argument("--precision", choices=ALL_PRECISIONS, help="noise, decode (bf16), sampling, peers (w4a8)")
     p.add_argument("--precisions", help="cost, methods, auto, synthetic, quality, exact: which, with commas")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--uncompiled", action="store_true", help="exact: only what is not; others: all")
     only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
     p.add_argument("--prompts", type=int, help="so many (default: 20; auto 24, sampling 8, synthetic 4)")
-    p.add_argument("--max_new_tokens", type=int, help="(default: 200; auto 128, sampling 100, synthetic 64)")
+    p.add_argument("--max_new_tokens", type=int, help="(200; auto 128, sampling 100, synthetic, peers 64)")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
@@ -182,15 +185,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     directory = "a Hugging Face directory or hub repository id"
-    p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality, sampling: target, {directory}")
+    p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality, sampling, peers: {directory}")
     bits = "of quantized targets: cost, methods, auto, synthetic, exact, decode; quality (with commas)"
     p.add_argument("--lm_head_bits", metavar="4|8|16", help=bits)
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
-    p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic: random weights")
+    p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
+    p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
 
 

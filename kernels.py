@@ -150,7 +150,9 @@ def load_cuda() -> bool:
 def compiled_library() -> Path:
     """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
     torch_directory = Path(torch.__file__).parent
-    sources = [Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp", "tape.cpp", "team.h")]
+    sources = [
+        Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp", "tape.cpp", "team.h")
+    ]
     compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"there is no C++ compiler {compiler}; install g++")
@@ -166,7 +168,15 @@ def compiled_library() -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
             includes = [f"-isystem{torch_directory / 'include'}"]
             links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
-            command = [compiler, *options, *includes, *map(str, sources[:3]), "-o", f"{scratch}/{name}", *links]
+            command = [
+                compiler,
+                *options,
+                *includes,
+                *map(str, sources[:3]),
+                "-o",
+                f"{scratch}/{name}",
+                *links,
+            ]
             subprocess.run(command, check=True, capture_output=True, text=True)
             seal(Path(scratch, name))
             os.replace(f"{scratch}/{name}", library)

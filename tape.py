@@ -149,7 +149,9 @@ class Tape:
             elif isinstance(value, (list, tuple)):
                 found = [(place, self.numbers.get(id(each))) for place, each in enumerate(value)]
                 holes += [n for place, number in found if number is not None for n in (i, place, number)]
-                value = [None if number is not None else each for each, (_, number) in zip(value, found)] or None
+                value = [
+                    None if number is not None else each for each, (_, number) in zip(value, found)
+                ] or None
             arguments.append(FORMATS[value] if isinstance(value, torch.memory_format) else value)
         results = [self.numbers.get(id(tensor), -1) for tensor in call.results]
         name, _, overload = call.op.name().partition(".")

@@ -33,7 +33,7 @@ from benchmarks.timing import (
     read_all,
     shares_of_copy,
 )
-from packing import PRECISIONS
+from packing import PRECISIONS, best_group
 from rotation import hadamard
 
 LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of the weights that take turns
@@ -43,12 +43,13 @@ Contestant = tuple[Any, Multiply]  # its weight, and how to multiply with it
 
 def torch_on_cpu(out: int, inputs: int) -> dict[str, Callable[[], Contestant]]:
     """PyTorch's own 4-bit and 8-bit operators, each made on demand."""
+    group = best_group([inputs])
 
     def int4() -> Contestant:
         numbers = torch.randint(0, 16, (out, inputs), dtype=torch.int32)
         weight = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
-        scales = torch.rand(inputs // 128, out, 2, dtype=torch.bfloat16)
-        return (weight, scales), lambda x, w: torch._weight_int4pack_mm_for_cpu(x, w[0], 128, w[1])
+        scales = torch.rand(inputs // group, out, 2, dtype=torch.bfloat16)
+        return (weight, scales), lambda x, w: torch._weight_int4pack_mm_for_cpu(x, w[0], group, w[1])
 
     def int8() -> Contestant:
         weight = torch.randint(-127, 128, (inputs, out), dtype=torch.int8)

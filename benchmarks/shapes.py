@@ -17,7 +17,7 @@ from benchmarks.common import Parts
 from eagle import EagleHead
 from generate import Target
 from model import CheckpointModule, Linear, ModelConfig, Transformer, rope_frequencies
-from packing import PRECISIONS, default_quantization, reshape, set_precision
+from packing import PRECISIONS, best_group, default_quantization, reshape, set_precision
 
 SHAPES = {
     "llama-3.2-1b": ModelConfig(
@@ -69,8 +69,9 @@ def packed(
 def random_weight(
     out: int, inputs: int, precision: str, device: str = "cpu"
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weight, scales and zeros as in a loaded model: groups of 128 for 4 bits, symmetric."""
-    return packed(*random_rows(out, inputs, precision, device))
+    """Weight, scales and zeros as in a loaded model: groups of 128 for 4 bits, or of as many as divide the
+    inputs, symmetric."""
+    return packed(*random_rows(out, inputs, precision, device, best_group([inputs])))
 
 
 def random_model(

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import gzip
 import json
+import os
 import sys
 import types
 import weakref
@@ -13,7 +14,20 @@ import torch
 from conftest import ROOT, guessing_head, noisy_copy, random_model, random_prompts
 
 import bench
-from benchmarks import common, cost, exact, linears, quality, sampling, shapes, structure, synthetic, timing
+from benchmarks import (
+    common,
+    cost,
+    exact,
+    linears,
+    llama_cpp,
+    peers,
+    quality,
+    sampling,
+    shapes,
+    structure,
+    synthetic,
+    timing,
+)
 from checkpoints import SHIPPED_TARGET
 from costs import Stats
 from drafts import Drafter
@@ -439,3 +453,160 @@ def test_without_llguidance_schemas_are_left_out(few_picks, monkeypatch, capsys)
     assert "pip install llguidance" in structure.measure_structure(parts, args)["left_out"]
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("drafts under a schema are left out: ")
+
+
+BENCH_ROW = {"build_commit": "abc1234", "cpu_info": "a CPU", "model_type": "llama 1B Q4_0", "n_threads": 2}
+FAKE_PROGRAM = """#!{python}
+import json, os, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open("{log}", "a") as log:
+    omp = [name for name in os.environ if name.startswith("OMP_")]
+    print(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], omp]), file=log)
+if "-o" in flags:
+    sizes = [(int(p), 0) for p in flags["-p"].split(",")] + [(0, int(n)) for n in flags["-n"].split(",")]
+    rows = [dict(n_prompt=p, n_gen=n, n_depth=int(flags["-d"]), avg_ts=100.0 + p, stddev_ts=1.0)
+            | {facts} for p, n in sizes if p or n]
+    print(json.dumps(rows[0] if flags["-o"] == "jsonl" else rows), flush=True)
+    time.sleep(60 * (flags["-o"] == "jsonl"))
+"""
+
+
+@pytest.fixture
+def fake_llama_cpp(tmp_path, monkeypatch):
+    """A directory with programs that print what those of llama.cpp would, and the file of their calls."""
+    monkeypatch.setattr(peers, "LEAST_TURNS", 1)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    log = tmp_path / "calls"
+    (tmp_path / "build" / "bin").mkdir(parents=True)
+    for name in ("llama-bench", "llama-cli"):
+        program = tmp_path / "build" / "bin" / name
+        program.write_text(FAKE_PROGRAM.format(python=sys.executable, log=log, facts=BENCH_ROW))
+        program.chmod(0o755)
+    return tmp_path / "build", log
+
+
+def test_what_llama_bench_prints_is_read():
+    rows = [
+        BENCH_ROW | {"n_prompt": 4, "n_gen": 0, "n_depth": 200, "avg_ts": 50.5, "stddev_ts": 0.5},
+        BENCH_ROW | {"n_prompt": 0, "n_gen": 64, "n_depth": 4600, "avg_ts": 9, "stddev_ts": 0},
+    ]
+    speeds, facts = llama_cpp.parse_llama_bench(json.dumps(rows))
+    assert speeds == {
+        (4, 0, 200): {"avg_ts": 50.5, "stddev_ts": 0.5},
+        (0, 64, 4600): {"avg_ts": 9.0, "stddev_ts": 0.0},
+    }
+    assert facts == BENCH_ROW
+    for wrong in ("", "[]", "{}", "[1]", '[{"n_prompt": 1}]', "llama-bench: error"):
+        with pytest.raises(BadInput, match="llama-bench: its output"):
+            llama_cpp.parse_llama_bench(wrong)
+
+
+def test_ours_and_llama_cpp_take_turns(fake_llama_cpp, tmp_path, capsys):
+    (directory, log), path = fake_llama_cpp, tmp_path / "peers.json"
+    gguf = tmp_path / "some.gguf"
+    gguf.write_text("nothing")
+    flags = ["--llama_cpp", str(directory), "--gguf", str(gguf), "--checkpoint_path", str(SHIPPED_TARGET)]
+    flags += ["--uncompiled", "--repeats", "1", "--max_new_tokens", "4", "--output", str(path)]
+    assert bench.main(["peers", *flags]) == 0
+    results = json.loads(path.read_text())["results"]
+    rows = results["llama.cpp"]["rows"]
+    assert results["precision"] == "w4a8" and results["llama.cpp"]["facts"] == BENCH_ROW
+    assert [name for name in rows if name.startswith("deco")] == [
+        "decoding after 32 tokens, tokens/s",
+        "decoding after 550 tokens, tokens/s",
+        "decoding beside a busy loop, tokens/s",
+        "decoding beside a copy of itself, tokens/s",
+    ]
+    assert rows["T(4), ms"]["peer"] == pytest.approx(1e3 * 4 / 104)
+    assert rows["T(4) / T(1)"]["peer"] == pytest.approx(4 / 104 * 101)
+    assert rows["prefill of 550 tokens, tokens/s"]["peer"] == 650
+    assert rows["decoding beside a copy of itself, tokens/s"]["peer"] == 100
+    for row in rows.values():
+        assert row["ratio"] == row["ours"] / row["peer"] > 0 and len(row["all"]["ours"]) == 1
+    assert "a program that writes 32 tokens, s" in rows
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(omp == [] for _, _, omp in calls)
+    assert [name for name, *_ in calls].count("llama-cli") == 1
+    assert all(command[command.index("-t") + 1] == str(torch.get_num_threads()) for _, command, _ in calls)
+    assert "ours / it" in capsys.readouterr().out and len(results["llama.cpp"]["others_busy"]) == 1
+
+
+def test_company_is_gone_afterwards(tmp_path):
+    file = tmp_path / "pid"
+    tell = f"import os; open({str(file)!r}, 'w').write(str(os.getpid()))\n"
+    with peers.running([sys.executable, "-c", tell + peers.BUSY], None):
+        os.kill(int(file.read_text()), 0)  # it is there
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+    with pytest.raises(BadInput, match="ended at once"), peers.running([sys.executable, "-c", ""], None):
+        pass
+
+
+def test_without_llama_cpp_the_peers_are_pytorch_and_transformers(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.setattr(peers, "LEAST_TURNS", 1)
+    monkeypatch.setattr(linears, "LARGER_THAN_CACHE", {"cpu": 0})
+    monkeypatch.setattr(peers, "copy_bandwidth", lambda: 5e9)
+    path = tmp_path / "peers.json"
+    flags = ["--uncompiled", "--repeats", "1", "--max_new_tokens", "4", "--output", str(path)]
+    assert bench.main(["peers", *flags]) == 0
+    results = json.loads(path.read_text())["results"]
+    rows = results["transformers"]["rows"]
+    assert list(rows) == [
+        "decoding after 32 tokens, tokens/s",
+        "prefill of 550 tokens, tokens/s",
+        "decoding after 550 tokens, tokens/s",
+    ]
+    assert all(row["ours"] > 0 for row in rows.values())
+    assert list(results["linears"]) == ["qkv", "o", "gate_up", "down", "lm_head"]
+    assert list(results["linears"]["o"]["ratio"]) == ["1", "2", "4", "8", "16"]
+
+
+def test_a_shape_has_no_peer_in_transformers(tiny_shape, monkeypatch, capsys):
+    args = bench.build_parser().parse_args(["peers"])
+    args.shape = "tiny"
+    assert "--shape" in peers.next_to_transformers(None, [], args)["left_out"]
+    args.shape = None
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.next_to_transformers(None, [], args) == {"left_out": "pip install transformers"}
+
+
+def test_a_random_gguf_has_the_shape_of_the_model(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    path = tmp_path / "random.gguf"
+    llama_cpp.write_random_gguf(TINY, "w4a8", path)
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: (tensor.tensor_type.name, *tensor.shape.tolist()) for tensor in reader.tensors}
+    assert tensors["token_embd.weight"] == ("Q8_0", 128, 256)  # 128 is no multiple of the 256 of Q6_K
+    assert tensors["blk.1.ffn_down.weight"] == ("Q4_0", 256, 128)
+    assert tensors["blk.0.attn_k.weight"] == ("Q4_0", 128, 64)
+    assert tensors["output.weight"][0] == "Q8_0" and len(tensors) == 2 * 9 + 3
+    assert reader.get_field("llama.vocab_size").contents() == 256
+    wide = {kind: llama_cpp.random_blocks(kind, 4, 512) for kind in ("Q4_0", "Q6_K", "Q8_0")}
+    for kind, blocks in wide.items():
+        weights = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+        assert weights.shape == (4, 512) and 0.7 < 512**0.5 * weights.std() < 1.4
+
+
+def test_bad_flags_of_peers_end_in_one_line(fake_llama_cpp, tmp_path, monkeypatch, capsys):
+    directory, _ = fake_llama_cpp
+    shown = [
+        (["--llama_cpp", str(tmp_path)], "no llama-bench, and no llama-completion or llama-cli"),
+        (["--gguf", "x"], "--gguf: it is for llama.cpp"),
+        (["--llama_cpp", str(directory), "--gguf", "/nowhere"], "--gguf: /nowhere is no file"),
+    ]
+    for flags, reason in shown:
+        assert bench.main(["peers", *flags]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install gguf"):
+        llama_cpp.write_random_gguf(TINY, "w4a8", tmp_path / "x.gguf")
+
+
+def test_a_program_that_fails_says_why(tmp_path):
+    failing = "import sys; print('out of memory', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(BadInput, match="failed with 3: out of memory"):
+        llama_cpp.run_program([sys.executable, "-c", failing])
+    with pytest.raises(BadInput, match="none cannot be run"):
+        llama_cpp.run_program([str(tmp_path / "none")])

@@ -16,7 +16,9 @@
 #include <chrono>
 #include <cstdint>
 #include <thread>
-#include <vector>
+#include <utility>
+
+#include <sys/resource.h>
 
 #include <ATen/Parallel.h>
 
@@ -29,8 +31,11 @@ using std::chrono::microseconds;
 // A helper that is awake answers in less than a microsecond, one that sleeps in some fifty. So it stays awake for as
 // long as Python takes from one step to the next.
 constexpr microseconds AWAKE(1000);
-constexpr microseconds STALL(150);  // longer than any piece: who makes the caller wait so long has lost its core
-constexpr microseconds SHORTEST(4000), LONGEST(256000);  // how long fewer helpers are asked after a stall
+constexpr microseconds STALL(200);  // longer than a piece: who makes the caller wait so long has lost its core
+constexpr uint32_t JOBS = 64;  // after so many, the system is asked if the caller has lost its own
+// For how long fewer helpers are asked after a stall: twice as long as the last time, if it came soon after asking for
+// more. A quiet machine has a stall now and then, too.
+constexpr microseconds SHORTEST(4000), LONGEST(256000), SOON(20000);
 constexpr int64_t PIECES = 4;  // of each thread's range
 
 inline void pause() {
@@ -97,22 +102,34 @@ class Team {
   alignas(64) std::atomic<uint32_t> done{0};
   int64_t allowed = MOST;  // helpers that may be asked for
   microseconds patience = SHORTEST;
-  Clock::time_point retry{}, calm{};  // when to ask for more of them, and since when nobody has stalled
+  long interruptions = 0;
+  Clock::time_point retry{}, grown{};  // when to ask for more of them, and when that was done
 
   // How many helpers to ask for: after a stall half as many, for longer and longer if it happens again.
   int64_t helpers_now(int64_t most) {
     most = std::min<int64_t>(most, MOST - 1);
     if (allowed < most) {
       const auto now = Clock::now();
-      if (now >= retry) allowed = 2 * allowed + 1, retry = now + patience, calm = now;
+      if (now >= retry) allowed = 2 * allowed + 1, retry = now + patience, grown = now;
     }
     return std::min(allowed, most);
   }
 
+  // Has the caller been taken from its core since it was last asked? The system counts that.
+  bool was_interrupted() {
+#if defined(RUSAGE_THREAD)
+    rusage usage;
+    if (job % JOBS || getrusage(RUSAGE_THREAD, &usage)) return false;
+    return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw);
+#else
+    return false;
+#endif
+  }
+
   void stalled(int64_t helpers) {
     const auto now = Clock::now();
-    patience = now - calm > LONGEST ? SHORTEST : std::min(2 * patience, LONGEST);
-    allowed = helpers / 2, retry = now + patience, calm = now;
+    patience = now - grown > SOON ? SHORTEST : std::min(2 * patience, LONGEST);
+    allowed = helpers / 2, retry = now + patience;
   }
 
   void call(Function call_function, const void* call_body, uint32_t count, int64_t helpers) {
@@ -132,9 +149,9 @@ class Team {
       bells[t].job.notify_one();
     }
     work(0, job);
-    if (spin(STALL, [&] { return done.load(std::memory_order_acquire) == count; })) return;
+    const bool waited = !spin(STALL, [&] { return done.load(std::memory_order_acquire) == count; });
     while (done.load(std::memory_order_acquire) != count) std::this_thread::yield();
-    stalled(helpers);
+    if (was_interrupted() || waited) stalled(helpers);
   }
 
   // Thread t takes pieces of a job, of its own range first, until there are none.

@@ -1,5 +1,5 @@
-"""runtime.py: how functions of tensors are run: on a GPU compiled by `torch.compile` and launched by CUDA graphs,
-on a CPU from a tape (`tape.py`).
+"""runtime.py: how functions of tensors are run: on a GPU compiled by `torch.compile` and launched by CUDA
+graphs, on a CPU from a tape (`tape.py`).
 
 The one idea: the engine is written as plain functions of tensors, and this file decides how they run. A
 function goes in, a function with the same arguments and results comes out. Either way it is recorded once for
@@ -41,8 +41,8 @@ class Runtime:
         """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a
         method, what `without_owner` makes of it.
 
-        On a CPU nothing is: all that takes time there is in the operators of kernels.py, and a tape calls these
-        as fast as compiled code does, from the first step on. Compiling thirty layers took a minute and more.
+        On a CPU nothing is: all that takes time there is in the operators of kernels.py, and a tape calls
+        these as fast as compiled code does, from the first step on. To compile thirty layers took a minute.
         """
         if not self.compile or self.device.type == "cpu":
             return without_owner(function)

@@ -1,15 +1,15 @@
 """tape.py: a function of tensors, recorded once as a list of operator calls, and called again without Python.
 
-On a GPU, CUDA graphs do this. On a CPU it is done here, for the same reason: a step of a small model is hundreds
-of short operators, and Python needs longer to call them than they need to run. Nothing is compiled, so the first
-step is as good as any, and a model of thirty layers starts as fast as one of three.
+On a GPU, CUDA graphs do this. On a CPU it is done here, for the same reason: a step of a small model is
+hundreds of short operators, and Python needs longer to call them than they need to run. Nothing is compiled,
+so the first step is as fast as any, and a model of thirty layers starts as soon as one of three.
 
     tape, results = Tape.record(function, *arguments)  # runs it once
     results = tape.run(arguments)  # makes the same calls again, for tensors of the same shapes
 
-The one idea: what a recorded call needs is a constant, a tensor of the caller, or a tensor that an earlier call
-made. Calls that depend on constants alone are made once, when the tape is made. What changes from step to step
-must be in tensors: what the function reads in Python stays as it was.
+The one idea: what a recorded call needs is a constant, a tensor of the caller, or a tensor that an earlier
+call made. Calls that depend on constants alone are made once, when the tape is made. What changes from step
+to step must be in tensors: what the function reads in Python stays as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
-
 
 FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1}  # their numbers in C++
 
@@ -121,7 +120,7 @@ class Tape:
         used = {id(tensor): i for i, call in enumerate(kept) for tensor in call.inputs}
         used |= {id(tensor): len(kept) for tensor in (*arguments, *results)}  # to the end
         over = [[] for _ in range(len(kept) + 1)]  # the tensors that no call after this one needs
-        for i, call in enumerate(kept):
+        for call in kept:
             for tensor in tensors_in(call.results):
                 if id(tensor) in used and id(tensor) not in map(id, call.inputs):
                     over[used[id(tensor)]].append(self.numbers.setdefault(id(tensor), len(self.numbers)))

@@ -895,9 +895,15 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 // ------------------------------------------------------------------------------------------------------------
 // Attention over a static cache. A query's keys are taken in the order of their positions, 16 at a time, wherever
 // their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors.
+//
+// Positions are cut into ranges, the same ones for every query. What a range contributes is computed alone, by any
+// thread; in the end the ranges of a query are put together, in ascending order.
 // ------------------------------------------------------------------------------------------------------------
 
-constexpr int QUERIES = 8;  // neighbours that share the keys they have in common
+constexpr int QUERIES = 8;                // neighbours that share what they read
+constexpr int RANGE = 256;                // positions: few enough that threads share the work of one text
+constexpr int TOGETHER = MAX_SUMS / 4;    // rows, queries times heads, that share a key or value in a register
+constexpr int AHEAD = 32;                 // slots: the machine does not foresee rows that lie so far apart
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
@@ -920,38 +926,61 @@ struct Text {
     for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
     return count;
   }
+  // Do two queries find these positions in the same slots?
+  bool same_slots(int64_t i, int64_t j, int64_t p) const {
+    if (p + LANES <= past) return true;
+    int64_t from[LANES], to[LANES];
+    const int count = slots(i, p, from);
+    return slots(j, p, to) == count && std::equal(from, from + count, to);
+  }
 };
 
-// One key-value head of a text, and `heads` query heads that read it, of queries begin .. end.
+// One key-value head of a text, `heads` query heads that read it, and queries begin .. end - 1, whose rows
+// [queries, heads] a task computes for one range.
 template <class T>
 struct Head {
   const Text& text;
   const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
-  T* out;                      // like q
   int64_t row_stride, slot_stride, heads, size, begin, end;
 
-  int64_t positions() const {  // that any of the queries sees, in full blocks
-    return round_up(*std::max_element(text.seen.begin() + begin, text.seen.begin() + end), LANES);
+  int64_t rows() const { return (end - begin) * heads; }
+  int64_t words() const { return size * sizeof(T) / 4; }  // of 32 bits, in a key
+  int64_t positions() const {                             // that any of the queries sees
+    return *std::max_element(text.seen.begin() + begin, text.seen.begin() + end);
   }
 };
 
-// Calls use(query, position, count) for every 16 positions of every query; gather(slots, count) comes before, where
-// the slots are not those of the query before.
+// Calls use(first, last, position, count) for every 16 positions of a range and all rows first .. last - 1 that find
+// them in the same slots; gather(slots, count) comes before, where they are not the slots of the rows before.
 template <class T, class Gather, class Use>
-void for_each_block(const Head<T>& head, Gather gather, Use use) {
-  int64_t last[LANES], slots[LANES], positions = head.positions();
-  for (int64_t p = 0; p < positions; p += LANES) {
-    int gathered = 0;
-    for (int64_t i = head.end - 1; i >= head.begin; i--) {  // the last of a chain sees what the others see, and more
-      int count = head.text.slots(i, p, slots);
-      if (count > gathered || !std::equal(slots, slots + count, last)) {
+void for_each_block(const Head<T>& head, int64_t begin, Gather gather, Use use) {
+  const int64_t end = std::min(begin + RANGE, head.positions());
+  int64_t gathered[LANES], slots[LANES];
+  for (int64_t p = begin; p < end; p += LANES) {
+    int most = 0;
+    for (int64_t i = head.end - 1, last; i >= head.begin; i--) {  // the last of a chain sees what others see, and more
+      const int count = head.text.slots(i, p, slots);
+      for (last = i; i > head.begin && head.text.same_slots(i - 1, last, p);) i--;
+      if (count > most || !std::equal(slots, slots + count, gathered)) {
         gather(slots, count);
-        std::copy(slots, slots + count, last);
-        gathered = count;
+        std::copy(slots, slots + count, gathered);
+        most = count;
       }
-      if (count) use(i, p, count);
+      if (count) use((i - head.begin) * head.heads, (last + 1 - head.begin) * head.heads, p, count);
     }
   }
+}
+
+// Calls f(count, row) for groups of `count` rows of first .. last - 1; the count is a constant.
+template <int ROWS = TOGETHER, class Function>
+void in_groups(int64_t first, int64_t last, Function f) {
+  for (; first + ROWS <= last; first += ROWS) f(std::integral_constant<int, ROWS>(), first);
+  if constexpr (ROWS > 1) in_groups<ROWS - 1>(first, last, f);
+}
+
+template <class T>
+void prefetch_row(const T* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += VECTOR / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 0, 3);
 }
 
 inline Floats dot_word(const float*, const uint32_t* keys, uint32_t word, Floats total) {
@@ -967,9 +996,12 @@ inline Floats dot_word(const bf16*, const uint32_t* keys, uint32_t word, Floats 
 template <class T>
 void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t* out) {
   const uint32_t* rows[LANES];
-  int64_t words = head.size * sizeof(T) / 4, word = 0;
-  for (int j = 0; j < LANES; j++)
-    rows[j] = (const uint32_t*)(head.keys + slots[std::min(j, count - 1)] * head.slot_stride);
+  int64_t words = head.words(), word = 0;
+  for (int j = 0; j < LANES; j++) {
+    const T* row = head.keys + slots[std::min(j, count - 1)] * head.slot_stride;
+    prefetch_row(row + AHEAD * head.slot_stride, head.size);
+    rows[j] = (const uint32_t*)row;
+  }
   for (; word + LANES <= words; word += LANES) {
     transpose(rows, out + word * LANES);
     for (auto& row : rows) row += LANES;
@@ -978,33 +1010,60 @@ void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t*
     for (int j = 0; j < LANES; j++) out[k * LANES + j] = rows[j][k - word];
 }
 
-// A query times 16 packed keys. Four sums, so that none waits for itself; their order depends on the size alone.
+// Values of up to 16 slots, as floats: [slot][size, rounded up].
 template <class T>
-Floats dot_keys(const uint32_t* q, const uint32_t* keys, int64_t words) {
-  Floats sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+void gather_values(const Head<T>& head, const int64_t* slots, int count, float* out) {
+  for (int j = 0; j < count; j++) {
+    const T* row = head.values + slots[j] * head.slot_stride;
+    prefetch_row(row + AHEAD * head.slot_stride, head.size);
+    widen_row(row, head.size, out + j * round_up(head.size, LANES));
+  }
+}
+
+// scale * ROWS queries times 16 packed keys. Four sums for each, so that none waits for itself; their order depends
+// on the size alone.
+template <class T, int ROWS>
+void score(const uint32_t* q, const uint32_t* keys, int64_t words, Floats scale, float* scores) {
+  Floats sums[ROWS][4];
+  for (auto& row : sums)
+    for (auto& s : row) s = all(0.0f);
   int64_t k = 0;
   for (; k + 4 <= words; k += 4)
-    for (int i = 0; i < 4; i++) sums[i] = dot_word((const T*)nullptr, keys + (k + i) * LANES, q[k + i], sums[i]);
-  for (; k < words; k++) sums[0] = dot_word((const T*)nullptr, keys + k * LANES, q[k], sums[0]);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < 4; i++)
+      for (int m = 0; m < ROWS; m++)
+        sums[m][i] = dot_word((const T*)nullptr, keys + (k + i) * LANES, q[m * words + k + i], sums[m][i]);
+  for (; k < words; k++)
+    for (int m = 0; m < ROWS; m++)
+      sums[m][0] = dot_word((const T*)nullptr, keys + k * LANES, q[m * words + k], sums[m][0]);
+  for (int m = 0; m < ROWS; m++)
+    store(scores + m * RANGE, scale * ((sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3])));
 }
 
-// sum += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of the sum at a time.
-template <int VECTORS = 4>
-void add_weighted(const float* share, const float* values, int count, int64_t size, float* sum, int64_t d = 0) {
+// Sums of ROWS rows += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of a sum at a time.
+template <int ROWS, int VECTORS = 4>
+void add_weighted(const float* share, const float* values, int count, int64_t size, float* sum, int64_t stride,
+                  int64_t d = 0) {
   for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
-    Floats sums[VECTORS];
-    for (int v = 0; v < VECTORS; v++) sums[v] = load(sum + d + v * LANES);
+    Floats sums[ROWS][VECTORS];
+    for (int m = 0; m < ROWS; m++)
+      for (int v = 0; v < VECTORS; v++) sums[m][v] = load(sum + m * stride + d + v * LANES);
     for (int j = 0; j < count; j++)
-      for (int v = 0; v < VECTORS; v++) sums[v] = fma(all(share[j]), load(values + j * size + d + v * LANES), sums[v]);
-    for (int v = 0; v < VECTORS; v++) store(sum + d + v * LANES, sums[v]);
+      for (int v = 0; v < VECTORS; v++)
+        for (int m = 0; m < ROWS; m++)
+          sums[m][v] = fma(all(share[m * RANGE + j]), load(values + j * size + d + v * LANES), sums[m][v]);
+    for (int m = 0; m < ROWS; m++)
+      for (int v = 0; v < VECTORS; v++) store(sum + m * stride + d + v * LANES, sums[m][v]);
   }
-  if constexpr (VECTORS > 1) add_weighted<1>(share, values, count, size, sum, d);
+  if constexpr (VECTORS > 1) add_weighted<ROWS, 1>(share, values, count, size, sum, stride, d);
 }
 
-// exp(score - largest) / their sum, over `count` positions; what is beyond in the last vector becomes 0.
-void softmax(float* scores, int64_t count) {
-  int64_t end = round_up(count, LANES);
+// What a range contributes to a row: the largest score, the sum of exp(score - largest), and the sum of values, each
+// times its exponential. Lies in memory as floats: [values ..., largest, sum].
+inline int64_t partial_size(int64_t size) { return round_up(size, LANES) + LANES; }
+
+// exp(score - largest), in place, of the scores of `count` positions; largest and sum go to `out`.
+void exponentials(float* scores, int64_t count, float* out) {
+  const int64_t end = round_up(count, LANES);
   std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
   Floats most = load(scores), total = all(0.0f);
   for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
@@ -1012,66 +1071,97 @@ void softmax(float* scores, int64_t count) {
   for (int64_t p = 0; p < end; p += LANES) store(scores + p, exp(load(scores + p) - most));
   std::fill(scores + count, scores + end, 0.0f);
   for (int64_t p = 0; p < end; p += LANES) total = total + load(scores + p);
-  Floats factor = all(1.0f / sum(total));
-  for (int64_t p = 0; p < end; p += LANES) store(scores + p, load(scores + p) * factor);
+  store(out, most);
+  out[1] = sum(total);
 }
 
-// Attention of `heads` heads of queries begin .. end: scores, softmax, weighted sum, each in the order of positions.
+// The partial results [rows, partial] of the range of positions from `first` on.
 template <class T>
-void attend(const Head<T>& head) {
+void attend(const Head<T>& head, int64_t first, float* partials) {
   static thread_local std::vector<float> room;
-  const int64_t rows = (head.end - head.begin) * head.heads, positions = head.positions();
-  const int64_t size = round_up(head.size, LANES), words = head.size * sizeof(T) / 4;
-  room.assign(rows * positions + 2 * LANES * size + rows * size, 0.0f);
-  float *scores = room.data(), *keys = scores + rows * positions, *values = keys + LANES * size,
-        *sums = values + LANES * size;
+  const int64_t rows = head.rows(), words = head.words(), size = round_up(head.size, LANES),
+                stride = partial_size(head.size);
+  room.resize(rows * (RANGE + words) + 2 * LANES * size);
+  float *scores = room.data(), *keys = scores + rows * RANGE, *values = keys + LANES * size;
+  uint32_t* q = (uint32_t*)(values + LANES * size);
   const Floats scale = all(1.0f / std::sqrt((float)head.size));
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t i = head.begin + row / head.heads, h = row % head.heads;
+    std::memcpy(q + row * words, head.q + i * head.row_stride + h * head.size, words * 4);
+  }
 
   auto gather_k = [&](const int64_t* slots, int count) { gather_keys(head, slots, count, (uint32_t*)keys); };
-  for_each_block(head, gather_k, [&](int64_t i, int64_t p, int) {
-    for (int64_t h = 0; h < head.heads; h++) {
-      const uint32_t* q = (const uint32_t*)(head.q + i * head.row_stride + h * head.size);
-      store(scores + ((i - head.begin) * head.heads + h) * positions + p, scale * dot_keys<T>(q, (uint32_t*)keys, words));
-    }
+  for_each_block(head, first, gather_k, [&](int64_t begin, int64_t end, int64_t p, int) {
+    in_groups(begin, end, [&](auto count, int64_t row) {
+      score<T, count>(q + row * words, (uint32_t*)keys, words, scale, scores + row * RANGE + p - first);
+    });
   });
-  for (int64_t row = 0; row < rows; row++)
-    softmax(scores + row * positions, head.text.seen[head.begin + row / head.heads]);
-  auto gather_v = [&](const int64_t* slots, int count) {
-    for (int j = 0; j < count; j++) widen_row(head.values + slots[j] * head.slot_stride, head.size, values + j * size);
-  };
-  for_each_block(head, gather_v, [&](int64_t i, int64_t p, int count) {
-    for (int64_t h = 0; h < head.heads; h++) {
-      int64_t row = (i - head.begin) * head.heads + h;
-      add_weighted(scores + row * positions + p, values, count, size, sums + row * size);
-    }
-  });
+  std::fill(partials, partials + rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++) {
-    int64_t i = head.begin + row / head.heads, h = row % head.heads;
-    narrow_row(sums + row * size, head.size, head.out + i * head.row_stride + h * head.size);
+    const int64_t seen = head.text.seen[head.begin + row / head.heads] - first;
+    if (seen > 0) exponentials(scores + row * RANGE, std::min<int64_t>(seen, RANGE), partials + row * stride + size);
   }
+  auto gather_v = [&](const int64_t* slots, int count) { gather_values(head, slots, count, values); };
+  for_each_block(head, first, gather_v, [&](int64_t begin, int64_t end, int64_t p, int positions) {
+    in_groups(begin, end, [&](auto count, int64_t row) {
+      add_weighted<count>(scores + row * RANGE + p - first, values, positions, size, partials + row * stride, stride);
+    });
+  });
+}
+
+// The ranges of a row, `stride` apart, put together in ascending order.
+template <class T>
+void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size, T* out) {
+  static thread_local std::vector<float> room;
+  const int64_t padded = round_up(size, LANES);
+  room.assign(padded, 0.0f);
+  float* sums = room.data();
+  float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  for (int64_t r = 0; r < ranges; r++) most = std::max(most, partial[r * stride + padded]);
+  for (int64_t r = 0; r < ranges; r++, partial += stride) {
+    float factor[LANES];
+    store(factor, exp(all(partial[padded] - most)));
+    total += factor[0] * partial[padded + 1];
+    for (int64_t d = 0; d < padded; d += LANES)
+      store(sums + d, fma(all(factor[0]), load(partial + d), load(sums + d)));
+  }
+  for (int64_t d = 0; d < padded; d += LANES) store(sums + d, load(sums + d) * all(1.0f / total));
+  narrow_row(sums, size, out);
 }
 
 template <class T>
 void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, const bool* ancestors,
                   const int64_t* length, int64_t nodes, Tensor& out) {
   const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2),
-                heads = q.size(2) / kv_heads;
-  const int64_t longest = *std::max_element(length, length + batch) + nodes;
-  const int64_t row = q.size(2) * size;  // not q.stride(1), which may be anything where n is 1
+                heads = q.size(2) / kv_heads, row = q.size(2) * size;  // not q.stride(1): it may be anything if n is 1
+  const int64_t longest = *std::max_element(length, length + batch) + nodes, ranges = (longest + RANGE - 1) / RANGE;
+  const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // queries of a part
+  const int64_t stride = partial_size(size), part_stride = queries * heads * stride;
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
-  const int64_t parts = (n + QUERIES - 1) / QUERIES;
-#pragma omp parallel for schedule(dynamic) collapse(3) if (q.numel() * longest > SMALL)
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t part = 0; part < parts; part++)
-      for (int64_t g = 0; g < kv_heads; g++) {
-        const int64_t first = b * n * row + g * heads * size, begin = part * QUERIES;
-        attend(Head<T>{texts[b], (const T*)q.const_data_ptr() + first,
+  static thread_local std::vector<float> room;
+  room.resize(batch * kv_heads * ranges * parts * part_stride);
+  float* partials = room.data();  // [batch, kv_heads, ranges, parts, queries, heads, partial]
+
+  const int64_t tasks = batch * kv_heads * ranges * parts;
+#pragma omp parallel for schedule(dynamic) if (q.numel() * longest > SMALL)
+  for (int64_t task = 0; task < tasks; task++) {  // the parts that read the same keys come one after another
+    const int64_t part = task % parts, range = task / parts % ranges, g = task / parts / ranges % kv_heads,
+                  b = task / parts / ranges / kv_heads, begin = part * queries;
+    const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
                        (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
                        (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2),
-                       (T*)out.mutable_data_ptr() + first, row, keys.stride(1), heads, size, begin,
-                       std::min(begin + QUERIES, n)});
-      }
+                       row, keys.stride(1), heads, size, begin, std::min(begin + queries, n)};
+    if (range * RANGE < head.positions()) attend(head, range * RANGE, partials + task * part_stride);
+  }
+  const int64_t rows = q.numel() / size;
+#pragma omp parallel for schedule(static) if (q.numel() * ranges > SMALL)
+  for (int64_t at = 0; at < rows; at++) {
+    const int64_t h = at % q.size(2), i = at / q.size(2) % n, b = at / q.size(2) / n;
+    const float* first = partials + ((b * kv_heads + h / heads) * ranges * parts + i / queries) * part_stride +
+                         (i % queries * heads + h % heads) * stride;
+    combine(first, (texts[b].seen[i] + RANGE - 1) / RANGE, parts * part_stride, size, (T*)out.mutable_data_ptr() + at * size);
+  }
 }
 
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,

@@ -383,9 +383,16 @@ inline Floats exp(Floats x) {
   return times_power_of_two(p, n);
 }
 
+inline Floats widen(const float* p) { return load(p); }
 inline Floats silu(Floats x) { return x / (all(1.0f) + exp(all(0.0f) - x)); }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Room for `count` floats from the beginning of a cache line on: a vector that lies across two is read twice.
+inline float* scratch(std::vector<float>& room, int64_t count) {
+  room.resize(count + LANES);
+  return (float*)round_up((int64_t)room.data(), VECTOR);
+}
 
 // ------------------------------------------------------------------------------------------------------------
 // Activations: what a linear does to a row before it multiplies. norm or SwiGLU, then the words that a weight
@@ -893,7 +900,7 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 }
 
 // ------------------------------------------------------------------------------------------------------------
-// Attention over a static cache. A query's keys are taken in the order of their positions, 16 at a time, wherever
+// Attention over a static cache. A query's keys are taken in the order of their positions, 32 at a time, wherever
 // their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors.
 //
 // Positions are cut into ranges, the same ones for every query. What a range contributes is computed alone, by any
@@ -902,6 +909,9 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 
 constexpr int QUERIES = 8;                // neighbours that share what they read
 constexpr int RANGE = 256;                // positions: few enough that threads share the work of one text
+constexpr int BLOCK_KEYS = 2 * LANES;     // positions that are taken at a time
+constexpr int SCORES = RANGE + LANES;     // numbers from a row of scores to the next: with powers of two, the rows would
+                                          // take one another's places in the cache
 constexpr int TOGETHER = MAX_SUMS / 4;    // rows, queries times heads, that share a key or value in a register
 constexpr int AHEAD = 32;                 // slots: the machine does not foresee rows that lie so far apart
 
@@ -920,16 +930,16 @@ struct Text {
       seen.push_back(past + count);
     }
   }
-  // The slots of query i's positions p, p + 1, ..., at most 16 -> how many there are.
+  // The slots of query i's positions p, p + 1, ..., at most 32 -> how many there are.
   int slots(int64_t i, int64_t p, int64_t* out) const {
-    int count = std::clamp<int64_t>(seen[i] - p, 0, LANES);
+    int count = std::clamp<int64_t>(seen[i] - p, 0, BLOCK_KEYS);
     for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
     return count;
   }
   // Do two queries find these positions in the same slots?
   bool same_slots(int64_t i, int64_t j, int64_t p) const {
-    if (p + LANES <= past) return true;
-    int64_t from[LANES], to[LANES];
+    if (p + BLOCK_KEYS <= past) return true;
+    int64_t from[BLOCK_KEYS], to[BLOCK_KEYS];
     const int count = slots(i, p, from);
     return slots(j, p, to) == count && std::equal(from, from + count, to);
   }
@@ -950,13 +960,13 @@ struct Head {
   }
 };
 
-// Calls use(first, last, position, count) for every 16 positions of a range and all rows first .. last - 1 that find
+// Calls use(first, last, position, count) for every 32 positions of a range and all rows first .. last - 1 that find
 // them in the same slots; gather(slots, count) comes before, where they are not the slots of the rows before.
 template <class T, class Gather, class Use>
 void for_each_block(const Head<T>& head, int64_t begin, Gather gather, Use use) {
   const int64_t end = std::min(begin + RANGE, head.positions());
-  int64_t gathered[LANES], slots[LANES];
-  for (int64_t p = begin; p < end; p += LANES) {
+  int64_t gathered[BLOCK_KEYS], slots[BLOCK_KEYS];
+  for (int64_t p = begin; p < end; p += BLOCK_KEYS) {
     int most = 0;
     for (int64_t i = head.end - 1, last; i >= head.begin; i--) {  // the last of a chain sees what others see, and more
       const int count = head.text.slots(i, p, slots);
@@ -977,6 +987,10 @@ void in_groups(int64_t first, int64_t last, Function f) {
   for (; first + ROWS <= last; first += ROWS) f(std::integral_constant<int, ROWS>(), first);
   if constexpr (ROWS > 1) in_groups<ROWS - 1>(first, last, f);
 }
+
+// What a range contributes to a row: the largest score, the sum of exp(score - largest), and the sum of values, each
+// times its exponential. Lies in memory as floats: [values ..., largest, sum].
+inline int64_t partial_size(int64_t size) { return round_up(size, LANES) + LANES; }
 
 template <class T>
 void prefetch_row(const T* row, int64_t size) {
@@ -1010,56 +1024,54 @@ void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t*
     for (int j = 0; j < LANES; j++) out[k * LANES + j] = rows[j][k - word];
 }
 
-// Values of up to 16 slots, as floats: [slot][size, rounded up].
+// Where the values of the slots are, each filled up to full vectors: in the cache itself if that is so there.
 template <class T>
-void gather_values(const Head<T>& head, const int64_t* slots, int count, float* out) {
+void gather_values(const Head<T>& head, const int64_t* slots, int count, T* room, const T** rows) {
   for (int j = 0; j < count; j++) {
-    const T* row = head.values + slots[j] * head.slot_stride;
-    prefetch_row(row + AHEAD * head.slot_stride, head.size);
-    widen_row(row, head.size, out + j * round_up(head.size, LANES));
+    rows[j] = head.values + slots[j] * head.slot_stride;
+    prefetch_row(rows[j] + AHEAD * head.slot_stride, head.size);
+    if (head.size % LANES == 0) continue;
+    rows[j] = std::copy(rows[j], rows[j] + head.size, room) - head.size;
+    room += round_up(head.size, LANES);
   }
 }
 
-// scale * ROWS queries times 16 packed keys. Four sums for each, so that none waits for itself; their order depends
-// on the size alone.
-template <class T, int ROWS>
+// scale * ROWS queries times VECTORS times 16 packed keys. Two sums for each, so that none waits for itself; their
+// order depends on the size alone.
+template <class T, int ROWS, int VECTORS>
 void score(const uint32_t* q, const uint32_t* keys, int64_t words, Floats scale, float* scores) {
-  Floats sums[ROWS][4];
-  for (auto& row : sums)
-    for (auto& s : row) s = all(0.0f);
-  int64_t k = 0;
-  for (; k + 4 <= words; k += 4)
-    for (int i = 0; i < 4; i++)
+  Floats sums[2][ROWS][VECTORS];
+  for (auto& half : sums)
+    for (auto& row : half)
+      for (auto& s : row) s = all(0.0f);
+  for (int64_t k = 0; k < words; k += 2)
+    for (int i = 0; i < std::min<int64_t>(2, words - k); i++)
       for (int m = 0; m < ROWS; m++)
-        sums[m][i] = dot_word((const T*)nullptr, keys + (k + i) * LANES, q[m * words + k + i], sums[m][i]);
-  for (; k < words; k++)
-    for (int m = 0; m < ROWS; m++)
-      sums[m][0] = dot_word((const T*)nullptr, keys + k * LANES, q[m * words + k], sums[m][0]);
+        for (int v = 0; v < VECTORS; v++)
+          sums[i][m][v] = dot_word((const T*)nullptr, keys + (v * words + k + i) * LANES, q[m * words + k + i],
+                                   sums[i][m][v]);
   for (int m = 0; m < ROWS; m++)
-    store(scores + m * RANGE, scale * ((sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3])));
+    for (int v = 0; v < VECTORS; v++) store(scores + m * SCORES + v * LANES, scale * (sums[0][m][v] + sums[1][m][v]));
 }
 
 // Sums of ROWS rows += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of a sum at a time.
-template <int ROWS, int VECTORS = 4>
-void add_weighted(const float* share, const float* values, int count, int64_t size, float* sum, int64_t stride,
-                  int64_t d = 0) {
-  for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
+template <class T, int ROWS, int VECTORS = 4>
+void add_weighted(const float* share, const T* const* values, int count, int64_t size, float* sum, int64_t d = 0) {
+  const int64_t stride = partial_size(size);
+  for (; d + VECTORS * LANES <= round_up(size, LANES); d += VECTORS * LANES) {
     Floats sums[ROWS][VECTORS];
     for (int m = 0; m < ROWS; m++)
       for (int v = 0; v < VECTORS; v++) sums[m][v] = load(sum + m * stride + d + v * LANES);
     for (int j = 0; j < count; j++)
-      for (int v = 0; v < VECTORS; v++)
-        for (int m = 0; m < ROWS; m++)
-          sums[m][v] = fma(all(share[m * RANGE + j]), load(values + j * size + d + v * LANES), sums[m][v]);
+      for (int v = 0; v < VECTORS; v++) {
+        const Floats value = widen(values[j] + d + v * LANES);
+        for (int m = 0; m < ROWS; m++) sums[m][v] = fma(all(share[m * SCORES + j]), value, sums[m][v]);
+      }
     for (int m = 0; m < ROWS; m++)
       for (int v = 0; v < VECTORS; v++) store(sum + m * stride + d + v * LANES, sums[m][v]);
   }
-  if constexpr (VECTORS > 1) add_weighted<ROWS, 1>(share, values, count, size, sum, stride, d);
+  if constexpr (VECTORS > 1) add_weighted<T, ROWS, 1>(share, values, count, size, sum, d);
 }
-
-// What a range contributes to a row: the largest score, the sum of exp(score - largest), and the sum of values, each
-// times its exponential. Lies in memory as floats: [values ..., largest, sum].
-inline int64_t partial_size(int64_t size) { return round_up(size, LANES) + LANES; }
 
 // exp(score - largest), in place, of the scores of `count` positions; largest and sum go to `out`.
 void exponentials(float* scores, int64_t count, float* out) {
@@ -1081,30 +1093,34 @@ void attend(const Head<T>& head, int64_t first, float* partials) {
   static thread_local std::vector<float> room;
   const int64_t rows = head.rows(), words = head.words(), size = round_up(head.size, LANES),
                 stride = partial_size(head.size);
-  room.resize(rows * (RANGE + words) + 2 * LANES * size);
-  float *scores = room.data(), *keys = scores + rows * RANGE, *values = keys + LANES * size;
-  uint32_t* q = (uint32_t*)(values + LANES * size);
+  float *scores = scratch(room, rows * (SCORES + words) + 2 * BLOCK_KEYS * size), *keys = scores + rows * SCORES;
+  T* padded = (T*)(keys + BLOCK_KEYS * size);
+  uint32_t* q = (uint32_t*)(keys + 2 * BLOCK_KEYS * size);
   const Floats scale = all(1.0f / std::sqrt((float)head.size));
   for (int64_t row = 0; row < rows; row++) {
     const int64_t i = head.begin + row / head.heads, h = row % head.heads;
     std::memcpy(q + row * words, head.q + i * head.row_stride + h * head.size, words * 4);
   }
 
-  auto gather_k = [&](const int64_t* slots, int count) { gather_keys(head, slots, count, (uint32_t*)keys); };
-  for_each_block(head, first, gather_k, [&](int64_t begin, int64_t end, int64_t p, int) {
+  auto gather_k = [&](const int64_t* slots, int count) {
+    for (int j = 0; j < count; j += LANES) gather_keys(head, slots + j, count - j, (uint32_t*)keys + j * words);
+  };
+  for_each_block(head, first, gather_k, [&](int64_t begin, int64_t end, int64_t p, int positions) {
     in_groups(begin, end, [&](auto count, int64_t row) {
-      score<T, count>(q + row * words, (uint32_t*)keys, words, scale, scores + row * RANGE + p - first);
+      auto multiply = positions > LANES ? score<T, count, 2> : score<T, count, 1>;
+      multiply(q + row * words, (uint32_t*)keys, words, scale, scores + row * SCORES + p - first);
     });
   });
   std::fill(partials, partials + rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++) {
     const int64_t seen = head.text.seen[head.begin + row / head.heads] - first;
-    if (seen > 0) exponentials(scores + row * RANGE, std::min<int64_t>(seen, RANGE), partials + row * stride + size);
+    if (seen > 0) exponentials(scores + row * SCORES, std::min<int64_t>(seen, RANGE), partials + row * stride + size);
   }
-  auto gather_v = [&](const int64_t* slots, int count) { gather_values(head, slots, count, values); };
+  const T* values[BLOCK_KEYS];
+  auto gather_v = [&](const int64_t* slots, int count) { gather_values(head, slots, count, padded, values); };
   for_each_block(head, first, gather_v, [&](int64_t begin, int64_t end, int64_t p, int positions) {
     in_groups(begin, end, [&](auto count, int64_t row) {
-      add_weighted<count>(scores + row * RANGE + p - first, values, positions, size, partials + row * stride, stride);
+      add_weighted<T, count>(scores + row * SCORES + p - first, values, positions, head.size, partials + row * stride);
     });
   });
 }
@@ -1140,8 +1156,7 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   static thread_local std::vector<float> room;
-  room.resize(batch * kv_heads * ranges * parts * part_stride);
-  float* partials = room.data();  // [batch, kv_heads, ranges, parts, queries, heads, partial]
+  float* partials = scratch(room, batch * kv_heads * ranges * parts * part_stride);  // [batch, kv_heads, ranges, parts, queries, heads, partial]
 
   const int64_t tasks = batch * kv_heads * ranges * parts;
 #pragma omp parallel for schedule(dynamic) if (q.numel() * longest > SMALL)

@@ -383,7 +383,6 @@ inline Floats exp(Floats x) {
   return times_power_of_two(p, n);
 }
 
-inline Floats widen(const float* p) { return load(p); }
 inline Floats silu(Floats x) { return x / (all(1.0f) + exp(all(0.0f) - x)); }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -901,28 +900,27 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 
 // ------------------------------------------------------------------------------------------------------------
 // Attention over a static cache. A query's keys are taken in the order of their positions, 32 at a time, wherever
-// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors.
-//
-// Positions are cut into ranges, the same ones for every query. What a range contributes is computed alone, by any
-// thread; in the end the ranges of a query are put together, in ascending order.
+// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors. Positions are cut
+// into ranges, the same for every query. What a range contributes is computed alone, by any thread; then the ranges of
+// a query are put together, in ascending order.
 // ------------------------------------------------------------------------------------------------------------
 
-constexpr int QUERIES = 8;                // neighbours that share what they read
-constexpr int RANGE = 256;                // positions: few enough that threads share the work of one text
-constexpr int BLOCK_KEYS = 2 * LANES;     // positions that are taken at a time
-constexpr int SCORES = RANGE + LANES;     // numbers from a row of scores to the next: with powers of two, the rows would
-                                          // take one another's places in the cache
-constexpr int TOGETHER = MAX_SUMS / 4;    // rows, queries times heads, that share a key or value in a register
-constexpr int AHEAD = 32;                 // slots: the machine does not foresee rows that lie so far apart
+constexpr int QUERIES = 8;              // neighbours that share what they read
+constexpr int RANGE = 256;              // positions: few enough that threads can share the work for one text
+constexpr int SCORES = RANGE + LANES;   // from a row of scores to the next: not a power of two, or rows would take the
+                                        // same places in the first cache
+constexpr int KEYS = 2 * LANES;         // positions at a time
+constexpr int AHEAD = 32;               // slots: the machine itself does not foresee rows that lie so far apart
+constexpr int TOGETHER = MAX_SUMS / 4;  // rows (a query, a head) that share keys and values in registers
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
   int64_t past;                // positions that every query sees, in the slots of the same number
-  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order
+  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order; then -1
   std::vector<int64_t> seen;   // [n]: positions that a query sees
   int64_t nodes;
 
-  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes), nodes(nodes) {
+  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes, -1), nodes(nodes) {
     for (int64_t i = 0; i < n; i++) {
       int64_t count = 0;
       for (int64_t j = 0; j < nodes; j++)
@@ -932,133 +930,141 @@ struct Text {
   }
   // The slots of query i's positions p, p + 1, ..., at most 32 -> how many there are.
   int slots(int64_t i, int64_t p, int64_t* out) const {
-    int count = std::clamp<int64_t>(seen[i] - p, 0, BLOCK_KEYS);
+    int count = std::clamp<int64_t>(seen[i] - p, 0, KEYS);
     for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
     return count;
   }
-  // Do two queries find these positions in the same slots?
+  // Do queries i and j find these positions in the same slots?
   bool same_slots(int64_t i, int64_t j, int64_t p) const {
-    if (p + BLOCK_KEYS <= past) return true;
-    int64_t from[BLOCK_KEYS], to[BLOCK_KEYS];
-    const int count = slots(i, p, from);
-    return slots(j, p, to) == count && std::equal(from, from + count, to);
+    const int64_t first = std::max<int64_t>(p - past, 0), end = std::min(p + KEYS - past, nodes);
+    const int64_t *a = tails.data() + i * nodes, *b = tails.data() + j * nodes;
+    return first >= end || std::equal(a + first, a + end, b + first);
   }
 };
 
-// One key-value head of a text, `heads` query heads that read it, and queries begin .. end - 1, whose rows
-// [queries, heads] a task computes for one range.
+// One key-value head of a text, `heads` query heads that read it, and queries begin .. end - 1: the rows of a task.
 template <class T>
 struct Head {
   const Text& text;
   const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
   int64_t row_stride, slot_stride, heads, size, begin, end;
 
-  int64_t rows() const { return (end - begin) * heads; }
-  int64_t words() const { return size * sizeof(T) / 4; }  // of 32 bits, in a key
-  int64_t positions() const {                             // that any of the queries sees
+  int64_t seen(int64_t row) const { return text.seen[begin + row / heads]; }
+  int64_t positions() const {  // that any of the queries sees
     return *std::max_element(text.seen.begin() + begin, text.seen.begin() + end);
   }
 };
 
-// Calls use(first, last, position, count) for every 32 positions of a range and all rows first .. last - 1 that find
-// them in the same slots; gather(slots, count) comes before, where they are not the slots of the rows before.
-template <class T, class Gather, class Use>
-void for_each_block(const Head<T>& head, int64_t begin, Gather gather, Use use) {
+template <class T>
+int64_t padded(int64_t size) {  // numbers of a row that is filled up to full vectors
+  return round_up(size, VECTOR / sizeof(T));
+}
+
+template <class T>
+void copy_padded(const T* from, int64_t size, T* to) {
+  std::fill(std::copy(from, from + size, to), to + padded<T>(size), T(0));
+}
+
+// Where the rows of some slots lie, filled up to full vectors: in the cache itself if they are full there. Slots next
+// to them are fetched ahead.
+template <class T>
+void find_rows(const Head<T>& head, const T* cache, const int64_t* slots, int count, T* room, const T** rows) {
+  const int64_t size = padded<T>(head.size);
+  for (int j = 0; j < count; j++) {
+    rows[j] = cache + slots[j] * head.slot_stride;
+    for (int64_t d = 0; d < size; d += VECTOR / sizeof(T))
+      __builtin_prefetch(rows[j] + AHEAD * head.slot_stride + d);
+    if (size == head.size) continue;
+    copy_padded(rows[j], head.size, room + j * size);
+    rows[j] = room + j * size;
+  }
+}
+
+// Calls use(first, last, position, rows, count) for every 32 positions of a range and all rows of the task, first ..
+// last - 1, that find them in the same slots; pack(rows, count) comes before, where they are other slots than before.
+template <class T, class Pack, class Use>
+void for_each_block(const Head<T>& head, const T* cache, T* room, int64_t begin, Pack pack, Use use) {
   const int64_t end = std::min(begin + RANGE, head.positions());
-  int64_t gathered[BLOCK_KEYS], slots[BLOCK_KEYS];
-  for (int64_t p = begin; p < end; p += BLOCK_KEYS) {
+  int64_t packed[KEYS], slots[KEYS];
+  const T* rows[KEYS];
+  for (int64_t p = begin; p < end; p += KEYS) {
     int most = 0;
     for (int64_t i = head.end - 1, last; i >= head.begin; i--) {  // the last of a chain sees what others see, and more
       const int count = head.text.slots(i, p, slots);
-      for (last = i; i > head.begin && head.text.same_slots(i - 1, last, p);) i--;
-      if (count > most || !std::equal(slots, slots + count, gathered)) {
-        gather(slots, count);
-        std::copy(slots, slots + count, gathered);
-        most = count;
+      for (last = i + 1; i > head.begin && head.text.same_slots(i - 1, i, p);) i--;
+      if (count > most || !std::equal(slots, slots + count, packed)) {
+        find_rows(head, cache, slots, count, room, rows);
+        pack(rows, count);
+        most = std::copy(slots, slots + count, packed) - packed;
       }
-      if (count) use((i - head.begin) * head.heads, (last + 1 - head.begin) * head.heads, p, count);
+      if (count) use((i - head.begin) * head.heads, (last - head.begin) * head.heads, p, rows, count);
     }
   }
 }
 
-// Calls f(count, row) for groups of `count` rows of first .. last - 1; the count is a constant.
+// Calls f(count, row) for groups of rows; their count is a constant.
 template <int ROWS = TOGETHER, class Function>
 void in_groups(int64_t first, int64_t last, Function f) {
   for (; first + ROWS <= last; first += ROWS) f(std::integral_constant<int, ROWS>(), first);
   if constexpr (ROWS > 1) in_groups<ROWS - 1>(first, last, f);
 }
 
-// What a range contributes to a row: the largest score, the sum of exp(score - largest), and the sum of values, each
-// times its exponential. Lies in memory as floats: [values ..., largest, sum].
-inline int64_t partial_size(int64_t size) { return round_up(size, LANES) + LANES; }
-
+// Up to 16 keys side by side, packed like weights: words of 32 bits [word of a key][16].
 template <class T>
-void prefetch_row(const T* row, int64_t size) {
-  for (int64_t i = 0; i < size; i += VECTOR / (int64_t)sizeof(T)) __builtin_prefetch(row + i, 0, 3);
-}
-
-inline Floats dot_word(const float*, const uint32_t* keys, uint32_t word, Floats total) {
-  float x;
-  std::memcpy(&x, &word, 4);
-  return fma(load((const float*)keys), all(x), total);
-}
-inline Floats dot_word(const bf16*, const uint32_t* keys, uint32_t word, Floats total) {
-  return dot(total, load_pairs(keys), (int32_t)word);
-}
-
-// Keys of up to 16 slots side by side, packed like weights: words of 32 bits [word of a key][16].
-template <class T>
-void gather_keys(const Head<T>& head, const int64_t* slots, int count, uint32_t* out) {
+void pack_keys(const T* const* keys, int count, int64_t size, T* out) {
   const uint32_t* rows[LANES];
-  int64_t words = head.words(), word = 0;
-  for (int j = 0; j < LANES; j++) {
-    const T* row = head.keys + slots[std::min(j, count - 1)] * head.slot_stride;
-    prefetch_row(row + AHEAD * head.slot_stride, head.size);
-    rows[j] = (const uint32_t*)row;
-  }
-  for (; word + LANES <= words; word += LANES) {
-    transpose(rows, out + word * LANES);
-    for (auto& row : rows) row += LANES;
-  }
-  for (int64_t k = word; k < words; k++)
-    for (int j = 0; j < LANES; j++) out[k * LANES + j] = rows[j][k - word];
-}
-
-// Where the values of the slots are, each filled up to full vectors: in the cache itself if that is so there.
-template <class T>
-void gather_values(const Head<T>& head, const int64_t* slots, int count, T* room, const T** rows) {
-  for (int j = 0; j < count; j++) {
-    rows[j] = head.values + slots[j] * head.slot_stride;
-    prefetch_row(rows[j] + AHEAD * head.slot_stride, head.size);
-    if (head.size % LANES == 0) continue;
-    rows[j] = std::copy(rows[j], rows[j] + head.size, room) - head.size;
-    room += round_up(head.size, LANES);
+  for (int64_t d = 0; d < size; d += VECTOR / sizeof(T)) {
+    for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(keys[std::min(j, count - 1)] + d);
+    transpose(rows, (uint32_t*)(out + d * LANES));
   }
 }
 
-// scale * ROWS queries times VECTORS times 16 packed keys. Two sums for each, so that none waits for itself; their
-// order depends on the size alone.
+inline Floats dot_word(Floats total, const float* keys, const float* q) { return fma(load(keys), all(*q), total); }
+inline Floats dot_word(Floats total, const bf16* keys, const bf16* q) {
+  int32_t word;
+  std::memcpy(&word, q, 4);
+  return dot(total, load_pairs(keys), word);
+}
+
+// scale * ROWS queries times VECTORS of 16 packed keys. Even and odd words have sums of their own: fewer would wait.
 template <class T, int ROWS, int VECTORS>
-void score(const uint32_t* q, const uint32_t* keys, int64_t words, Floats scale, float* scores) {
+void score(const T* q, const T* keys, int64_t size, Floats scale, float* scores) {
+  constexpr int WORD = 4 / sizeof(T);
   Floats sums[2][ROWS][VECTORS];
-  for (auto& half : sums)
-    for (auto& row : half)
-      for (auto& s : row) s = all(0.0f);
-  for (int64_t k = 0; k < words; k += 2)
-    for (int i = 0; i < std::min<int64_t>(2, words - k); i++)
+  std::fill_n(&sums[0][0][0], 2 * ROWS * VECTORS, all(0.0f));
+  for (int64_t d = 0; d < size; d += 2 * WORD)
+    for (int i = 0; i < 2; i++)
       for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++)
-          sums[i][m][v] = dot_word((const T*)nullptr, keys + (v * words + k + i) * LANES, q[m * words + k + i],
-                                   sums[i][m][v]);
+          sums[i][m][v] = dot_word(sums[i][m][v], keys + (v * size + d + i * WORD) * LANES, q + m * size + d + i * WORD);
   for (int m = 0; m < ROWS; m++)
     for (int v = 0; v < VECTORS; v++) store(scores + m * SCORES + v * LANES, scale * (sums[0][m][v] + sums[1][m][v]));
 }
+
+// What a range contributes to a row: [sum of values times exp(score - largest) ..., largest, sum of exponentials ...].
+inline int64_t partial_size(int64_t padded_size) { return padded_size + LANES; }
+
+// exp(score - largest), in place, of `count` scores; what is beyond in the last vector becomes 0.
+void exponentials(float* scores, int64_t count, float* largest_and_sum) {
+  const int64_t end = round_up(count, LANES);
+  std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
+  Floats most = load(scores), total = all(0.0f);
+  for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
+  most = all(largest(most));
+  for (int64_t p = 0; p < end; p += LANES) store(scores + p, exp(load(scores + p) - most));
+  std::fill(scores + count, scores + end, 0.0f);
+  for (int64_t p = 0; p < end; p += LANES) total = total + load(scores + p);
+  store(largest_and_sum, most);
+  largest_and_sum[1] = sum(total);
+}
+
+inline Floats widen(const float* p) { return load(p); }
 
 // Sums of ROWS rows += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of a sum at a time.
 template <class T, int ROWS, int VECTORS = 4>
 void add_weighted(const float* share, const T* const* values, int count, int64_t size, float* sum, int64_t d = 0) {
   const int64_t stride = partial_size(size);
-  for (; d + VECTORS * LANES <= round_up(size, LANES); d += VECTORS * LANES) {
+  for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
     Floats sums[ROWS][VECTORS];
     for (int m = 0; m < ROWS; m++)
       for (int v = 0; v < VECTORS; v++) sums[m][v] = load(sum + m * stride + d + v * LANES);
@@ -1073,76 +1079,55 @@ void add_weighted(const float* share, const T* const* values, int count, int64_t
   if constexpr (VECTORS > 1) add_weighted<T, ROWS, 1>(share, values, count, size, sum, d);
 }
 
-// exp(score - largest), in place, of the scores of `count` positions; largest and sum go to `out`.
-void exponentials(float* scores, int64_t count, float* out) {
-  const int64_t end = round_up(count, LANES);
-  std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
-  Floats most = load(scores), total = all(0.0f);
-  for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
-  most = all(largest(most));
-  for (int64_t p = 0; p < end; p += LANES) store(scores + p, exp(load(scores + p) - most));
-  std::fill(scores + count, scores + end, 0.0f);
-  for (int64_t p = 0; p < end; p += LANES) total = total + load(scores + p);
-  store(out, most);
-  out[1] = sum(total);
-}
-
-// The partial results [rows, partial] of the range of positions from `first` on.
+// The partial results [rows, partial_size] of the range of positions that begins at `first`.
 template <class T>
 void attend(const Head<T>& head, int64_t first, float* partials) {
   static thread_local std::vector<float> room;
-  const int64_t rows = head.rows(), words = head.words(), size = round_up(head.size, LANES),
-                stride = partial_size(head.size);
-  float *scores = scratch(room, rows * (SCORES + words) + 2 * BLOCK_KEYS * size), *keys = scores + rows * SCORES;
-  T* padded = (T*)(keys + BLOCK_KEYS * size);
-  uint32_t* q = (uint32_t*)(keys + 2 * BLOCK_KEYS * size);
+  const int64_t rows = (head.end - head.begin) * head.heads, size = padded<T>(head.size), stride = partial_size(size);
+  float* scores = scratch(room, rows * (SCORES + size) + 2 * KEYS * size);
+  T *q = (T*)(scores + rows * SCORES), *packed = q + rows * size, *full = packed + KEYS * size;
   const Floats scale = all(1.0f / std::sqrt((float)head.size));
-  for (int64_t row = 0; row < rows; row++) {
-    const int64_t i = head.begin + row / head.heads, h = row % head.heads;
-    std::memcpy(q + row * words, head.q + i * head.row_stride + h * head.size, words * 4);
-  }
+  for (int64_t row = 0; row < rows; row++)
+    copy_padded(head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size, head.size,
+                q + row * size);
 
-  auto gather_k = [&](const int64_t* slots, int count) {
-    for (int j = 0; j < count; j += LANES) gather_keys(head, slots + j, count - j, (uint32_t*)keys + j * words);
+  auto pack = [&](const T* const* keys, int count) {
+    for (int j = 0; j < count; j += LANES) pack_keys(keys + j, count - j, size, packed + j * size);
   };
-  for_each_block(head, first, gather_k, [&](int64_t begin, int64_t end, int64_t p, int positions) {
-    in_groups(begin, end, [&](auto count, int64_t row) {
-      auto multiply = positions > LANES ? score<T, count, 2> : score<T, count, 1>;
-      multiply(q + row * words, (uint32_t*)keys, words, scale, scores + row * SCORES + p - first);
+  for_each_block(head, head.keys, full, first, pack, [&](int64_t begin, int64_t end, int64_t p, auto, int count) {
+    in_groups(begin, end, [&](auto group, int64_t row) {
+      auto multiply = count > LANES ? score<T, group, 2> : score<T, group, 1>;
+      multiply(q + row * size, packed, size, scale, scores + row * SCORES + p - first);
     });
   });
   std::fill(partials, partials + rows * stride, 0.0f);
-  for (int64_t row = 0; row < rows; row++) {
-    const int64_t seen = head.text.seen[head.begin + row / head.heads] - first;
-    if (seen > 0) exponentials(scores + row * SCORES, std::min<int64_t>(seen, RANGE), partials + row * stride + size);
-  }
-  const T* values[BLOCK_KEYS];
-  auto gather_v = [&](const int64_t* slots, int count) { gather_values(head, slots, count, padded, values); };
-  for_each_block(head, first, gather_v, [&](int64_t begin, int64_t end, int64_t p, int positions) {
-    in_groups(begin, end, [&](auto count, int64_t row) {
-      add_weighted<T, count>(scores + row * SCORES + p - first, values, positions, head.size, partials + row * stride);
+  for (int64_t row = 0; row < rows; row++)
+    if (const int64_t count = std::min<int64_t>(head.seen(row) - first, RANGE); count > 0)
+      exponentials(scores + row * SCORES, count, partials + row * stride + size);
+  auto nothing = [](auto, int) {};
+  for_each_block(head, head.values, full, first, nothing, [&](int64_t begin, int64_t end, int64_t p, auto values, int count) {
+    in_groups(begin, end, [&](auto group, int64_t row) {
+      add_weighted<T, group>(scores + row * SCORES + p - first, values, count, size, partials + row * stride);
     });
   });
 }
 
-// The ranges of a row, `stride` apart, put together in ascending order.
+// The partial results of a row, `stride` apart, put together: the sum of values over the sum of exponentials.
 template <class T>
 void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size, T* out) {
-  static thread_local std::vector<float> room;
-  const int64_t padded = round_up(size, LANES);
-  room.assign(padded, 0.0f);
-  float* sums = room.data();
+  static thread_local std::vector<float> sums;
+  const int64_t full = padded<T>(size);
+  sums.assign(full, 0.0f);
   float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
-  for (int64_t r = 0; r < ranges; r++) most = std::max(most, partial[r * stride + padded]);
+  for (int64_t r = 0; r < ranges; r++) most = std::max(most, partial[r * stride + full]);
   for (int64_t r = 0; r < ranges; r++, partial += stride) {
     float factor[LANES];
-    store(factor, exp(all(partial[padded] - most)));
-    total += factor[0] * partial[padded + 1];
-    for (int64_t d = 0; d < padded; d += LANES)
-      store(sums + d, fma(all(factor[0]), load(partial + d), load(sums + d)));
+    store(factor, exp(all(partial[full] - most)));
+    total += factor[0] * partial[full + 1];
+    for (int64_t d = 0; d < full; d += LANES) store(&sums[d], fma(all(factor[0]), load(partial + d), load(&sums[d])));
   }
-  for (int64_t d = 0; d < padded; d += LANES) store(sums + d, load(sums + d) * all(1.0f / total));
-  narrow_row(sums, size, out);
+  for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / all(total));
+  narrow_row(sums.data(), size, out);
 }
 
 template <class T>
@@ -1151,32 +1136,32 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
   const int64_t batch = q.size(0), n = q.size(1), size = q.size(3), kv_heads = keys.size(2),
                 heads = q.size(2) / kv_heads, row = q.size(2) * size;  // not q.stride(1): it may be anything if n is 1
   const int64_t longest = *std::max_element(length, length + batch) + nodes, ranges = (longest + RANGE - 1) / RANGE;
-  const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // queries of a part
-  const int64_t stride = partial_size(size), part_stride = queries * heads * stride;
+  const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // in every part
+  const int64_t stride = partial_size(padded<T>(size)), task_size = queries * heads * stride;
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   static thread_local std::vector<float> room;
-  float* partials = scratch(room, batch * kv_heads * ranges * parts * part_stride);  // [batch, kv_heads, ranges, parts, queries, heads, partial]
+  const int64_t tasks = batch * ranges * kv_heads * parts;
+  float* partials = scratch(room, tasks * task_size);  // [batch, ranges, kv_heads, parts, queries, heads, partial_size]
 
-  const int64_t tasks = batch * kv_heads * ranges * parts;
 #pragma omp parallel for schedule(dynamic) if (q.numel() * longest > SMALL)
-  for (int64_t task = 0; task < tasks; task++) {  // the parts that read the same keys come one after another
-    const int64_t part = task % parts, range = task / parts % ranges, g = task / parts / ranges % kv_heads,
-                  b = task / parts / ranges / kv_heads, begin = part * queries;
+  for (int64_t task = 0; task < tasks; task++) {
+    const int64_t begin = task % parts * queries, g = task / parts % kv_heads, range = task / parts / kv_heads % ranges,
+                  b = task / parts / kv_heads / ranges;
     const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
                        (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
-                       (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2),
-                       row, keys.stride(1), heads, size, begin, std::min(begin + queries, n)};
-    if (range * RANGE < head.positions()) attend(head, range * RANGE, partials + task * part_stride);
+                       (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2), row,
+                       keys.stride(1), heads, size, begin, std::min(begin + queries, n)};
+    if (range * RANGE < head.positions()) attend(head, range * RANGE, partials + task * task_size);
   }
-  const int64_t rows = q.numel() / size;
 #pragma omp parallel for schedule(static) if (q.numel() * ranges > SMALL)
-  for (int64_t at = 0; at < rows; at++) {
-    const int64_t h = at % q.size(2), i = at / q.size(2) % n, b = at / q.size(2) / n;
-    const float* first = partials + ((b * kv_heads + h / heads) * ranges * parts + i / queries) * part_stride +
-                         (i % queries * heads + h % heads) * stride;
-    combine(first, (texts[b].seen[i] + RANGE - 1) / RANGE, parts * part_stride, size, (T*)out.mutable_data_ptr() + at * size);
-  }
+  for (int64_t i = 0; i < batch * n; i++)
+    for (int64_t h = 0; h < kv_heads * heads; h++) {
+      const int64_t b = i / n, task = (b * ranges * kv_heads + h / heads) * parts + i % n / queries;
+      const float* first = partials + task * task_size + (i % n % queries * heads + h % heads) * stride;
+      combine(first, (texts[b].seen[i % n] + RANGE - 1) / RANGE, kv_heads * parts * task_size, size,
+              (T*)out.mutable_data_ptr() + i * row + h * size);
+    }
 }
 
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,

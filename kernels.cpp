@@ -409,6 +409,7 @@ void widen_row(const bf16* x, int64_t size, float* out) {
   }
 }
 
+inline Floats widen(const float* p) { return load(p); }
 inline void widen_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
 inline void narrow_row(const float* x, int64_t size, float* out) { std::copy(x, x + size, out); }
 inline void narrow_row(const float* x, int64_t size, bf16* out) {  // x is filled up to full vectors
@@ -907,8 +908,7 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 
 constexpr int QUERIES = 8;              // neighbours that share what they read
 constexpr int RANGE = 256;              // positions: few enough that threads can share the work for one text
-constexpr int SCORES = RANGE + LANES;   // from a row of scores to the next: not a power of two, or rows would take the
-                                        // same places in the first cache
+constexpr int SCORES = RANGE + LANES;   // from row to row: with a power of two, all would compete for the same cache lines
 constexpr int KEYS = 2 * LANES;         // positions at a time
 constexpr int AHEAD = 32;               // slots: the machine itself does not foresee rows that lie so far apart
 constexpr int TOGETHER = MAX_SUMS / 4;  // rows (a query, a head) that share keys and values in registers
@@ -947,58 +947,49 @@ template <class T>
 struct Head {
   const Text& text;
   const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
-  int64_t row_stride, slot_stride, heads, size, begin, end;
-
-  int64_t seen(int64_t row) const { return text.seen[begin + row / heads]; }
-  int64_t positions() const {  // that any of the queries sees
-    return *std::max_element(text.seen.begin() + begin, text.seen.begin() + end);
-  }
+  int64_t row_stride, slot_stride, heads, begin, end;
+  int64_t size, full;  // numbers of a head, and filled up to full vectors
 };
 
-template <class T>
-int64_t padded(int64_t size) {  // numbers of a row that is filled up to full vectors
-  return round_up(size, VECTOR / sizeof(T));
-}
+// The rows first .. last - 1 of a task find the keys and values of up to 32 positions in these slots.
+struct Block {
+  int64_t first, last, position;
+  int count;
+  bool known;  // the slots are those of the block before, or some of them
+  int64_t slots[KEYS];
+};
 
+// The positions begin .. end - 1, block after block.
 template <class T>
-void copy_padded(const T* from, int64_t size, T* to) {
-  std::fill(std::copy(from, from + size, to), to + padded<T>(size), T(0));
-}
-
-// Where the rows of some slots lie, filled up to full vectors: in the cache itself if they are full there. Slots next
-// to them are fetched ahead.
-template <class T>
-void find_rows(const Head<T>& head, const T* cache, const int64_t* slots, int count, T* room, const T** rows) {
-  const int64_t size = padded<T>(head.size);
-  for (int j = 0; j < count; j++) {
-    rows[j] = cache + slots[j] * head.slot_stride;
-    for (int64_t d = 0; d < size; d += VECTOR / sizeof(T))
-      __builtin_prefetch(rows[j] + AHEAD * head.slot_stride + d);
-    if (size == head.size) continue;
-    copy_padded(rows[j], head.size, room + j * size);
-    rows[j] = room + j * size;
-  }
-}
-
-// Calls use(first, last, position, rows, count) for every 32 positions of a range and all rows of the task, first ..
-// last - 1, that find them in the same slots; pack(rows, count) comes before, where they are other slots than before.
-template <class T, class Pack, class Use>
-void for_each_block(const Head<T>& head, const T* cache, T* room, int64_t begin, Pack pack, Use use) {
-  const int64_t end = std::min(begin + RANGE, head.positions());
-  int64_t packed[KEYS], slots[KEYS];
-  const T* rows[KEYS];
-  for (int64_t p = begin; p < end; p += KEYS) {
-    int most = 0;
-    for (int64_t i = head.end - 1, last; i >= head.begin; i--) {  // the last of a chain sees what others see, and more
-      const int count = head.text.slots(i, p, slots);
-      for (last = i + 1; i > head.begin && head.text.same_slots(i - 1, i, p);) i--;
-      if (count > most || !std::equal(slots, slots + count, packed)) {
-        find_rows(head, cache, slots, count, room, rows);
-        pack(rows, count);
-        most = std::copy(slots, slots + count, packed) - packed;
-      }
-      if (count) use((i - head.begin) * head.heads, (last - head.begin) * head.heads, p, rows, count);
+void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Block>& blocks) {
+  blocks.clear();
+  for (int64_t p = begin; p < end; p += KEYS)
+    for (int64_t i = head.end, last; i > head.begin;) {  // the last of a chain sees what the others see, and more
+      Block block{.position = p};
+      last = i--, block.count = head.text.slots(i, p, block.slots);
+      while (i > head.begin && head.text.same_slots(i - 1, i, p)) i--;
+      block.first = (i - head.begin) * head.heads, block.last = (last - head.begin) * head.heads;
+      block.known = last < head.end && block.count <= blocks.back().count &&
+                    std::equal(block.slots, block.slots + block.count, blocks.back().slots);
+      blocks.push_back(block);
     }
+}
+
+template <class T>
+void copy_full(const Head<T>& head, const T* from, T* to) {
+  std::fill(std::copy(from, from + head.size, to), to + head.full, T(0));
+}
+
+// Where the rows of a block lie, filled up to full vectors: in the cache itself if they are full there. Those of slots
+// further on are fetched.
+template <class T>
+void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
+  for (int j = 0; j < block.count; j++, room += head.full) {
+    rows[j] = cache + block.slots[j] * head.slot_stride;
+    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(rows[j] + AHEAD * head.slot_stride + d);
+    if (head.full == head.size) continue;
+    copy_full(head, rows[j], room);
+    rows[j] = room;
   }
 }
 
@@ -1009,14 +1000,15 @@ void in_groups(int64_t first, int64_t last, Function f) {
   if constexpr (ROWS > 1) in_groups<ROWS - 1>(first, last, f);
 }
 
-// Up to 16 keys side by side, packed like weights: words of 32 bits [word of a key][16].
+// Keys side by side, packed like weights: words of 32 bits [word of a key][16], for up to 16 of them and then the others.
 template <class T>
 void pack_keys(const T* const* keys, int count, int64_t size, T* out) {
   const uint32_t* rows[LANES];
-  for (int64_t d = 0; d < size; d += VECTOR / sizeof(T)) {
-    for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(keys[std::min(j, count - 1)] + d);
-    transpose(rows, (uint32_t*)(out + d * LANES));
-  }
+  for (int begin = 0; begin < count; begin += LANES)
+    for (int64_t d = 0; d < size; d += VECTOR / sizeof(T)) {
+      for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(keys[std::min(begin + j, count - 1)] + d);
+      transpose(rows, (uint32_t*)(out + begin * size + d * LANES));
+    }
 }
 
 inline Floats dot_word(Floats total, const float* keys, const float* q) { return fma(load(keys), all(*q), total); }
@@ -1036,34 +1028,32 @@ void score(const T* q, const T* keys, int64_t size, Floats scale, float* scores)
     for (int i = 0; i < 2; i++)
       for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++)
-          sums[i][m][v] = dot_word(sums[i][m][v], keys + (v * size + d + i * WORD) * LANES, q + m * size + d + i * WORD);
+          sums[i][m][v] =
+              dot_word(sums[i][m][v], keys + (v * size + d + i * WORD) * LANES, q + m * size + d + i * WORD);
   for (int m = 0; m < ROWS; m++)
     for (int v = 0; v < VECTORS; v++) store(scores + m * SCORES + v * LANES, scale * (sums[0][m][v] + sums[1][m][v]));
 }
 
-// What a range contributes to a row: [sum of values times exp(score - largest) ..., largest, sum of exponentials ...].
-inline int64_t partial_size(int64_t padded_size) { return padded_size + LANES; }
-
-// exp(score - largest), in place, of `count` scores; what is beyond in the last vector becomes 0.
+// exp(score - largest), in place, of `count` scores. What is beyond them in the last vector adds nothing: 1e-38 to 1.
 void exponentials(float* scores, int64_t count, float* largest_and_sum) {
   const int64_t end = round_up(count, LANES);
   std::fill(scores + count, scores + end, -std::numeric_limits<float>::infinity());
   Floats most = load(scores), total = all(0.0f);
   for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
   most = all(largest(most));
-  for (int64_t p = 0; p < end; p += LANES) store(scores + p, exp(load(scores + p) - most));
-  std::fill(scores + count, scores + end, 0.0f);
-  for (int64_t p = 0; p < end; p += LANES) total = total + load(scores + p);
+  for (int64_t p = 0; p < end; p += LANES) {
+    Floats e = exp(load(scores + p) - most);
+    store(scores + p, e);
+    total = total + e;
+  }
   store(largest_and_sum, most);
   largest_and_sum[1] = sum(total);
 }
 
-inline Floats widen(const float* p) { return load(p); }
-
 // Sums of ROWS rows += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of a sum at a time.
 template <class T, int ROWS, int VECTORS = 4>
 void add_weighted(const float* share, const T* const* values, int count, int64_t size, float* sum, int64_t d = 0) {
-  const int64_t stride = partial_size(size);
+  const int64_t stride = size + LANES;
   for (; d + VECTORS * LANES <= size; d += VECTORS * LANES) {
     Floats sums[ROWS][VECTORS];
     for (int m = 0; m < ROWS; m++)
@@ -1079,44 +1069,47 @@ void add_weighted(const float* share, const T* const* values, int count, int64_t
   if constexpr (VECTORS > 1) add_weighted<T, ROWS, 1>(share, values, count, size, sum, d);
 }
 
-// The partial results [rows, partial_size] of the range of positions that begins at `first`.
+// What positions begin .. end - 1 contribute to the rows of a task: for each of them [full + 16] numbers, the sum of
+// values times exp(score - largest), then the largest score and the sum of exponentials.
 template <class T>
-void attend(const Head<T>& head, int64_t first, float* partials) {
+void attend(const Head<T>& head, int64_t begin, int64_t end, float* partials) {
   static thread_local std::vector<float> room;
-  const int64_t rows = (head.end - head.begin) * head.heads, size = padded<T>(head.size), stride = partial_size(size);
+  static thread_local std::vector<Block> blocks;
+  const int64_t rows = (head.end - head.begin) * head.heads, size = head.full, stride = size + LANES;
   float* scores = scratch(room, rows * (SCORES + size) + 2 * KEYS * size);
-  T *q = (T*)(scores + rows * SCORES), *packed = q + rows * size, *full = packed + KEYS * size;
-  const Floats scale = all(1.0f / std::sqrt((float)head.size));
+  T *q = (T*)(scores + rows * SCORES), *packed = q + rows * size, *copies = packed + KEYS * size;
+  const T* found[KEYS];
   for (int64_t row = 0; row < rows; row++)
-    copy_padded(head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size, head.size,
-                q + row * size);
-
-  auto pack = [&](const T* const* keys, int count) {
-    for (int j = 0; j < count; j += LANES) pack_keys(keys + j, count - j, size, packed + j * size);
-  };
-  for_each_block(head, head.keys, full, first, pack, [&](int64_t begin, int64_t end, int64_t p, auto, int count) {
-    in_groups(begin, end, [&](auto group, int64_t row) {
-      auto multiply = count > LANES ? score<T, group, 2> : score<T, group, 1>;
-      multiply(q + row * size, packed, size, scale, scores + row * SCORES + p - first);
-    });
-  });
+    copy_full(head, head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size,
+              q + row * size);
   std::fill(partials, partials + rows * stride, 0.0f);
-  for (int64_t row = 0; row < rows; row++)
-    if (const int64_t count = std::min<int64_t>(head.seen(row) - first, RANGE); count > 0)
-      exponentials(scores + row * SCORES, count, partials + row * stride + size);
-  auto nothing = [](auto, int) {};
-  for_each_block(head, head.values, full, first, nothing, [&](int64_t begin, int64_t end, int64_t p, auto values, int count) {
-    in_groups(begin, end, [&](auto group, int64_t row) {
-      add_weighted<T, group>(scores + row * SCORES + p - first, values, count, size, partials + row * stride);
+
+  find_blocks(head, begin, end, blocks);
+  const Floats scale = all(1.0f / std::sqrt((float)head.size));
+  for (const Block& block : blocks) {
+    if (!block.known) find_rows(head, head.keys, block, copies, found), pack_keys(found, block.count, size, packed);
+    in_groups(block.first, block.last, [&](auto group, int64_t row) {
+      auto multiply = block.count > LANES ? score<T, group, 2> : score<T, group, 1>;
+      multiply(q + row * size, packed, size, scale, scores + row * SCORES + block.position - begin);
     });
-  });
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t count = std::min(head.text.seen[head.begin + row / head.heads], end) - begin;
+    if (count > 0) exponentials(scores + row * SCORES, count, partials + row * stride + size);
+  }
+  for (const Block& block : blocks) {
+    if (!block.known) find_rows(head, head.values, block, copies, found);
+    in_groups(block.first, block.last, [&](auto group, int64_t row) {
+      const float* shares = scores + row * SCORES + block.position - begin;
+      add_weighted<T, group>(shares, found, block.count, size, partials + row * stride);
+    });
+  }
 }
 
-// The partial results of a row, `stride` apart, put together: the sum of values over the sum of exponentials.
+// A row's ranges, `stride` apart, put together: the sum of values over the sum of exponentials; 0 if there is no range.
 template <class T>
-void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size, T* out) {
+void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size, int64_t full, T* out) {
   static thread_local std::vector<float> sums;
-  const int64_t full = padded<T>(size);
   sums.assign(full, 0.0f);
   float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
   for (int64_t r = 0; r < ranges; r++) most = std::max(most, partial[r * stride + full]);
@@ -1126,7 +1119,8 @@ void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size,
     total += factor[0] * partial[full + 1];
     for (int64_t d = 0; d < full; d += LANES) store(&sums[d], fma(all(factor[0]), load(partial + d), load(&sums[d])));
   }
-  for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / all(total));
+  const Floats divisor = all(std::max(total, TINY));
+  for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / divisor);
   narrow_row(sums.data(), size, out);
 }
 
@@ -1137,29 +1131,30 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
                 heads = q.size(2) / kv_heads, row = q.size(2) * size;  // not q.stride(1): it may be anything if n is 1
   const int64_t longest = *std::max_element(length, length + batch) + nodes, ranges = (longest + RANGE - 1) / RANGE;
   const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // in every part
-  const int64_t stride = partial_size(padded<T>(size)), task_size = queries * heads * stride;
+  const int64_t full = round_up(size, VECTOR / sizeof(T)), stride = full + LANES, task_size = queries * heads * stride;
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   static thread_local std::vector<float> room;
   const int64_t tasks = batch * ranges * kv_heads * parts;
-  float* partials = scratch(room, tasks * task_size);  // [batch, ranges, kv_heads, parts, queries, heads, partial_size]
+  float* partials = scratch(room, tasks * task_size);  // [batch, ranges, kv_heads, parts, queries, heads, stride]
 
 #pragma omp parallel for schedule(dynamic) if (q.numel() * longest > SMALL)
   for (int64_t task = 0; task < tasks; task++) {
-    const int64_t begin = task % parts * queries, g = task / parts % kv_heads, range = task / parts / kv_heads % ranges,
+    const int64_t part = task % parts, g = task / parts % kv_heads, range = task / parts / kv_heads % ranges,
                   b = task / parts / kv_heads / ranges;
+    const int64_t at = b * keys.stride(0) + g * keys.stride(2), first = part * queries;
     const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
-                       (const T*)keys.const_data_ptr() + b * keys.stride(0) + g * keys.stride(2),
-                       (const T*)values.const_data_ptr() + b * values.stride(0) + g * values.stride(2), row,
-                       keys.stride(1), heads, size, begin, std::min(begin + queries, n)};
-    if (range * RANGE < head.positions()) attend(head, range * RANGE, partials + task * task_size);
+                       (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, row,
+                       keys.stride(1), heads, first, std::min(first + queries, n), size, full};
+    const int64_t seen = *std::max_element(&texts[b].seen[first], &texts[b].seen[head.end]), begin = range * RANGE;
+    if (begin < seen) attend(head, begin, std::min(begin + RANGE, seen), partials + task * task_size);
   }
 #pragma omp parallel for schedule(static) if (q.numel() * ranges > SMALL)
   for (int64_t i = 0; i < batch * n; i++)
     for (int64_t h = 0; h < kv_heads * heads; h++) {
-      const int64_t b = i / n, task = (b * ranges * kv_heads + h / heads) * parts + i % n / queries;
+      const int64_t task = (i / n * ranges * kv_heads + h / heads) * parts + i % n / queries;
       const float* first = partials + task * task_size + (i % n % queries * heads + h % heads) * stride;
-      combine(first, (texts[b].seen[i % n] + RANGE - 1) / RANGE, kv_heads * parts * task_size, size,
+      combine(first, (texts[i / n].seen[i % n] + RANGE - 1) / RANGE, kv_heads * parts * task_size, size, full,
               (T*)out.mutable_data_ptr() + i * row + h * size);
     }
 }

@@ -901,14 +901,13 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 
 // ------------------------------------------------------------------------------------------------------------
 // Attention over a static cache. A query's keys are taken in the order of their positions, 32 at a time, wherever
-// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors. Positions are cut
-// into ranges, the same for every query. What a range contributes is computed alone, by any thread; then the ranges of
-// a query are put together, in ascending order.
+// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors. Ranges of positions,
+// the same for every query, are computed alone, by any thread, and put together in ascending order.
 // ------------------------------------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;              // neighbours that share what they read
 constexpr int RANGE = 256;              // positions: few enough that threads can share the work for one text
-constexpr int SCORES = RANGE + LANES;   // from row to row: with a power of two, all would compete for the same cache lines
+constexpr int SCORES = RANGE + LANES;   // from row to row; rows a power of two apart would compete for cache lines
 constexpr int KEYS = 2 * LANES;         // positions at a time
 constexpr int AHEAD = 32;               // slots: the machine itself does not foresee rows that lie so far apart
 constexpr int TOGETHER = MAX_SUMS / 4;  // rows (a query, a head) that share keys and values in registers
@@ -916,11 +915,11 @@ constexpr int TOGETHER = MAX_SUMS / 4;  // rows (a query, a head) that share key
 // The queries of one text, and where the keys of their positions are.
 struct Text {
   int64_t past;                // positions that every query sees, in the slots of the same number
-  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order; then -1
+  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order
   std::vector<int64_t> seen;   // [n]: positions that a query sees
   int64_t nodes;
 
-  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes, -1), nodes(nodes) {
+  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes), nodes(nodes) {
     for (int64_t i = 0; i < n; i++) {
       int64_t count = 0;
       for (int64_t j = 0; j < nodes; j++)
@@ -934,12 +933,6 @@ struct Text {
     for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
     return count;
   }
-  // Do queries i and j find these positions in the same slots?
-  bool same_slots(int64_t i, int64_t j, int64_t p) const {
-    const int64_t first = std::max<int64_t>(p - past, 0), end = std::min(p + KEYS - past, nodes);
-    const int64_t *a = tails.data() + i * nodes, *b = tails.data() + j * nodes;
-    return first >= end || std::equal(a + first, a + end, b + first);
-  }
 };
 
 // One key-value head of a text, `heads` query heads that read it, and queries begin .. end - 1: the rows of a task.
@@ -951,12 +944,11 @@ struct Head {
   int64_t size, full;  // numbers of a head, and filled up to full vectors
 };
 
-// The rows first .. last - 1 of a task find the keys and values of up to 32 positions in these slots.
+// The rows first .. last - 1 of a task find keys and values of up to 32 positions in these slots.
 struct Block {
-  int64_t first, last, position;
+  int64_t first, last, position, slots[KEYS];
   int count;
-  bool known;  // the slots are those of the block before, or some of them
-  int64_t slots[KEYS];
+  bool known;  // the slots are those of the block before, or the first of them
 };
 
 // The positions begin .. end - 1, block after block.
@@ -964,32 +956,32 @@ template <class T>
 void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Block>& blocks) {
   blocks.clear();
   for (int64_t p = begin; p < end; p += KEYS)
-    for (int64_t i = head.end, last; i > head.begin;) {  // the last of a chain sees what the others see, and more
-      Block block{.position = p};
-      last = i--, block.count = head.text.slots(i, p, block.slots);
-      while (i > head.begin && head.text.same_slots(i - 1, i, p)) i--;
-      block.first = (i - head.begin) * head.heads, block.last = (last - head.begin) * head.heads;
-      block.known = last < head.end && block.count <= blocks.back().count &&
-                    std::equal(block.slots, block.slots + block.count, blocks.back().slots);
-      blocks.push_back(block);
+    for (int64_t last = head.end, i; last > head.begin; last = i) {  // of a chain, the last sees what the others see
+      Block block{0, (last - head.begin) * head.heads, p};
+      block.count = head.text.slots(last - 1, p, block.slots);
+      i = p + KEYS <= head.text.past ? head.begin : last - 1;
+      Block* before = last < head.end ? &blocks.back() : nullptr;
+      block.known = before && block.count <= before->count &&
+                    std::equal(block.slots, block.slots + block.count, before->slots);
+      if (!block.known || block.count < before->count) blocks.push_back(block);
+      blocks.back().first = (i - head.begin) * head.heads;
     }
 }
 
+// A row, filled up to full vectors.
 template <class T>
-void copy_full(const Head<T>& head, const T* from, T* to) {
-  std::fill(std::copy(from, from + head.size, to), to + head.full, T(0));
+T* copy_full(const Head<T>& head, const T* row, T* to) {
+  std::fill(std::copy(row, row + head.size, to), to + head.full, T(0));
+  return to;
 }
 
-// Where the rows of a block lie, filled up to full vectors: in the cache itself if they are full there. Those of slots
-// further on are fetched.
+// Where the full rows of a block lie: in the cache itself if they are full there. Those further on are fetched.
 template <class T>
 void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
-  for (int j = 0; j < block.count; j++, room += head.full) {
-    rows[j] = cache + block.slots[j] * head.slot_stride;
-    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(rows[j] + AHEAD * head.slot_stride + d);
-    if (head.full == head.size) continue;
-    copy_full(head, rows[j], room);
-    rows[j] = room;
+  for (int j = 0; j < block.count; j++) {
+    const T *row = cache + block.slots[j] * head.slot_stride, *next = row + AHEAD * head.slot_stride;
+    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(next + d);
+    rows[j] = head.full == head.size ? row : copy_full(head, row, room + j * head.full);
   }
 }
 
@@ -1000,7 +992,7 @@ void in_groups(int64_t first, int64_t last, Function f) {
   if constexpr (ROWS > 1) in_groups<ROWS - 1>(first, last, f);
 }
 
-// Keys side by side, packed like weights: words of 32 bits [word of a key][16], for up to 16 of them and then the others.
+// Keys side by side, packed like weights: words of 32 bits [word of a key][16], for 16 of them and then the others.
 template <class T>
 void pack_keys(const T* const* keys, int count, int64_t size, T* out) {
   const uint32_t* rows[LANES];
@@ -1106,7 +1098,7 @@ void attend(const Head<T>& head, int64_t begin, int64_t end, float* partials) {
   }
 }
 
-// A row's ranges, `stride` apart, put together: the sum of values over the sum of exponentials; 0 if there is no range.
+// A row's ranges, `stride` apart, put together: the sum of values over that of exponentials; 0 if there is none.
 template <class T>
 void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size, int64_t full, T* out) {
   static thread_local std::vector<float> sums;
@@ -1146,8 +1138,9 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
     const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
                        (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, row,
                        keys.stride(1), heads, first, std::min(first + queries, n), size, full};
-    const int64_t seen = *std::max_element(&texts[b].seen[first], &texts[b].seen[head.end]), begin = range * RANGE;
-    if (begin < seen) attend(head, begin, std::min(begin + RANGE, seen), partials + task * task_size);
+    const int64_t *seen = texts[b].seen.data(), begin = range * RANGE,
+                  end = std::min(begin + RANGE, *std::max_element(seen + first, seen + head.end));
+    if (begin < end) attend(head, begin, end, partials + task * task_size);
   }
 #pragma omp parallel for schedule(static) if (q.numel() * ranges > SMALL)
   for (int64_t i = 0; i < batch * n; i++)

@@ -968,20 +968,14 @@ void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Bl
     }
 }
 
-// A row, filled up to full vectors.
-template <class T>
-T* copy_full(const Head<T>& head, const T* row, T* to) {
-  std::fill(std::copy(row, row + head.size, to), to + head.full, T(0));
-  return to;
-}
-
-// Where the full rows of a block lie: in the cache itself if they are full there. Those further on are fetched.
+// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. Rows
+// further on are fetched.
 template <class T>
 void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
   for (int j = 0; j < block.count; j++) {
     const T *row = cache + block.slots[j] * head.slot_stride, *next = row + AHEAD * head.slot_stride;
     for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(next + d);
-    rows[j] = head.full == head.size ? row : copy_full(head, row, room + j * head.full);
+    rows[j] = head.full == head.size ? row : std::copy_n(row, head.size, room + j * head.full) - head.size;
   }
 }
 
@@ -1034,12 +1028,10 @@ void exponentials(float* scores, int64_t count, float* largest_and_sum) {
   for (int64_t p = LANES; p < end; p += LANES) most = max(most, load(scores + p));
   most = all(largest(most));
   for (int64_t p = 0; p < end; p += LANES) {
-    Floats e = exp(load(scores + p) - most);
-    store(scores + p, e);
-    total = total + e;
+    const Floats e = exp(load(scores + p) - most);
+    store(scores + p, e), total = total + e;
   }
-  store(largest_and_sum, most);
-  largest_and_sum[1] = sum(total);
+  largest_and_sum[0] = largest(most), largest_and_sum[1] = sum(total);
 }
 
 // Sums of ROWS rows += share[j] * values[j], for j = 0, 1, ..., count - 1; VECTORS vectors of a sum at a time.
@@ -1069,12 +1061,13 @@ void attend(const Head<T>& head, int64_t begin, int64_t end, float* partials) {
   static thread_local std::vector<Block> blocks;
   const int64_t rows = (head.end - head.begin) * head.heads, size = head.full, stride = size + LANES;
   float* scores = scratch(room, rows * (SCORES + size) + 2 * KEYS * size);
-  T *q = (T*)(scores + rows * SCORES), *packed = q + rows * size, *copies = packed + KEYS * size;
+  T *q = (T*)(scores + rows * SCORES), *copies = q + rows * size, *packed = copies + KEYS * size;
   const T* found[KEYS];
-  for (int64_t row = 0; row < rows; row++)
-    copy_full(head, head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size,
-              q + row * size);
+  std::fill(q, packed, T(0));
   std::fill(partials, partials + rows * stride, 0.0f);
+  for (int64_t row = 0; row < rows; row++)
+    std::copy_n(head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size, head.size,
+                q + row * size);
 
   find_blocks(head, begin, end, blocks);
   const Floats scale = all(1.0f / std::sqrt((float)head.size));
@@ -1106,10 +1099,9 @@ void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size,
   float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
   for (int64_t r = 0; r < ranges; r++) most = std::max(most, partial[r * stride + full]);
   for (int64_t r = 0; r < ranges; r++, partial += stride) {
-    float factor[LANES];
-    store(factor, exp(all(partial[full] - most)));
-    total += factor[0] * partial[full + 1];
-    for (int64_t d = 0; d < full; d += LANES) store(&sums[d], fma(all(factor[0]), load(partial + d), load(&sums[d])));
+    const float factor = largest(exp(all(partial[full] - most)));  // the same in all lanes
+    total += factor * partial[full + 1];
+    for (int64_t d = 0; d < full; d += LANES) store(&sums[d], fma(all(factor), load(partial + d), load(&sums[d])));
   }
   const Floats divisor = all(std::max(total, TINY));
   for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / divisor);
@@ -1157,8 +1149,9 @@ Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, 
   Tensor q = q_any.contiguous(), ancestors = ancestors_any.contiguous(), length = length_any.contiguous();
   Tensor out = at::empty(q.sizes(), q.options());
   TORCH_CHECK(keys.strides() == values.strides() && keys.stride(3) == 1, "attention: keys and values must lie alike");
-  TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
-              "attention: one dtype, please");
+  const bool wide = q.scalar_type() == at::kFloat;
+  TORCH_CHECK((wide || q.scalar_type() == at::kBFloat16) && keys.scalar_type() == q.scalar_type() &&
+                  values.scalar_type() == q.scalar_type(), "attention: one dtype, please, float32 or bfloat16");
   TORCH_CHECK(ancestors.scalar_type() == at::kBool && length.scalar_type() == at::kLong,
               "attention: ancestors bool, length int64");
   TORCH_CHECK(keys.dim() == 4 && keys.sizes() == values.sizes() && keys.size(0) == q.size(0) &&
@@ -1173,12 +1166,7 @@ Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, 
     TORCH_CHECK(past[b] >= 0 && past[b] + nodes <= keys.size(1), "attention: ", past[b], " + ", nodes, " slots of ",
                 keys.size(1));
   TORCH_CHECK(q.size(3) % 2 == 0, "attention: heads of ", q.size(3), " are odd");
-  if (q.scalar_type() == at::kBFloat16)
-    attention_of<bf16>(q, keys, values, seen, past, nodes, out);
-  else {
-    TORCH_CHECK(q.scalar_type() == at::kFloat, "attention: float32 or bfloat16, not ", q.scalar_type());
-    attention_of<float>(q, keys, values, seen, past, nodes, out);
-  }
+  (wide ? attention_of<float> : attention_of<bf16>)(q, keys, values, seen, past, nodes, out);
   return out;
 }
 

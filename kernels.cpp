@@ -905,12 +905,12 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 // the same for every query, are computed alone, by any thread, and put together in ascending order.
 // ------------------------------------------------------------------------------------------------------------
 
-constexpr int QUERIES = 8;              // neighbours that share what they read
-constexpr int RANGE = 256;              // positions: few enough that threads can share the work for one text
-constexpr int SCORES = RANGE + LANES;   // from row to row; rows a power of two apart would compete for cache lines
-constexpr int KEYS = 2 * LANES;         // positions at a time
-constexpr int AHEAD = 32;               // slots: the machine itself does not foresee rows that lie so far apart
-constexpr int TOGETHER = MAX_SUMS / 4;  // rows (a query, a head) that share keys and values in registers
+constexpr int QUERIES = 8;             // neighbours that share what they read
+constexpr int RANGE = 256;             // positions: few enough that threads can share the work for one text
+constexpr int SCORES = RANGE + LANES;  // from row to row; rows a power of two apart would compete for cache lines
+constexpr int KEYS = 2 * LANES;        // positions at a time
+constexpr int TOGETHER = MAX_SUMS == 12 ? 6 : 1;  // rows (a query, a head) that share keys and values: with 4 vectors of
+                                                  // sums each, this is what registers hold
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
@@ -968,13 +968,13 @@ void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Bl
     }
 }
 
-// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. Rows
-// further on are fetched.
+// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. All
+// are asked for before the first is read: the machine itself does not foresee rows that lie so far apart.
 template <class T>
 void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
   for (int j = 0; j < block.count; j++) {
-    const T *row = cache + block.slots[j] * head.slot_stride, *next = row + AHEAD * head.slot_stride;
-    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(next + d);
+    const T* row = cache + block.slots[j] * head.slot_stride;
+    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(row + d);
     rows[j] = head.full == head.size ? row : std::copy_n(row, head.size, room + j * head.full) - head.size;
   }
 }

@@ -940,7 +940,7 @@ template <class T>
 struct Head {
   const Text& text;
   const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
-  int64_t row_stride, slot_stride, heads, begin, end;
+  int64_t g, row_stride, slot_stride, heads, begin, end;
   int64_t size, full;  // numbers of a head, and filled up to full vectors
 };
 
@@ -968,13 +968,17 @@ void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Bl
     }
 }
 
-// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. All
-// are asked for before the first is read: the machine itself does not foresee rows that lie so far apart.
+// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. As much
+// of the next range is asked for, in the order of memory, whatever heads it belongs to: the rows of one head lie so far
+// apart that, without, they come at half the speed.
 template <class T>
 void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
+  const int64_t p = block.position, next = (p / RANGE + 1) * RANGE * head.slot_stride,
+                first = next + (head.g * RANGE + p % RANGE) * head.size,
+                last = std::min(first + KEYS * head.size, head.text.past * head.slot_stride);
+  for (int64_t at = first; at < last; at += VECTOR / sizeof(T)) __builtin_prefetch(cache - head.g * head.size + at, 0, 2);
   for (int j = 0; j < block.count; j++) {
     const T* row = cache + block.slots[j] * head.slot_stride;
-    for (int64_t d = 0; d < head.size; d += VECTOR / sizeof(T)) __builtin_prefetch(row + d);
     rows[j] = head.full == head.size ? row : std::copy_n(row, head.size, room + j * head.full) - head.size;
   }
 }
@@ -1128,7 +1132,7 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
                   b = task / parts / kv_heads / ranges;
     const int64_t at = b * keys.stride(0) + g * keys.stride(2), first = part * queries;
     const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
-                       (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, row,
+                       (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, g, row,
                        keys.stride(1), heads, first, std::min(first + queries, n), size, full};
     const int64_t *seen = texts[b].seen.data(), begin = range * RANGE,
                   end = std::min(begin + RANGE, *std::max_element(seen + first, seen + head.end));

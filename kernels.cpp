@@ -900,39 +900,28 @@ Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t 
 }
 
 // ------------------------------------------------------------------------------------------------------------
-// Attention over a static cache. A query's keys are taken in the order of their positions, 32 at a time, wherever
-// their slots are: position p is slot p below `length`, and beyond it one of the query's ancestors. Ranges of positions,
-// the same for every query, are computed alone, by any thread, and put together in ascending order.
+// Attention over a static cache. A query's keys are taken in the order of their positions, wherever their slots are:
+// position p is slot p below `length`, and beyond it one of the query's ancestors. Ranges of positions, the same for
+// every query, are computed alone, by any thread, and put together in ascending order.
 // ------------------------------------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;             // neighbours that share what they read
 constexpr int RANGE = 256;             // positions: few enough that threads can share the work for one text
 constexpr int SCORES = RANGE + LANES;  // from row to row; rows a power of two apart would compete for cache lines
 constexpr int KEYS = 2 * LANES;        // positions at a time
-constexpr int TOGETHER = MAX_SUMS == 12 ? 6 : 1;  // rows (a query, a head) that share keys and values: with 4 vectors of
-                                                  // sums each, this is what registers hold
+constexpr int TOGETHER = MAX_SUMS == 12 ? 6 : 1;  // rows (a query, a head) that share keys and values in registers
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
-  int64_t past;                // positions that every query sees, in the slots of the same number
-  std::vector<int64_t> tails;  // [n, nodes]: the slots beyond, in order
-  std::vector<int64_t> seen;   // [n]: positions that a query sees
-  int64_t nodes;
+  int64_t past;                             // positions that every query sees, in the slots of the same number
+  std::vector<std::vector<int64_t>> tails;  // of every query, the slots beyond, in order
 
-  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n * nodes), nodes(nodes) {
-    for (int64_t i = 0; i < n; i++) {
-      int64_t count = 0;
+  Text(const bool* ancestors, int64_t past, int64_t n, int64_t nodes) : past(past), tails(n) {
+    for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < nodes; j++)
-        if (ancestors[i * nodes + j]) tails[i * nodes + count++] = past + j;
-      seen.push_back(past + count);
-    }
+        if (ancestors[i * nodes + j]) tails[i].push_back(past + j);
   }
-  // The slots of query i's positions p, p + 1, ..., at most 32 -> how many there are.
-  int slots(int64_t i, int64_t p, int64_t* out) const {
-    int count = std::clamp<int64_t>(seen[i] - p, 0, KEYS);
-    for (int j = 0; j < count; j++) out[j] = p + j < past ? p + j : tails[i * nodes + p + j - past];
-    return count;
-  }
+  int64_t seen(int64_t i) const { return past + (int64_t)tails[i].size(); }  // positions that a query sees
 };
 
 // One key-value head of a text, `heads` query heads that read it, and queries begin .. end - 1: the rows of a task.
@@ -940,27 +929,28 @@ template <class T>
 struct Head {
   const Text& text;
   const T *q, *keys, *values;  // q: [n, H, size] of this text, from the first of these heads on
-  int64_t g, row_stride, slot_stride, heads, begin, end;
-  int64_t size, full;  // numbers of a head, and filled up to full vectors
+  int64_t g, row_stride, slot_stride, heads, begin, end, size, full;  // full: the size, filled up to full vectors
 };
 
 // The rows first .. last - 1 of a task find keys and values of up to 32 positions in these slots.
 struct Block {
-  int64_t first, last, position, slots[KEYS];
-  int count;
+  int64_t first, last, position, count;
   bool known;  // the slots are those of the block before, or the first of them
+  int64_t slots[KEYS];
 };
 
 // The positions begin .. end - 1, block after block.
 template <class T>
 void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Block>& blocks) {
+  const Text& text = head.text;
   blocks.clear();
   for (int64_t p = begin; p < end; p += KEYS)
     for (int64_t last = head.end, i; last > head.begin; last = i) {  // of a chain, the last sees what the others see
-      Block block{0, (last - head.begin) * head.heads, p};
-      block.count = head.text.slots(last - 1, p, block.slots);
-      i = p + KEYS <= head.text.past ? head.begin : last - 1;
-      Block* before = last < head.end ? &blocks.back() : nullptr;
+      i = p + KEYS <= text.past ? head.begin : last - 1;
+      Block block{0, (last - head.begin) * head.heads, p, std::clamp<int64_t>(text.seen(i) - p, 0, KEYS)};
+      for (int64_t j = 0, at = p; j < block.count; j++, at++)
+        block.slots[j] = at < text.past ? at : text.tails[i][at - text.past];
+      const Block* before = last < head.end ? &blocks.back() : nullptr;
       block.known = before && block.count <= before->count &&
                     std::equal(block.slots, block.slots + block.count, before->slots);
       if (!block.known || block.count < before->count) blocks.push_back(block);
@@ -968,15 +958,14 @@ void find_blocks(const Head<T>& head, int64_t begin, int64_t end, std::vector<Bl
     }
 }
 
-// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. As much
-// of the next range is asked for, in the order of memory, whatever heads it belongs to: the rows of one head lie so far
-// apart that, without, they come at half the speed.
+// Where the rows of a block lie, in full vectors: in the cache itself, or in `room`, which has zeros behind them. As
+// much of the next range is fetched, in the order of memory, of all heads: the rows of one come at half the speed.
 template <class T>
 void find_rows(const Head<T>& head, const T* cache, const Block& block, T* room, const T** rows) {
   const int64_t p = block.position, next = (p / RANGE + 1) * RANGE * head.slot_stride,
-                first = next + (head.g * RANGE + p % RANGE) * head.size,
-                last = std::min(first + KEYS * head.size, head.text.past * head.slot_stride);
-  for (int64_t at = first; at < last; at += VECTOR / sizeof(T)) __builtin_prefetch(cache - head.g * head.size + at, 0, 2);
+                first = next + (head.g * RANGE + p % RANGE - head.g) * head.size,  // from this head on
+                last = std::min(first + KEYS * head.size, (head.text.past - 1) * head.slot_stride);
+  for (int64_t d = first; d < last; d += VECTOR / sizeof(T)) __builtin_prefetch(cache + d, 0, 2);
   for (int j = 0; j < block.count; j++) {
     const T* row = cache + block.slots[j] * head.slot_stride;
     rows[j] = head.full == head.size ? row : std::copy_n(row, head.size, room + j * head.full) - head.size;
@@ -992,11 +981,11 @@ void in_groups(int64_t first, int64_t last, Function f) {
 
 // Keys side by side, packed like weights: words of 32 bits [word of a key][16], for 16 of them and then the others.
 template <class T>
-void pack_keys(const T* const* keys, int count, int64_t size, T* out) {
+void pack_keys(const T* const* keys, int64_t count, int64_t size, T* out) {
   const uint32_t* rows[LANES];
   for (int begin = 0; begin < count; begin += LANES)
     for (int64_t d = 0; d < size; d += VECTOR / sizeof(T)) {
-      for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(keys[std::min(begin + j, count - 1)] + d);
+      for (int j = 0; j < LANES; j++) rows[j] = (const uint32_t*)(keys[std::min<int64_t>(begin + j, count - 1)] + d);
       transpose(rows, (uint32_t*)(out + begin * size + d * LANES));
     }
 }
@@ -1067,8 +1056,7 @@ void attend(const Head<T>& head, int64_t begin, int64_t end, float* partials) {
   float* scores = scratch(room, rows * (SCORES + size) + 2 * KEYS * size);
   T *q = (T*)(scores + rows * SCORES), *copies = q + rows * size, *packed = copies + KEYS * size;
   const T* found[KEYS];
-  std::fill(q, packed, T(0));
-  std::fill(partials, partials + rows * stride, 0.0f);
+  std::fill(q, packed, T(0)), std::fill(partials, partials + rows * stride, 0.0f);
   for (int64_t row = 0; row < rows; row++)
     std::copy_n(head.q + (head.begin + row / head.heads) * head.row_stride + row % head.heads * head.size, head.size,
                 q + row * size);
@@ -1083,7 +1071,7 @@ void attend(const Head<T>& head, int64_t begin, int64_t end, float* partials) {
     });
   }
   for (int64_t row = 0; row < rows; row++) {
-    const int64_t count = std::min(head.text.seen[head.begin + row / head.heads], end) - begin;
+    const int64_t count = std::min(head.text.seen(head.begin + row / head.heads), end) - begin;
     if (count > 0) exponentials(scores + row * SCORES, count, partials + row * stride + size);
   }
   for (const Block& block : blocks) {
@@ -1107,8 +1095,7 @@ void combine(const float* partial, int64_t ranges, int64_t stride, int64_t size,
     total += factor * partial[full + 1];
     for (int64_t d = 0; d < full; d += LANES) store(&sums[d], fma(all(factor), load(partial + d), load(&sums[d])));
   }
-  const Floats divisor = all(std::max(total, TINY));
-  for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / divisor);
+  for (int64_t d = 0; d < full; d += LANES) store(&sums[d], load(&sums[d]) / all(std::max(total, TINY)));
   narrow_row(sums.data(), size, out);
 }
 
@@ -1119,11 +1106,11 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
                 heads = q.size(2) / kv_heads, row = q.size(2) * size;  // not q.stride(1): it may be anything if n is 1
   const int64_t longest = *std::max_element(length, length + batch) + nodes, ranges = (longest + RANGE - 1) / RANGE;
   const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // in every part
-  const int64_t full = round_up(size, VECTOR / sizeof(T)), stride = full + LANES, task_size = queries * heads * stride;
+  const int64_t full = round_up(size, VECTOR / sizeof(T)), stride = full + LANES;
+  const int64_t tasks = batch * ranges * kv_heads * parts, task_size = queries * heads * stride;
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   static thread_local std::vector<float> room;
-  const int64_t tasks = batch * ranges * kv_heads * parts;
   float* partials = scratch(room, tasks * task_size);  // [batch, ranges, kv_heads, parts, queries, heads, stride]
 
 #pragma omp parallel for schedule(dynamic) if (q.numel() * longest > SMALL)
@@ -1134,8 +1121,8 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
     const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
                        (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, g, row,
                        keys.stride(1), heads, first, std::min(first + queries, n), size, full};
-    const int64_t *seen = texts[b].seen.data(), begin = range * RANGE,
-                  end = std::min(begin + RANGE, *std::max_element(seen + first, seen + head.end));
+    int64_t begin = range * RANGE, end = 0;
+    for (int64_t i = first; i < head.end; i++) end = std::max(end, std::min(begin + RANGE, texts[b].seen(i)));
     if (begin < end) attend(head, begin, end, partials + task * task_size);
   }
 #pragma omp parallel for schedule(static) if (q.numel() * ranges > SMALL)
@@ -1143,7 +1130,7 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
     for (int64_t h = 0; h < kv_heads * heads; h++) {
       const int64_t task = (i / n * ranges * kv_heads + h / heads) * parts + i % n / queries;
       const float* first = partials + task * task_size + (i % n % queries * heads + h % heads) * stride;
-      combine(first, (texts[i / n].seen[i % n] + RANGE - 1) / RANGE, kv_heads * parts * task_size, size, full,
+      combine(first, (texts[i / n].seen(i % n) + RANGE - 1) / RANGE, kv_heads * parts * task_size, size, full,
               (T*)out.mutable_data_ptr() + i * row + h * size);
     }
 }

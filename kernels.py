@@ -15,7 +15,7 @@
     move        what an accepted path left in the caches, to where it belongs
 
 Each has one signature and up to three bodies: `reference`, in reference.py, plain PyTorch, which the tests
-compare the others with; `cpu`, in kernels.cpp and sampling.cpp, compiled when they are first needed; and
+compare the others with; `cpu`, in kernels.cpp, attention.cpp and sampling.cpp, compiled when first needed; and
 `cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body
 instead of the best that the machine has; reference means the GPU, too.
 
@@ -35,6 +35,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Large tensors in huge pages: weights are read a tenth to a fifth faster. PyTorch reads this once.
@@ -84,6 +85,7 @@ FLAGS = {  # what every path of kernels.cpp is compiled with
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
+SOURCES = ("kernels.cpp", "attention.cpp", "sampling.cpp", "tape.cpp", "vectors.h", "team.h")
 LANES = 16  # groups of inputs are multiples of it
 
 
@@ -150,13 +152,11 @@ def load_cuda() -> bool:
 def compiled_library() -> Path:
     """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
     torch_directory = Path(torch.__file__).parent
-    sources = [
-        Path(__file__).with_name(name) for name in ("kernels.cpp", "sampling.cpp", "tape.cpp", "team.h")
-    ]
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
     compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"there is no C++ compiler {compiler}; install g++")
-    options += ["-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-w", *FLAGS[PATH]]
+    options += ["-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-w", *FLAGS[PATH]]
     options += ["-fno-trapping-math"]  # or comparisons would keep loops from becoming vectors
     options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     key = " ".join([compiler, *options, torch.__version__, str(torch_directory)])
@@ -164,23 +164,38 @@ def compiled_library() -> Path:
     name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + content).hexdigest()[:16]}.so"
     library = cache_directory() / name
     if not is_whole(library):
-        print(f"compiling kernels.cpp for {PATH}, once on this machine", file=sys.stderr, flush=True)
+        print(f"compiling the kernels for {PATH}, once on this machine", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
-            includes = [f"-isystem{torch_directory / 'include'}"]
-            links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
-            command = [
-                compiler,
-                *options,
-                *includes,
-                *map(str, sources[:3]),
-                "-o",
-                f"{scratch}/{name}",
-                *links,
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            link([compiler, *options], sources, torch_directory, Path(scratch, name))
             seal(Path(scratch, name))
             os.replace(f"{scratch}/{name}", library)
     return library
+
+
+def link(compiler: list[str], sources: list[Path], torch_directory: Path, library: Path) -> None:
+    """Compile all sources side by side, and make a library of them."""
+    units = [source for source in sources if source.suffix == ".cpp"]
+    objects = [str(library.with_name(f"{unit.stem}.o")) for unit in units]
+    includes = f"-isystem{torch_directory / 'include'}"
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    with ThreadPoolExecutor() as pool:
+        list(
+            pool.map(
+                lambda *pair: run([*compiler, includes, "-c", *pair[:1], "-o", *pair[1:]]), units, objects
+            )
+        )
+    run(
+        [
+            *compiler,
+            "-shared",
+            *objects,
+            "-o",
+            library,
+            f"-L{torch_directory / 'lib'}",
+            "-lc10",
+            "-ltorch_cpu",
+        ]
+    )
 
 
 def seal(file: Path) -> None:

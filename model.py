@@ -430,8 +430,8 @@ class KVCache:
     def allocate(config: ModelConfig, batch_size: int, slots: int, like: Tensor) -> KVCache:
         """`like`: any tensor of the dtype and device wanted."""
         shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
-        keys, values = ([like.new_zeros(shape) for _ in range(config.num_layers)] for _ in "kv")
-        return KVCache(keys, values)
+        both = like.new_zeros(2, config.num_layers, *shape)  # one block, which lies in huge pages
+        return KVCache(list(both[0]), list(both[1]))
 
     def row(self, b: int) -> KVCache:
         """A view of one text: what is written there is written here."""

@@ -387,9 +387,51 @@ Tensor logsumexp(const Tensor& logits) {
   return out;
 }
 
+// ------------------------------------------------------------------------------------------------------------
+// The k largest of a row, the first of equal ones first. A NaN counts as minus infinity.
+// ------------------------------------------------------------------------------------------------------------
+
+constexpr int AT_ONCE = 16;  // numbers
+
+void largest(const float* x, int64_t n, int64_t k, float* values, int64_t* places) {
+  int64_t count = 0;
+  auto insert = [&](float value, int64_t i) {
+    if (value != value) value = -INFINITY;
+    if (count == k && !(value > values[k - 1])) return;
+    int64_t at = count < k ? count++ : k - 1;
+    for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], places[at] = places[at - 1];
+    values[at] = value, places[at] = i;
+  };
+  for (int64_t begin = 0; begin < n; begin += AT_ONCE) {
+    const int64_t end = std::min(begin + AT_ONCE, n);
+    if (count == k && end - begin == AT_ONCE) {  // nearly always nothing in sixteen is large enough
+      int any = 0;
+      for (int j = 0; j < AT_ONCE; j++) any |= x[begin + j] > values[k - 1];
+      if (!any) continue;
+    }
+    for (int64_t i = begin; i < end; i++) insert(x[i], i);
+  }
+}
+
+std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
+  Tensor x = x_any.contiguous();
+  const int64_t n = x.dim() ? x.size(-1) : 0, rows = n ? x.numel() / n : 0;
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "top_k: float32, not ", x.scalar_type());
+  TORCH_CHECK(0 < k && k <= n, "top_k: ", k, " of ", n);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = k;
+  Tensor values = at::empty(shape, x.options()), places = at::empty(shape, x.options().dtype(at::kLong));
+  const float* from = x.const_data_ptr<float>();
+  float* to = values.mutable_data_ptr<float>();
+  int64_t* to_places = places.mutable_data_ptr<int64_t>();
+  side_by_side(rows, x.numel(), [&](int64_t row) { largest(from + row * n, n, k, to + row * k, to_places + row * k); });
+  return {values, places};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
+  m.impl("top_k", top_k);
   m.impl("pick", pick);
   m.impl("gumbel", gumbel);
   m.impl("penalize", penalize);

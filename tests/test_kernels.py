@@ -99,8 +99,8 @@ def test_threads_do_not_matter():
     """However many there are, and whatever conftest.py says: the same bits."""
     x, weight = torch.randn(5, 512).bfloat16(), torch.randint(0, 256, (4096, 256), dtype=torch.uint8)
     blocks, scales = kernels.pack(weight), kernels.pack_scales(torch.rand(4096, 4).half())
-    q, cache = torch.randn(2, 8, 16, 64).bfloat16(), torch.randn(2, 256, 4, 64).bfloat16()
-    seen, length = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 8, 8), torch.tensor([200, 31])
+    q, cache = torch.randn(2, 8, 16, 64).bfloat16(), torch.randn(2, 999, 4, 64).bfloat16()
+    seen, length = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 8, 8), torch.tensor([900, 31])
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -492,7 +492,7 @@ def random_case(n: int, m: int, lengths: list[int], dtype=torch.float32, size: i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 12, 64, 80])
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 5), (4, 4), (3, 9), (20, 20)])
-@pytest.mark.parametrize("lengths", [[0], [13], [3, 0, 45]])
+@pytest.mark.parametrize("lengths", [[0], [13], [3, 0, 45], [250, 600]])
 def test_attention_against_its_definition(n, m, lengths, size, dtype):
     case = random_case(n, m, lengths, dtype, size)
     exact = attention_by_definition(*case)
@@ -510,13 +510,14 @@ def test_slots_that_nobody_may_see_change_nothing():
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_reduces_over_positions_not_slots(dtype):
+@pytest.mark.parametrize("length", [37, 254, 511])  # in a range of 256 positions, and over its end
+def test_attention_reduces_over_positions_not_slots(length, dtype):
     """A path scattered among the nodes of a tree, a chain, and a text that has all of it below `length` are
     the same keys at the same positions: the same bits."""
     torch.manual_seed(1)
-    length, path = 37, [0, 3, 4, 9, 17]  # nodes of a tree of 20
+    path = [0, 3, 4, 9, 17]  # nodes of a tree of 20
     q = torch.randn(1, 20, 4, 64, dtype=dtype)
-    keys, values = torch.randn(2, 1, 80, 2, 64, dtype=dtype)
+    keys, values = torch.randn(2, 1, length + 43, 2, 64, dtype=dtype)
     parent = torch.arange(20) - 1
     parent[torch.tensor(path)] = torch.tensor([-1, *path[:-1]])
     parent[[1, 5, 10, 18]] = torch.tensor([0, 3, 4, 9])  # branches that leave it
@@ -530,6 +531,26 @@ def test_attention_reduces_over_positions_not_slots(dtype):
             ones = torch.ones(1, 1, m, dtype=torch.bool)
             alone = kernels.attention(q[:, node : node + 1], *straight, ones, torch.tensor([past]))
             assert torch.equal(alone, tree[:, node : node + 1])
+
+
+@NEEDS_EQUAL_ROWS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2, 6])  # that share a key
+@pytest.mark.parametrize("size", [24, 64])
+def test_queries_of_a_chain_do_not_depend_on_each_other(size, heads, dtype):
+    """One after another, or many at once, over several ranges, next to another text: the same bits."""
+    torch.manual_seed(2)
+    n, length = 19, torch.tensor([503, 40])
+    q, (keys, values) = torch.randn(2, n, 2 * heads, size), torch.randn(2, 2, 540, 2, size)
+    q, keys, values = q.to(dtype), keys.to(dtype), values.to(dtype)
+    chain = torch.ones(n, n, dtype=torch.bool).tril()
+    together = kernels.attention(q, keys, values, chain.expand(2, n, n), length)
+    for b in range(2):
+        text = keys[b : b + 1], values[b : b + 1]
+        for begin, end in [(i, i + 1) for i in range(n)] + [(0, 8), (8, 10), (2, 19)]:
+            seen = chain[None, : end - begin, : end - begin]
+            part = kernels.attention(q[b : b + 1, begin:end], *text, seen, length[b : b + 1] + begin)
+            assert torch.equal(part[0], together[b, begin:end])
 
 
 def test_attention_does_not_trust_the_stride_of_a_single_query():

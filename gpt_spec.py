@@ -532,7 +532,7 @@ def cut(row: Row, gained: Verified, ends: Callable[[int, int], bool]) -> Emissio
 def cache_length(config: ModelConfig, longest: int) -> int:
     """Tokens to allocate a cache for, when the longest text needs `longest`.
 
-    Rounded up, so that most prompts share one set of compiled shapes, but never beyond the model's context.
+    Rounded up, so that most prompts share one set of shapes, but never beyond the model's context.
     """
     check_window(config, longest)
     return min(-(-longest // 512) * 512, config.max_context, config.sliding_window or config.max_context)

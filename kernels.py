@@ -15,7 +15,7 @@
     move        what an accepted path left in the caches, to where it belongs
 
 Each has one signature and up to three bodies: `reference`, in reference.py, plain PyTorch, which the tests
-compare the others with; `cpu`, in kernels.cpp, attention.cpp and sampling.cpp, compiled when first needed; and
+compare the others with; `cpu`, in kernels.cpp, attention.cpp and sampling.cpp, compiled when needed; and
 `cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body
 instead of the best that the machine has; reference means the GPU, too.
 
@@ -125,7 +125,7 @@ def load() -> bool:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
         reason = next((line for line in lines if "error" in line), lines[-1])
         print(
-            f"kernels.cpp cannot be compiled or loaded, running on the slow reference: {reason}",
+            f"the kernels cannot be compiled or loaded, running on the slow reference: {reason}",
             file=sys.stderr,
         )
         return False
@@ -465,8 +465,10 @@ def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE in the half-split order of Hugging Face, of queries [B, n, H, D] and keys [B, n, G, D], bf16 or
-    float32. cos, sin: float32 [B, n, 1, D / 2]. Computed in float32; all bodies give the same bits.
+    float32. cos, sin: float32 [B or 1, n, 1, D / 2]. Computed in float32; all bodies give the same bits.
     """
+    if len(cos) != len(q):
+        cos, sin = (angle.expand(len(q), -1, -1, -1) for angle in (cos, sin))
     body = rope_reference if q.requires_grad else torch.ops.gpt_spec.rope  # which cannot be trained through
     return body(q, k, cos, sin)
 

@@ -92,7 +92,8 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
     write_results(tmp_path)
     quality = {"bf16": {"perplexity": 20.786, "agreement": 1.0, "positions": 9}}
     about = {"date": "2026-01-01", "torch": "2", "device": "a test", "commit": "0"}
-    (tmp_path / "cpu_quality.json").write_text(json.dumps(about | {"results": quality}))
+    for name in ("cpu_quality.json", "cpu_lm_head.json"):
+        (tmp_path / name).write_text(json.dumps(about | {"results": quality}))
     output = tmp_path / "tables.md"
     monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--output", str(output)])
     assert tables.main() == 0

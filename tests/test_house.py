@@ -13,12 +13,20 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
-    **{"reference.py": 420, "kernels.py": 440, "kernels_cuda.py": 820, "kernels.cpp": 1300},
-    **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 400},
+    **{"reference.py": 420, "kernels.py": 500, "kernels_cuda.py": 820},
+    **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 440},
+    **{
+        "kernels.cpp": 520,
+        "attention.cpp": 420,
+        "vectors.h": 420,
+        "team.h": 220,
+        "tape.cpp": 120,
+        "tape.py": 180,
+    },
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
     **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 560},
     **{"checkpoints.py": 700, "text.py": 420, "cli.py": 230, "show.py": 300, "quantize.py": 700},
-    **{"generate.py": 720, "bench.py": 260, "chat.py": 300, "rope.py": 250},
+    **{"generate.py": 720, "bench.py": 270, "chat.py": 300, "rope.py": 250},
     **{"prompts.py": 120, "process.py": 150, "grammar.py": 230, "forced.py": 140},
 }
 OTHERS = 1000
@@ -75,7 +83,9 @@ def test_a_file_keeps_to_its_budget(path):
     assert lines <= BUDGETS.get(str(path.relative_to(ROOT)), OTHERS)
 
 
-@pytest.mark.parametrize("name", ["kernels.cpp", "sampling.cpp"])
+@pytest.mark.parametrize(
+    "name", ["kernels.cpp", "attention.cpp", "sampling.cpp", "tape.cpp", "vectors.h", "team.h"]
+)
 def test_kernels_for_cpus_keep_to_their_budget(name):
     assert len((ROOT / name).read_text().splitlines()) <= BUDGETS[name]
 

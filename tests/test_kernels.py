@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -74,7 +75,7 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(scope="module", autouse=True)
 def cpu_bodies():
     if not kernels.load() and kernels.PATH != "reference":
-        pytest.fail("kernels.cpp was not compiled")
+        pytest.fail("the kernels were not compiled")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -86,7 +87,7 @@ def test_every_path(path):
         pytest.skip(f"this CPU has no {path}")
     if path == kernels.PATH:
         pytest.skip("the other tests of this file have run on it")
-    chosen = "not compiled or (compiled_forwards and w4a8)"
+    chosen = "not recorded or (recorded_forwards and w4a8)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--numprocesses", "0", "-k", chosen, __file__]
     ran = subprocess.run(
         command, env=os.environ | {"GPT_SPEC_KERNELS": path}, capture_output=True, text=True, cwd=ROOT
@@ -95,6 +96,49 @@ def test_every_path(path):
 
 
 @NEEDS_EQUAL_ROWS
+def test_callers_in_several_threads_do_not_disturb_each_other():
+    """The team has one caller at a time; another one works alone."""
+    kernels.load()
+    weight = kernels.pack(torch.randn(640, 512).bfloat16())
+    inputs = [torch.randn(n, 512).bfloat16() for n in (1, 3, 8, 40)]
+    expected = [kernels.linear(x, weight, out_features=640) for x in inputs]
+
+    def calls(i):
+        return all(
+            torch.equal(kernels.linear(inputs[i], weight, out_features=640), expected[i]) for _ in range(300)
+        )
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(calls, range(4)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [2, 6, 64, 80, 96])
+def test_rope_and_store_are_their_references_to_the_last_bit(size, dtype):
+    """Of slices of one result, into a view of one text's cache, too."""
+    kernels.load()
+    heads = torch.randn(2, 5, 9 + 3 + 3, size).to(dtype)
+    q, k, v = heads.split((9, 3, 3), dim=2)
+    cos, sin = torch.randn(2, 2, 5, 1, size // 2)
+    turned = torch.ops.gpt_spec.rope(q, k, cos, sin)
+    assert all(map(torch.equal, turned, kernels.rope_reference(q, k, cos, sin)))
+    slots = torch.stack([torch.randperm(40)[:5] for _ in range(2)])
+    for rows in (slice(0, 2), slice(1, 2)):
+        ours, theirs = (
+            torch.zeros(2, 3, 40, 3, size, dtype=dtype) for _ in range(2)
+        )  # keys and values of three
+        kernels.store(*ours[:, rows.start : rows.stop], k[rows], v[rows], slots[rows])
+        kernels.store_reference(*theirs[:, rows.start : rows.stop], k[rows], v[rows], slots[rows])
+        assert torch.equal(ours, theirs) and ours.any()
+    with pytest.raises(RuntimeError, match="slot 40 of 40"):
+        kernels.store(*torch.zeros(2, 2, 40, 3, size, dtype=dtype), k, v, torch.full_like(slots, 40))
+
+
 def test_threads_do_not_matter():
     """However many there are, and whatever conftest.py says: the same bits."""
     x, weight = torch.randn(5, 512).bfloat16(), torch.randint(0, 256, (4096, 256), dtype=torch.uint8)
@@ -653,21 +697,19 @@ def spread_out(n: int) -> torch.Tensor:
     + [(ODD, "bf16"), (ODD, "w4a8")],
 )
 @torch.no_grad()
-def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
+def test_recorded_forwards_are_bitwise_the_same_for_every_n(config, precision):
     """Features, logits and the K/V written, at width 4096: token by token, and 2, 8 or 64 nodes at once, as a
     chain and spread out over a tree, alone and in a batch of eight."""
     torch.manual_seed(2)
     model = shapes.random_model(config, precision)
     text = torch.randint(config.vocab_size, (1, PAST + 64))
 
-    def run(tokens, positions, slots, ancestors, length, keys, values):
-        attend = partial(KVCache(keys, values).attend, slots, ancestors, length)
+    def run(tokens, positions, slots, ancestors, length, *cache):
+        attend = partial(KVCache(cache[::2], cache[1::2]).attend, slots, ancestors, length)
         features, tapped = model(tokens, positions, attend, taps=(0, 1))
         return features, model.lm_head(features), tapped
 
-    device = torch.device("cpu")
-    # The same kernels, called from Python: seven graphs for each precision take half the time to compile.
-    forward = Runtime(compile=True, device=device, cpp_wrapper=False).compiled(run)
+    forward = Runtime(compile=True, device=torch.device("cpu")).recorded(run)
     start = KVCache.allocate(config, 1, 256, model.norm.weight)
     extend(model, start, text[:, :PAST], torch.tensor([0]))
 
@@ -675,7 +717,8 @@ def test_compiled_forwards_are_bitwise_the_same_for_every_n(config, precision):
         length = torch.full((len(tokens),), past)
         ancestors, depth = tree_geometry(parent, parent.shape[1] - 1)
         slots = length[:, None] + torch.arange(parent.shape[1])
-        return forward(tokens, length[:, None] + depth, slots, ancestors, length, cache.keys, cache.values)
+        tensors = (t for pair in zip(cache.keys, cache.values) for t in pair)
+        return forward(tokens, length[:, None] + depth, slots, ancestors, length, *tensors)
 
     def copies(count: int) -> KVCache:
         return KVCache(
@@ -727,14 +770,14 @@ def test_a_library_that_was_cut_off_is_compiled_again(tmp_path, monkeypatch):
     library = kernels.compiled_library()
     whole = library.read_bytes()
     assert kernels.is_whole(library) and kernels.compiled_library() == library
-    assert log.read_text().count("compiled") == 1
+    calls = log.read_text().count("compiled")  # one for each source, and one that puts them together
     middle = len(whole) // 2
     changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     for i, damaged in enumerate((whole[:middle], b"", whole[:-1], whole[:-32], changed), start=2):
         library.write_bytes(damaged)
         assert not kernels.is_whole(library)
         assert kernels.compiled_library() == library and library.read_bytes() == whole
-        assert log.read_text().count("compiled") == i
+        assert log.read_text().count("compiled") == i * calls
     assert [path.name for path in (tmp_path / "gpt_spec").iterdir()] == [library.name]
     library.write_bytes(whole[:middle])
     command = [sys.executable, "-c", "import kernels; print(kernels.load())"]

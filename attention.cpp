@@ -119,6 +119,7 @@ void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const 
 // ------------------------------------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;             // neighbours that share what they read
+constexpr int64_t ROOM = 1 << 22;       // numbers of partial results at a time, or those of one part of the queries
 constexpr int RANGE = 256;             // positions: few enough that threads can share the work for one text
 constexpr int SCORES = RANGE + LANES;  // from row to row; rows a power of two apart would compete for cache lines
 constexpr int KEYS = 2 * LANES;        // positions at a time
@@ -320,37 +321,44 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
   const int64_t longest = *std::max_element(length, length + batch) + nodes, ranges = (longest + RANGE - 1) / RANGE;
   const int64_t parts = (n + QUERIES - 1) / QUERIES, queries = (n + parts - 1) / parts;  // in every part
   const int64_t full = round_up(size, VECTOR / sizeof(T)), stride = full + LANES;
-  const int64_t tasks = batch * ranges * kv_heads * parts, task_size = queries * heads * stride;
+  const int64_t task_size = queries * heads * stride, most = batch * ranges * kv_heads * task_size;
+  const int64_t together = std::clamp<int64_t>(ROOM / most, 1, parts);  // parts of the queries
   std::vector<Text> texts;
   for (int64_t b = 0; b < batch; b++) texts.emplace_back(ancestors + b * n * nodes, length[b], n, nodes);
   static thread_local std::vector<float> room;
-  float* partials = scratch(room, tasks * task_size);  // [batch, ranges, kv_heads, parts, queries, heads, stride]
+  float* partials = scratch(room, together * most);  // [batch, ranges, kv_heads, some, queries, heads, stride]
 
-  side_by_side(tasks, q.numel() * longest, [&](int64_t task) {
-    const int64_t part = task % parts, g = task / parts % kv_heads, range = task / parts / kv_heads % ranges,
-                  b = task / parts / kv_heads / ranges;
-    const int64_t at = b * keys.stride(0) + g * keys.stride(2), first = part * queries;
-    const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
-                       (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, g, row,
-                       keys.stride(1), heads, first, std::min(first + queries, n), size, full};
-    int64_t begin = range * RANGE, end = 0;
-    for (int64_t i = first; i < head.end; i++) end = std::max(end, std::min(begin + RANGE, texts[b].seen(i)));
-    if (begin < end) attend(head, begin, end, partials + task * task_size);
-  });
-  side_by_side(batch * n, q.numel() * ranges, [&](int64_t i) {
-    for (int64_t h = 0; h < kv_heads * heads; h++) {
-      const int64_t task = (i / n * ranges * kv_heads + h / heads) * parts + i % n / queries;
-      const float* first = partials + task * task_size + (i % n % queries * heads + h % heads) * stride;
-      combine(first, (texts[i / n].seen(i % n) + RANGE - 1) / RANGE, kv_heads * parts * task_size, size, full,
-              (T*)out.mutable_data_ptr() + i * row + h * size);
-    }
-  });
+  for (int64_t from = 0; from < parts; from += together) {
+    const int64_t some = std::min(together, parts - from), tasks = batch * ranges * kv_heads * some;
+    const int64_t first_query = from * queries, count = std::min(n, (from + some) * queries) - first_query;
+    side_by_side(tasks, q.numel() * longest, [&](int64_t task) {
+      const int64_t part = from + task % some, g = task / some % kv_heads, range = task / some / kv_heads % ranges,
+                    b = task / some / kv_heads / ranges;
+      const int64_t at = b * keys.stride(0) + g * keys.stride(2), first = part * queries;
+      const Head<T> head{texts[b], (const T*)q.const_data_ptr() + b * n * row + g * heads * size,
+                         (const T*)keys.const_data_ptr() + at, (const T*)values.const_data_ptr() + at, g, row,
+                         keys.stride(1), heads, first, std::min(first + queries, n), size, full};
+      int64_t begin = range * RANGE, end = 0;
+      for (int64_t i = first; i < head.end; i++) end = std::max(end, std::min(begin + RANGE, texts[b].seen(i)));
+      if (begin < end) attend(head, begin, end, partials + task * task_size);
+    });
+    side_by_side(batch * count, q.numel() * ranges, [&](int64_t each) {
+      const int64_t b = each / count, offset = each % count, i = first_query + offset;
+      for (int64_t h = 0; h < kv_heads * heads; h++) {
+        const int64_t task = (b * ranges * kv_heads + h / heads) * some + offset / queries;
+        const float* first = partials + task * task_size + (offset % queries * heads + h % heads) * stride;
+        combine(first, (texts[b].seen(i) + RANGE - 1) / RANGE, kv_heads * some * task_size, size, full,
+                (T*)out.mutable_data_ptr() + (b * n + i) * row + h * size);
+      }
+    });
+  }
 }
 
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
                  const Tensor& length_any) {
   Tensor q = q_any.contiguous(), ancestors = ancestors_any.contiguous(), length = length_any.contiguous();
   Tensor out = at::empty(q.sizes(), q.options());
+  if (out.numel() == 0) return out;
   TORCH_CHECK(keys.strides() == values.strides() && keys.stride(3) == 1, "attention: keys and values must lie alike");
   const bool wide = q.scalar_type() == at::kFloat;
   TORCH_CHECK((wide || q.scalar_type() == at::kBFloat16) && keys.scalar_type() == q.scalar_type() &&

@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     directory = "a Hugging Face directory or hub repository id"
     p.add_argument("--checkpoint_path", help=f"cost, methods, auto, quality, sampling, peers: {directory}")
-    bits = "of quantized targets: cost, methods, auto, synthetic, exact, decode; quality (with commas)"
+    bits = "of quantized targets: cost, methods, auto, synthetic, exact, decode, peers; quality (a,b)"
     p.add_argument("--lm_head_bits", metavar="4|8|16", help=bits)
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")

@@ -639,15 +639,15 @@ def warm_up(decoder: Decoder, precision: str) -> float:
 def can_compile(args: argparse.Namespace) -> bool:
     """May steps run without Python? On a CPU that takes our kernels, which need a C++ compiler; a line says
     so where there is none."""
-    if args.compile == "none":
-        return False
-    if args.device.startswith("cpu") and not kernels.load() and kernels.PATH != "reference":
+    if args.compile == "none" or not args.device.startswith("cpu"):
+        return args.compile != "none"
+    if not kernels.load() and kernels.PATH != "reference":
         print(
             "running without our kernels, which is slower, and not exact across numbers of rows: near-ties "
             "may fall another way when several tokens are verified at once",
             file=sys.stderr,
         )
-    return True
+    return kernels.load()
 
 
 def run(args: argparse.Namespace) -> int:

@@ -786,8 +786,8 @@ class SequentialDrafter(Drafter):
         self.models = () if shares_cache else (model,)
         self.draft_confidence, self.needs_costs = draft_confidence, speculate_k is None
         self.needs_host = draft_confidence > 0 or self.needs_costs
-        # The tokens that each compiled call writes: the fewer calls the faster, but each layer of each token
-        # takes two or three seconds to compile. With a confidence, `propose` looks at each before the next.
+        # The tokens that each recorded call writes: the fewer calls the faster, but on a GPU each layer of
+        # each token takes seconds to compile. With a confidence, `propose` looks at each before the next.
         most = 1 if self.needs_host else max(UNROLLED_LAYERS // model.config.num_layers, 1)
         count = -(-(self.max_nodes - 1) // most)
         self.calls = [(self.max_nodes - 1 + i) // count for i in reversed(range(count))]

@@ -77,7 +77,7 @@ from reference import (  # noqa: E402, F401
     unpack,
 )
 
-FLAGS = {  # what every path of kernels.cpp is compiled with
+FLAGS = {  # what the files of every path are compiled with
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
         *("-mfma", "-mf16c"),
@@ -106,7 +106,7 @@ PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
 
 @functools.cache
 def load() -> bool:
-    """Compile kernels.cpp, once per machine, and load it, and the GPU's bodies, too -> are the CPU's in
+    """Compile the kernels, once per machine, and load them, and the GPU's bodies, too -> are the CPU's in
     place?
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or

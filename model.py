@@ -158,6 +158,10 @@ class Embedding(nn.Embedding):
     A drafter may lack the last tokens of its target's vocabulary. It reads its own last one instead.
     """
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there, PyTorch would import its compiler for it, which takes seconds
+            super().reset_parameters()
+
     def forward(self, tokens: Tensor) -> Tensor:
         known = tokens.clamp(max=self.num_embeddings - 1)
         return kernels.embedding(self.weight, known)  # int64 [B, n] -> [B, n, hidden]

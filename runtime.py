@@ -139,8 +139,15 @@ class Taped:
 
 
 def key_of(arguments: tuple) -> tuple:
-    """What a recording is for: the shapes of tensors, and the other arguments."""
-    return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+    """What a recording is for: shapes, dtypes and places of tensors, which of them are the same one, and the
+    other arguments."""
+    places = [id(a) for a in arguments]
+    return tuple(
+        (a.shape, a.dtype, a.is_contiguous() or a.stride(), places.index(id(a)))
+        if isinstance(a, Tensor)
+        else (type(a), a)
+        for a in arguments
+    )
 
 
 class Recorded:

@@ -46,7 +46,7 @@ IValue typed(const IValue& value, const c10::TypePtr& type) {
 
 struct Tape : torch::CustomClassHolder {
   std::vector<Call> calls;
-  std::vector<Tensor> tensors;  // by number: those of the caller, and then those that the calls make
+  int64_t count = 0;  // of the tensors that have numbers: those of the caller, and then those that the calls make
 
   void add(const std::string& name, const std::string& overload, const std::vector<IValue>& arguments,
            const Numbers& holes, const Numbers& results, const Numbers& last) {
@@ -55,24 +55,23 @@ struct Tape : torch::CustomClassHolder {
     TORCH_CHECK(schema.size() == arguments.size(), "tape: ", name, " has ", schema.size(), " arguments");
     for (size_t i = 0; i < schema.size(); i++) call.arguments.push_back(typed(arguments[i], schema[i].type()));
     for (size_t i = 0; i < holes.size(); i += 3) call.holes.push_back({holes[i], holes[i + 1], holes[i + 2]});
-    for (int64_t number : results) tensors.resize(std::max<int64_t>(tensors.size(), number + 1));
+    for (int64_t number : results) count = std::max(count, number + 1);
     calls.push_back(std::move(call));
   }
 
-  std::vector<Tensor> run(const std::vector<Tensor>& inputs, const Numbers& outputs) {
+  std::vector<Tensor> run(const std::vector<Tensor>& inputs, const Numbers& outputs) const {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
-    tensors.resize(std::max(tensors.size(), inputs.size()));
-    std::copy(inputs.begin(), inputs.end(), tensors.begin());
-    for (const Call& call : calls) run(call);
+    std::vector<Tensor> tensors = inputs;
+    tensors.resize(std::max<size_t>(count, inputs.size()));
+    for (const Call& call : calls) run(call, tensors);
     std::vector<Tensor> results;
     for (int64_t number : outputs) results.push_back(tensors[number]);
-    std::fill(tensors.begin(), tensors.end(), Tensor());
     return results;
   }
 
-  void run(const Call& call) {
+  static void run(const Call& call, std::vector<Tensor>& tensors) {
     std::vector<IValue> stack = call.arguments;
-    for (const Hole& hole : call.holes) fill(stack[hole.argument], hole, call);
+    for (const Hole& hole : call.holes) fill(stack[hole.argument], tensors[hole.tensor], hole, call);
     call.op.callBoxed(stack);
     auto number = call.results.begin();
     auto keep = [&](const Tensor& tensor) {
@@ -87,13 +86,13 @@ struct Tape : torch::CustomClassHolder {
     for (int64_t n : call.last) tensors[n] = Tensor();
   }
 
-  void fill(IValue& argument, const Hole& hole, const Call& call) const {
+  static void fill(IValue& argument, const Tensor& tensor, const Hole& hole, const Call& call) {
     if (hole.place < 0) {
-      argument = tensors[hole.tensor];
+      argument = tensor;
       return;
     }
     if (argument.is(call.arguments[hole.argument])) argument = argument.toList().copy();  // the recorded one stays
-    argument.toList().set(hole.place, tensors[hole.tensor]);
+    argument.toList().set(hole.place, tensor);
   }
 };
 

@@ -45,7 +45,8 @@ class Call(NamedTuple):
     @property
     def is_view(self) -> bool:
         """Are its results nothing but other looks at its arguments?"""
-        return not self.written and all(result.alias_info for result in self.op._schema.returns)
+        returns = self.op._schema.returns
+        return bool(returns) and not self.written and all(result.alias_info for result in returns)
 
     @property
     def is_random(self) -> bool:
@@ -67,6 +68,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[Call] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch would import its compiler at the first call, which takes seconds
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         returned = op(*args, **(kwargs or {}))
@@ -101,6 +106,10 @@ def without_constants(calls: list[Call], arguments: list[Tensor], results: tuple
     kept = []
     for call in calls:
         made, inputs = tensors_in(call.results), [id(tensor) for tensor in call.inputs]
+        if call.op is torch.ops.aten.lift_fresh.default and changed & storages(made):
+            raise RuntimeError(
+                "torch.tensor(...) is made once in a recorded function: do not change or return it"
+            )
         pure = numbers.issuperset(inputs) and not call.is_random and not changed & storages(made)
         if moving.isdisjoint(inputs) and (call.is_view or (pure and not call.written)):
             numbers.update(id(tensor) for tensor in made if pure)

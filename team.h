@@ -1,4 +1,4 @@
-// team.h: the threads that kernels.cpp and sampling.cpp share their work among.
+// team.h: the threads that kernels.cpp, attention.cpp and sampling.cpp share their work among.
 //
 // The one idea: nobody waits for a thread that has not begun. The caller shares out ranges of the work, and whoever
 // is done with its own takes what is left of the others', piece by piece. So a thread that another process keeps from
@@ -15,6 +15,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -31,7 +33,9 @@ using std::chrono::microseconds;
 // A helper that is awake answers in less than a microsecond, one that sleeps in some fifty. So it stays awake for as
 // long as Python takes from one step to the next.
 constexpr microseconds AWAKE(1000);
-constexpr microseconds STALL(200);  // longer than a piece: who makes the caller wait so long has lost its core
+// Who makes the caller wait for so long, and twice as long as it worked itself, which is more than any piece takes, has
+// lost its core.
+constexpr microseconds STALL(200);
 constexpr uint32_t JOBS = 64;  // after so many, the system is asked if the caller has lost its own
 // For how long fewer helpers are asked after a stall: twice as long as the last time, if it came soon after asking for
 // more. A quiet machine has a stall now and then, too.
@@ -83,7 +87,10 @@ class Team {
       return;
     }
     call([](const void* body, uint32_t i) { (*(const Body*)body)(i); }, &body, count, helpers_now(most));
+    const std::exception_ptr thrown = std::exchange(failure, nullptr);
+    failed.clear();
     busy.clear(std::memory_order_release);
+    if (thrown) std::rethrow_exception(thrown);
   }
 
  private:
@@ -100,9 +107,10 @@ class Team {
   std::atomic<const void*> body{nullptr};
   std::atomic<uint32_t> threads{1}, piece{1};
   alignas(64) std::atomic<uint32_t> done{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr failure;  // the first that a body threw
   int64_t allowed = MOST;  // helpers that may be asked for
   microseconds patience = SHORTEST;
-  long interruptions = 0;
   Clock::time_point retry{}, grown{};  // when to ask for more of them, and when that was done
 
   // How many helpers to ask for: after a stall half as many, for longer and longer if it happens again.
@@ -118,6 +126,7 @@ class Team {
   // Has the caller been taken from its core since it was last asked? The system counts that.
   bool was_interrupted() {
 #if defined(RUSAGE_THREAD)
+    static thread_local long interruptions = 0;
     rusage usage;
     if (job % JOBS || getrusage(RUSAGE_THREAD, &usage)) return false;
     return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw);
@@ -126,10 +135,10 @@ class Team {
 #endif
   }
 
-  void stalled(int64_t helpers) {
+  void stalled() {
     const auto now = Clock::now();
     patience = now - grown > SOON ? SHORTEST : std::min(2 * patience, LONGEST);
-    allowed = helpers / 2, retry = now + patience;
+    allowed = std::min<int64_t>(allowed, at::get_num_threads() - 1) / 2, retry = now + patience;
   }
 
   void call(Function call_function, const void* call_body, uint32_t count, int64_t helpers) {
@@ -143,15 +152,33 @@ class Team {
       ranges[t].end.store((uint64_t)count * (t + 1) / n, std::memory_order_release);
       ranges[t].next.store((uint64_t)job << 32 | (uint64_t)count * t / n, std::memory_order_release);
     }
-    for (; hired < helpers; hired++) std::thread(&Team::help, this, hired + 1).detach();
-    for (int64_t t = 1; t <= helpers; t++) {
+    hire(helpers);
+    for (int64_t t = 1; t <= std::min<int64_t>(helpers, hired); t++) {
       bells[t].job.store(job, std::memory_order_release);
       bells[t].job.notify_one();
     }
+    const auto begin = Clock::now();
     work(0, job);
-    const bool waited = !spin(STALL, [&] { return done.load(std::memory_order_acquire) == count; });
+    const auto own = std::chrono::duration_cast<microseconds>(Clock::now() - begin);
+    const bool stall = !spin(std::max(STALL, 2 * own), [&] { return done.load(std::memory_order_acquire) == count; });
     while (done.load(std::memory_order_acquire) != count) std::this_thread::yield();
-    if (was_interrupted() || waited) stalled(helpers);
+    if (was_interrupted() || stall) stalled();
+  }
+
+  void hire(int64_t helpers) {
+    try {
+      for (; hired < helpers; hired++) std::thread(&Team::help, this, hired + 1).detach();
+    } catch (const std::system_error&) {  // the system allows no more: the others do their part
+    }
+  }
+
+  void run_piece(Function f, const void* of, uint32_t begin, uint32_t end) {
+    try {
+      for (uint32_t i = begin; i < end; i++) f(of, i);
+    } catch (...) {  // the caller throws it when nobody uses the body any more
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
+    done.fetch_add(end - begin, std::memory_order_release);
   }
 
   // Thread t takes pieces of a job, of its own range first, until there are none.
@@ -168,8 +195,7 @@ class Team {
         if (begin >= limit) break;
         // If this succeeds, the job is not done, and what was read above belongs to it.
         if (!range.next.compare_exchange_weak(next, (uint64_t)job << 32 | end, std::memory_order_acq_rel)) continue;
-        for (uint32_t i = begin; i < end; i++) f(of, i);
-        done.fetch_add(end - begin, std::memory_order_release);
+        run_piece(f, of, begin, end);
         next = range.next.load(std::memory_order_acquire);
       }
     }

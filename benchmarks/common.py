@@ -187,23 +187,19 @@ def quantized_target(flags: list[str]) -> Iterator[str]:
 
 
 def recording_only() -> AbstractContextManager:
-    """CUDA graphs are recorded, and nothing is compiled: from here on, or until the end of a `with`.
+    """CUDA graphs or tapes are recorded, and nothing is compiled: from here on, or until the end of a `with`.
 
-    On a GPU, `compile` stands for CUDA graphs as well. Without them the host is slower than the device.
+    `compile` stands for both. Without recording, the host is slower than a GPU.
     """
     return torch.compiler.set_stance("force_eager")
 
 
 def compiles(args: argparse.Namespace) -> bool:
-    """The `compile` argument of a report's decoders.
-
-    A --shape takes minutes to compile, and its steps take tens of milliseconds on a CPU. They run uncompiled
-    there, and on a GPU they are only recorded.
-    """
+    """The `compile` argument of a report's decoders. On a GPU a --shape takes minutes to compile, and is only
+    recorded."""
     if args.shape and on_gpu(args.device):
         recording_only()
-        return not args.uncompiled
-    return not (args.shape or args.uncompiled)
+    return not args.uncompiled
 
 
 def in_each_precision(measure: Callable[[str], dict], args: argparse.Namespace) -> dict[str, dict]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from benchmarks.common import SHIPPED, decode_all, head_bits, load_parts, read_prompts, recording_only, split
-from benchmarks.timing import on_gpu
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
@@ -26,9 +25,9 @@ from sampling import Sampling
 def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """Texts that differ from the autoregressive one, by method, precision and temperature: none should.
 
-    Compiled ones are compared with compiled ones. Batches of methods other than qspec, and hierarchies, run
-    uncompiled, to save hours of compilation; --uncompiled leaves out the others, and --compiled these. On a
-    GPU, uncompiled methods are recorded as CUDA graphs, except for the one that they are compared with.
+    Compiled ones (on a CPU: recorded ones) are compared with compiled ones. Batches of methods other than
+    qspec, and hierarchies, are recorded as CUDA graphs or tapes, and compared with one that is not, to save
+    hours of compilation on a GPU; --uncompiled leaves out the others, and --compiled these.
 
     `save` is given all rows so far after each new one, so that a time limit does not lose them.
     """
@@ -40,7 +39,7 @@ def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda
             for compile, entries in kinds.items():
                 expected = None
                 for name, entry in entries.items():
-                    records = not compile and expected is not None and on_gpu(args.device)
+                    records = not compile and expected is not None
                     settings = (Sampling(temperature), compile, records, args.max_new_tokens)
                     texts = decode_entry(target, entry, prompts, *settings)
                     expected = expected or texts
@@ -64,7 +63,7 @@ def decode_entry(
     records: bool,
     tokens: int,
 ) -> list[list[int]]:
-    """The texts of one drafter and batch size; `records`: with CUDA graphs, but nothing compiled."""
+    """The texts of one drafter and batch size; `records`: recorded, but nothing compiled."""
     drafter, batch_size = entry
     with recording_only() if records else nullcontext():
         decoder = Decoder(target, drafter, sampling, 1024, batch_size, compile or records)

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Paths, compiles, freeze, load_parts, timed
+from benchmarks.common import Paths, compiles, freeze, head_bits, load_parts, timed
 from benchmarks.linears import measure_linear, print_linear
 from benchmarks.llama_cpp import LlamaCpp, find_llama_cpp, random_gguf, run_program
 from benchmarks.shapes import SHAPES, linears_of, random_model, weights_of_a_step
@@ -180,10 +180,13 @@ class Ours:
     """This engine without a drafter, with a checkpoint or with random weights."""
 
     def __init__(self, args: argparse.Namespace):
+        bits = head_bits(args, args.precision)
         if args.shape:
-            self.model, self.precision = random_model(SHAPES[args.shape], args.precision), args.precision
+            self.model = random_model(SHAPES[args.shape], args.precision, lm_head_bits=bits)
+            self.precision = args.precision
         else:
-            target = load_parts(args.precision, Paths(args.checkpoint_path or SHIPPED_TARGET)).target
+            paths = Paths(args.checkpoint_path or SHIPPED_TARGET)
+            target = load_parts(args.precision, paths, lm_head_bits=bits).target
             self.model, self.precision = target.model, target.precision
         self.args, self.config = args, self.model.config
         self.weight_bytes = sum(p.nbytes for p in weights_of_a_step(self.model))
@@ -227,6 +230,7 @@ class Ours:
     def program(self, prompt: str, new: int) -> tuple[list[str], None]:
         flags = {"--checkpoint_path": self.args.checkpoint_path, "--precision": self.precision}
         flags |= {"--prompt": prompt, "--max_new_tokens": str(new), "--method": "autoregressive"}
+        flags |= {"--lm_head_bits": self.args.lm_head_bits} if self.args.lm_head_bits else {}
         flags |= {"--device": "cpu"} | ({} if compiles(self.args) else {"--compile": "none"})
         pairs = [part for pair in flags.items() for part in pair]
         return [sys.executable, str(ROOT / "generate.py"), "--ignore_eos", *pairs], None

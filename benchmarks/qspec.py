@@ -43,14 +43,11 @@ def report_qspec(args: argparse.Namespace) -> dict:
 
 
 def report_qspec_shape(args: argparse.Namespace) -> dict:
-    """QSpec on a model of --shape with random weights. Its acceptance tells nothing about a trained model.
-
-    Uncompiled: a graph of so many layers takes a minute to compile, and its steps take tens of milliseconds.
-    """
+    """QSpec on a model of --shape with random weights. Its acceptance tells nothing about a trained model."""
     target, rows = random_model(SHAPES[args.shape], "w4a16"), {}
     for b in numbers(args.batch_sizes):
         prompts = torch.randint(3, 1000, (2 * b, 16), generator=torch.Generator().manual_seed(b)).tolist()
-        rows[b] = measure_qspec(args.shape, target, prompts, b, args, compile=False)
+        rows[b] = measure_qspec(args.shape, target, prompts, b, args, not args.uncompiled)
     return {args.shape: rows}
 
 

@@ -44,7 +44,7 @@ def write_texts(compile: str) -> None:
     lines = Path("models/held_out.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     prompts = Path(os.environ["SCRATCH"], "prompts.jsonl")
     prompts.write_text("\n".join(lines), encoding="utf-8")
-    few = compile != "none"  # compiling takes minutes
+    few = compile != "none"  # of older checkouts: compiling took minutes
     methods, precisions = (METHODS[:4], ("bf16", "w4a8")) if few else (METHODS, PRECISIONS)
     for precision, temperature, batch, method in product(precisions, (0, 1), (1, 4), methods):
         flags = ["--method", method, "--precision", precision, "--temperature", str(temperature), "--json"]

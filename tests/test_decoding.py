@@ -682,15 +682,15 @@ def test_a_conversation_reuses_the_cache(target, name):
         ("auto", SAMPLED, 2),
     ],
 )
-def test_compiled_decoding_is_the_same_and_never_recompiles(target, name, sampling, batch_size, monkeypatch):
-    """fullgraph, and after the warm-up every size is there: draft steps, all sizes of drafts, refills."""
+def test_recorded_decoding_is_the_same_and_records_no_more(target, name, sampling, batch_size, monkeypatch):
+    """After the warm-up every size is there: draft steps, all sizes of drafts, refills."""
     # K = 4 is two calls then, of 2 tokens each.
     monkeypatch.setattr("gpt_spec.UNROLLED_LAYERS", 3 * target.config.num_layers)
     expected = texts(target, PROMPTS[:3], sampling=sampling)
     decoder = Decoder(target, drafters(target)[name], sampling, max_length=128, batch_size=batch_size)
     assert decoder.warm_up() > 0
-    with torch.compiler.set_stance("fail_on_recompile"):
-        out = collect(decoder.run(PROMPTS[:3], 40), 3)
+    monkeypatch.setattr("tape.Tape.record", None)  # every tape is there
+    out = collect(decoder.run(PROMPTS[:3], 40), 3)
     assert out == expected
 
 

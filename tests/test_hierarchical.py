@@ -262,13 +262,13 @@ def test_the_numbers_of_a_hierarchy(target):
         HierarchicalDrafter(target, LookupDrafter(), 0)
 
 
-def test_compiled_levels_never_recompile(target):
+def test_recorded_levels_record_no_more(target, monkeypatch):
     """A head in a model that shares the cache of another, which is in the middle itself."""
     middle, prompts = noisy_copy(target), random_prompts([5, 1, 17])
     inner = tree(middle, tree_depth=1, tree_topk=2, tree_size=3)
     shared = HierarchicalDrafter(noisy_copy(middle, 0.1), inner, 2, shares_cache=True)
     decoder = Decoder(target, HierarchicalDrafter(middle, shared, 3), GREEDY, 128, batch_size=2)
     assert decoder.warm_up() > 0
-    with torch.compiler.set_stance("fail_on_recompile"):
-        out = collect(decoder.run(prompts, 40), 3)
+    monkeypatch.setattr("tape.Tape.record", None)  # every tape is there
+    out = collect(decoder.run(prompts, 40), 3)
     assert out == texts(target, prompts)

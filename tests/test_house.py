@@ -19,7 +19,7 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
         "kernels.cpp": 520,
         "attention.cpp": 420,
         "vectors.h": 420,
-        "team.h": 220,
+        "team.h": 240,
         "tape.cpp": 120,
         "tape.py": 180,
     },

@@ -180,7 +180,7 @@ def test_what_is_no_prompt_is_refused_in_a_line(target, prompts, words):
     ids=str,
 )
 def test_options_that_cannot_be_are_refused_in_a_line(target, options, words):
-    """Before anything is compiled: here that would take minutes."""
+    """Before anything is recorded."""
     with pytest.raises(BadInput, match=words) as refused:
         list(generate(target, PAIR, **({"max_new_tokens": 4, "compile": True} | options)))
     assert "\n" not in str(refused.value)

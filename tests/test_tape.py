@@ -79,6 +79,13 @@ def test_a_function_that_reads_a_tensor_in_python_is_refused(read):
         Tape.record(lambda x: (x * read(x),), torch.ones(3))
 
 
+@pytest.mark.parametrize("change", [lambda t, x: t.add_(x), lambda t, x: t])
+def test_a_constant_that_would_change_is_refused(change):
+    """`torch.tensor` is not an operator: in a tape it is made once."""
+    with pytest.raises(RuntimeError, match="do not change or return it"):
+        Tape.record(lambda x: (change(torch.tensor([0.0]), x),), torch.ones(1))
+
+
 def test_noise_of_torch_is_drawn_anew():
     tape, first = Tape.record(lambda x: (x + torch.rand(3),), torch.zeros(3))
     assert not torch.equal(tape.run((torch.zeros(3),))[0], first[0])
@@ -103,7 +110,23 @@ def test_one_tape_for_each_set_of_shapes_and_none_inside_another():
     for x in (torch.ones(2), torch.zeros(2), torch.ones(5)):
         assert torch.equal(outer(x)[0], x * 3 + 1) and torch.equal(taped(x, 2)[0], x * 2)
     assert calls == [True] * 4 and len(outer.tapes) == len(taped.tapes) == 2
-    assert key_of((torch.ones(2, 3), 4)) == ((2, 3), 4)
+
+
+def test_what_a_recording_is_for():
+    """Shapes, dtypes, strides, numbers and their types, and which tensors are one and the same."""
+    x, y = torch.ones(3, 3), torch.ones(3, 3)
+    different = [
+        (x, y),
+        (x, x),
+        (x, y.int()),
+        (x, torch.ones(3, 2)),
+        (x, y[:2].T),
+        (x, 1),
+        (x, True),
+        (x, (3, 3)),
+    ]
+    assert len(set(map(key_of, different))) == len(different)
+    assert key_of((x, y)) == key_of((torch.zeros(3, 3), x))
 
 
 def test_an_interrupted_recording_is_forgotten():

@@ -434,8 +434,12 @@ class KVCache:
     def allocate(config: ModelConfig, batch_size: int, slots: int, like: Tensor) -> KVCache:
         """`like`: any tensor of the dtype and device wanted."""
         shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
-        both = like.new_zeros(2, config.num_layers, *shape)  # one block, which lies in huge pages
-        return KVCache(list(both[0]), list(both[1]))
+        count = 2 * config.num_layers
+        if like.device.type == "cpu":  # one block, which lies in huge pages
+            caches = list(like.new_zeros(count, *shape))
+        else:  # what is compiled for a GPU wants caches that share no memory
+            caches = [like.new_zeros(shape) for _ in range(count)]
+        return KVCache(caches[::2], caches[1::2])
 
     def row(self, b: int) -> KVCache:
         """A view of one text: what is written there is written here."""

@@ -139,7 +139,7 @@ class Taped:
 
 
 def key_of(arguments: tuple) -> tuple:
-    """What a recording is for: shapes, dtypes and places of tensors, which of them are the same one, and the
+    """What a tape is for: shapes, dtypes and places of tensors, which of them are the same one, and the
     other arguments."""
     places = [id(a) for a in arguments]
     return tuple(
@@ -166,7 +166,8 @@ class Recorded:
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
-        key = key_of(arguments)
+        # Inputs are copied: where they lie, and which of them are the same, makes no difference.
+        key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
         if key not in self.seen:
             results = self.function(*arguments)
             self.seen.add(key)  # not before: it may have been interrupted

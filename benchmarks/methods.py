@@ -123,7 +123,8 @@ def is_quantized(path: str | Path) -> bool:
 
 
 def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
-    """`auto`, and its rivals: every method but hierarchies, which lose here (see `methods`), and trees of 8, the size that is best most of the time."""
+    """`auto`, and its rivals: every method but hierarchies, which lose here (see `methods`), and trees of 8,
+    the size that is best most of the time."""
     drafters = every_method(parts, args)
     if parts.head:
         shape = (args.tree_depth, args.tree_topk)

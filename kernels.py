@@ -174,28 +174,17 @@ def compiled_library() -> Path:
 
 def link(compiler: list[str], sources: list[Path], torch_directory: Path, library: Path) -> None:
     """Compile all sources side by side, and make a library of them."""
-    units = [source for source in sources if source.suffix == ".cpp"]
-    objects = [str(library.with_name(f"{unit.stem}.o")) for unit in units]
-    includes = f"-isystem{torch_directory / 'include'}"
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+
+    def compile_one(source: Path) -> str:
+        output = str(library.with_name(f"{source.stem}.o"))
+        run([*compiler, f"-isystem{torch_directory / 'include'}", "-c", source, "-o", output])
+        return output
+
     with ThreadPoolExecutor() as pool:
-        list(
-            pool.map(
-                lambda *pair: run([*compiler, includes, "-c", *pair[:1], "-o", *pair[1:]]), units, objects
-            )
-        )
-    run(
-        [
-            *compiler,
-            "-shared",
-            *objects,
-            "-o",
-            library,
-            f"-L{torch_directory / 'lib'}",
-            "-lc10",
-            "-ltorch_cpu",
-        ]
-    )
+        objects = list(pool.map(compile_one, (source for source in sources if source.suffix == ".cpp")))
+    links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
+    run([*compiler, "-shared", *objects, "-o", library, *links])
 
 
 def seal(file: Path) -> None:

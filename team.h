@@ -4,7 +4,7 @@
 // is done with its own takes what is left of the others', piece by piece. So a thread that another process keeps from
 // its core costs nothing but its help. One that is stopped in the middle of a piece does make the caller wait. That
 // tells that the cores are taken, and fewer threads are asked for a while. OpenMP's threads would wait for each other
-// after every operation, spinning: with another busy process a step takes ten times as long.
+// after every operation, spinning: with another busy process a step took five times as long.
 //
 // How many threads there are at most is PyTorch's number, which OMP_NUM_THREADS sets. Results must not depend on it:
 // a piece of work is the same whoever does it.
@@ -30,8 +30,8 @@ using std::int64_t, std::uint32_t, std::uint64_t;
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// A helper that is awake answers in less than a microsecond, one that sleeps in some fifty. So it stays awake for as
-// long as Python takes from one step to the next.
+// Waking a helper that sleeps takes far longer than a piece of work. So it stays awake for as long as Python takes from
+// one step to the next.
 constexpr microseconds AWAKE(1000);
 // Who makes the caller wait for so long, and twice as long as it worked itself, which is more than any piece takes, has
 // lost its core.

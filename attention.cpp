@@ -7,16 +7,13 @@
 #include <limits>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
+#include "operators.h"
 #include "team.h"
 #include "vectors.h"
 
-namespace {
+using at::Tensor, std::int64_t;
 
-using at::Tensor;
+namespace {
 
 // ------------------------------------------------------------------------------------------------------------
 // What comes between the projections and attention: RoPE, and keys and values to their slots.
@@ -70,9 +67,12 @@ void rope_of(const Tensor& x, const float* cos, const float* sin, Tensor& out) {
   });
 }
 
-std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos_any, const Tensor& sin_any) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> gpt_spec::rope(const Tensor& q, const Tensor& k, const Tensor& cos_any,
+                                          const Tensor& sin_any) {
   Tensor cos = cos_any.contiguous(), sin = sin_any.contiguous();
-  Tensor out[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  Tensor out[2] = {empty(q.sizes(), q.scalar_type()), empty(k.sizes(), k.scalar_type())};
   for (const Tensor& t : {q, k})
     TORCH_CHECK(t.dim() == 4 && t.size(3) % 2 == 0 && cos.numel() == t.size(0) * t.size(1) * t.size(3) / 2 &&
                     cos.numel() == sin.numel() && cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat,
@@ -85,6 +85,8 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   }
   return {out[0], out[1]};
 }
+
+namespace {
 
 void store_rows(const Tensor& cache, const Tensor& x, const int64_t* slots) {
   TORCH_CHECK(cache.scalar_type() == x.scalar_type() && cache.dim() == 4 && x.dim() == 4 && cache.stride(3) == 1 &&
@@ -103,7 +105,10 @@ void store_rows(const Tensor& cache, const Tensor& x, const int64_t* slots) {
     }
 }
 
-void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any) {
+}  // namespace
+
+void gpt_spec::store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v,
+                         const Tensor& slots_any) {
   Tensor slots = slots_any.contiguous();
   TORCH_CHECK(slots.scalar_type() == at::kLong && k.dim() == 4 && k.sizes() == v.sizes() &&
                   slots.numel() == k.size(0) * k.size(1),
@@ -111,6 +116,8 @@ void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const 
   store_rows(keys, k, slots.const_data_ptr<int64_t>());
   store_rows(values, v, slots.const_data_ptr<int64_t>());
 }
+
+namespace {
 
 // ------------------------------------------------------------------------------------------------------------
 // Attention over a static cache. A query's keys are taken in the order of their positions, wherever their slots are:
@@ -354,10 +361,12 @@ void attention_of(const Tensor& q, const Tensor& keys, const Tensor& values, con
   }
 }
 
-Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
-                 const Tensor& length_any) {
+}  // namespace
+
+Tensor gpt_spec::attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
+                           const Tensor& length_any) {
   Tensor q = q_any.contiguous(), ancestors = ancestors_any.contiguous(), length = length_any.contiguous();
-  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor out = empty(q.sizes(), q.scalar_type());
   if (out.numel() == 0) return out;
   TORCH_CHECK(keys.strides() == values.strides() && keys.stride(3) == 1, "attention: keys and values must lie alike");
   const bool wide = q.scalar_type() == at::kFloat;
@@ -381,12 +390,16 @@ Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, 
   return out;
 }
 
+namespace {
+
 // ------------------------------------------------------------------------------------------------------------
 // The slots of an accepted path, to where they belong. A path increases, so its node d is never below d, and
 // going upwards nothing is overwritten that is still to be moved.
 // ------------------------------------------------------------------------------------------------------------
 
-void move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any) {
+}  // namespace
+
+void gpt_spec::move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any) {
   Tensor path = path_any.contiguous(), length = length_any.contiguous();
   TORCH_CHECK(path.scalar_type() == at::kLong && length.scalar_type() == at::kLong && path.dim() == 2 &&
                   length.numel() == path.size(0),
@@ -405,13 +418,4 @@ void move(at::TensorList caches, const Tensor& path_any, const Tensor& length_an
       }
     }
   }
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
-  m.impl("rope", rope);
-  m.impl("store", store_all);
-  m.impl("attention", attention);
-  m.impl("move", move);
 }

@@ -7,12 +7,11 @@
 #include <numeric>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
+#include "operators.h"
 #include "team.h"
 #include "vectors.h"
+
+using gpt_spec::OptionalTensor, at::Tensor, std::int64_t;
 
 namespace {
 
@@ -379,9 +378,6 @@ void multiply_all(const Weight& w, const Activations& a, const Result& result) {
   });
 }
 
-using at::Tensor;
-using OptionalTensor = const std::optional<Tensor>&;
-
 template <class T>
 const T* pointer(OptionalTensor t) {
   return t ? (const T*)t->const_data_ptr() : nullptr;
@@ -402,10 +398,12 @@ Rotation make_rotation(OptionalTensor matrix, int64_t power, int64_t stride, int
   return {pointer<float>(matrix), order, power, stride};
 }
 
-Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
-              OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated,
-              OptionalTensor rotation, int64_t power, int64_t stride, OptionalTensor permutation, int64_t out,
-              int64_t activation_bits, bool wide) {
+}  // namespace
+
+Tensor gpt_spec::linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
+                        OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated,
+                        OptionalTensor rotation, int64_t power, int64_t stride, OptionalTensor permutation, int64_t out,
+                        int64_t activation_bits, bool wide) {
   Tensor x = x_any.contiguous();
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: activations are bfloat16, not ", x.scalar_type());
   TORCH_CHECK(packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: weights are not packed");
@@ -427,7 +425,7 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
 
   auto shape = x.sizes().vec();
   shape.back() = out;
-  Tensor y = at::empty(shape, x.options().dtype(wide ? at::kFloat : at::kBFloat16));
+  Tensor y = empty(shape, wide ? at::kFloat : at::kBFloat16);
   void* place = y.mutable_data_ptr();
   Result result{wide ? nullptr : (bf16*)place, wide ? (float*)place : nullptr, pointer<bf16>(bias),
                 pointer<bf16>(residual)};
@@ -454,8 +452,8 @@ Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, 
   return y;
 }
 
-Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
-  Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
+Tensor gpt_spec::rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
+  Tensor x = x_any.contiguous(), y = empty(x.sizes(), x.scalar_type());
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "rms_norm: not bfloat16");
   int64_t size = x.size(-1), n = x.numel() / size;
   side_by_side(n, x.numel(), [&](int64_t i) {
@@ -467,6 +465,8 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
   });
   return y;
 }
+
+namespace {
 
 template <class T>
 void rotate_rows(const Tensor& x, Tensor& y, const Rotation& rotation) {
@@ -480,18 +480,12 @@ void rotate_rows(const Tensor& x, Tensor& y, const Rotation& rotation) {
   });
 }
 
-Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride) {
-  Tensor x = x_any.contiguous(), y = at::empty(x.sizes(), x.options());
+}  // namespace
+
+Tensor gpt_spec::rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride) {
+  Tensor x = x_any.contiguous(), y = empty(x.sizes(), x.scalar_type());
   const Rotation rotation = make_rotation(matrix, power, stride, x.size(-1));
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "rotate: not float32 or bfloat16");
   x.scalar_type() == at::kFloat ? rotate_rows<float>(x, y, rotation) : rotate_rows<bf16>(x, y, rotation);
   return y;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
-  m.impl("linear", linear);
-  m.impl("rms_norm", rms_norm);
-  m.impl("rotate", rotate);
 }

@@ -85,7 +85,7 @@ FLAGS = {  # what the files of every path are compiled with
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
-SOURCES = ("kernels.cpp", "attention.cpp", "sampling.cpp", "tape.cpp", "vectors.h", "team.h")
+SOURCES = ("tape.cpp", "kernels.cpp", "attention.cpp", "sampling.cpp", "operators.h", "vectors.h", "team.h")
 LANES = 16  # groups of inputs are multiples of it
 
 

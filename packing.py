@@ -47,7 +47,7 @@ GROUP_SIZES = (128, 64, 32)  # that we make; also -1: one group for the whole ro
 STORED_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)  # that other tools make
 FORMAT_VERSION = 1
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors says
-CHUNK = 2**20  # weights that are worked on together: they stay in the cache
+CHUNK = 2**18  # weights that are worked on together: they stay in the cache
 SMALLEST = 2.0**-24  # float16 above 0
 SHRINK = [1 - i / 40 for i in range(16)]  # shares of a group's range that the clip search tries
 
@@ -220,16 +220,14 @@ def to_integers(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (w / scale).add_(zero).round_().clamp_(0, 15)
 
 
-def round_groups(w: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """w float32 [groups, group] -> q in 0 .. 15, scale and zero [groups, 1], for a range that is shrunk.
+def shrunk(low: Tensor, high: Tensor, shrink: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero [groups, 1] for groups of weights from `low` to `high` [groups, 1], shrunk.
 
     The range includes 0, so that a zero lies between 0 and 15, where float16 is precise.
     """
-    low, high = w.amin(dim=1, keepdim=True).clamp(max=0), w.amax(dim=1, keepdim=True).clamp(min=0)
     scale = shrink * (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15)  # [groups, 1]
     scale = scale.clamp(min=SMALLEST).half().float()  # what the file will say
-    zero = torch.full_like(scale, 8.0) if symmetric else (-shrink * low / scale).half().float()
-    return to_integers(w, scale, zero), scale, zero
+    return scale, torch.full_like(scale, 8.0) if symmetric else (-shrink * low / scale).half().float()
 
 
 def fit_groups(w: Tensor, symmetric: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -238,10 +236,13 @@ def fit_groups(w: Tensor, symmetric: bool, importance: Tensor | None = None) -> 
     Of the ranges of SHRINK, each group keeps the one with the smallest sum of squared errors, weighted with
     `importance` [groups, group] if there is any.
     """
-    best = [torch.full_like(w[:, :1], math.inf)] * 3  # error, scale, zero: [groups, 1]
+    low, high = (edge.unsqueeze(1) for edge in torch.aminmax(w, dim=1))  # [groups, 1]
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    best = [torch.full_like(low, math.inf)] * 3  # error, scale, zero: [groups, 1]
     for shrink in SHRINK:
-        q, scale, zero = round_groups(w, shrink, symmetric)
-        error = q.sub_(zero).mul_(scale).sub_(w).square_()  # in place: this is most of the time of quantizing
+        scale, zero = shrunk(low, high, shrink, symmetric)
+        # In place: this is most of the time of quantizing.
+        error = to_integers(w, scale, zero).sub_(zero).mul_(scale).sub_(w).square_()
         error = (error if importance is None else error * importance).sum(dim=1, keepdim=True)
         better = error < best[0]
         best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]

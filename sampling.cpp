@@ -16,15 +16,12 @@
 #include <limits>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
+#include "operators.h"
 #include "team.h"
 
-namespace {
+using at::Tensor, std::int64_t;
 
-using at::Tensor;
+namespace {
 
 constexpr int BLOCK = 64;       // tokens that share a hash
 constexpr int32_t LEAST = (int32_t)0x807FFFFE;  // less than the key of minus infinity
@@ -281,14 +278,17 @@ void each_row(int64_t rows, int64_t size, Function f) {
   side_by_side(rows, rows * size, f);
 }
 
-Tensor pick(const Tensor& logits, const Tensor& positions_any, const Tensor& seed_any, const Tensor& settings_any) {
+}  // namespace
+
+Tensor gpt_spec::pick(const Tensor& logits, const Tensor& positions_any, const Tensor& seed_any,
+                      const Tensor& settings_any) {
   const Rows rows(logits);
   Tensor positions = positions_any.contiguous(), seed = seed_any.contiguous(), settings = settings_any.contiguous();
   TORCH_CHECK(positions.scalar_type() == at::kLong && positions.numel() == rows.count() &&
                   seed.scalar_type() == at::kLong && seed.numel() == rows.batch,
               "pick: positions int64 [B, n], seed int64 [B]");
   TORCH_CHECK(settings.scalar_type() == at::kDouble && settings.numel() == 5 * rows.batch, "pick: float64 [B, 5]");
-  Tensor out = at::empty({rows.batch, rows.n}, positions.options());
+  Tensor out = empty({rows.batch, rows.n}, at::kLong);
   const int64_t *keys = seed.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
   const double* rules = settings.const_data_ptr<double>();
   int64_t* to = out.mutable_data_ptr<int64_t>();
@@ -300,13 +300,13 @@ Tensor pick(const Tensor& logits, const Tensor& positions_any, const Tensor& see
   return out;
 }
 
-Tensor gumbel(const Tensor& seed_any, const Tensor& positions_any, int64_t size) {
+Tensor gpt_spec::gumbel(const Tensor& seed_any, const Tensor& positions_any, int64_t size) {
   Tensor seed = seed_any.contiguous(), positions = positions_any.contiguous();
   TORCH_CHECK(seed.scalar_type() == at::kLong && positions.scalar_type() == at::kLong && positions.dim() == 2 &&
                   seed.numel() == positions.size(0) && size > 0,
               "gumbel: seed int64 [B], positions int64 [B, n]");
   const int64_t n = positions.size(1);
-  Tensor out = at::empty({positions.size(0), n, size}, positions.options().dtype(at::kFloat));
+  Tensor out = empty({positions.size(0), n, size}, at::kFloat);
   const int64_t *keys = seed.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
   float* to = out.mutable_data_ptr<float>();
   each_row(positions.numel(), size, [&](int64_t i) {
@@ -323,6 +323,8 @@ Tensor gumbel(const Tensor& seed_any, const Tensor& positions_any, int64_t size)
   return out;
 }
 
+namespace {
+
 // A logit after the bias and the penalties of its row; `count`: how often the text has the token, and SEEN in prompts.
 struct Penalties {
   float repetition, presence, frequency;
@@ -337,8 +339,11 @@ struct Penalties {
   }
 };
 
-Tensor penalize(const Tensor& logits, const Tensor& tokens_any, const Tensor& sees_any, const Tensor& counts_any,
-                const Tensor& penalties_any, const Tensor& bias_any, const c10::optional<Tensor>& mask_any) {
+}  // namespace
+
+Tensor gpt_spec::penalize(const Tensor& logits, const Tensor& tokens_any, const Tensor& sees_any,
+                          const Tensor& counts_any, const Tensor& penalties_any, const Tensor& bias_any,
+                          OptionalTensor mask_any) {
   const Rows rows(logits);
   const int64_t n = rows.n, size = rows.size;
   Tensor tokens = tokens_any.contiguous(), sees = sees_any.contiguous(), counts = counts_any.contiguous();
@@ -349,7 +354,7 @@ Tensor penalize(const Tensor& logits, const Tensor& tokens_any, const Tensor& se
                   counts.scalar_type() == at::kInt && bias.sizes() == counts.sizes() && penalties.size(1) == 3 &&
                   (!mask.defined() || (mask.scalar_type() == at::kInt && words * 32 >= size)),
               "penalize: shapes or dtypes that do not fit logits ", logits.sizes());
-  Tensor out = at::empty({rows.batch, n, size}, logits.options());
+  Tensor out = empty({rows.batch, n, size}, at::kFloat);
   each_row(rows.count(), size, [&](int64_t i) {
     const int64_t b = i / n;
     const float *x = rows.row(i), *p = penalties.const_data_ptr<float>() + 3 * b;
@@ -373,9 +378,9 @@ Tensor penalize(const Tensor& logits, const Tensor& tokens_any, const Tensor& se
   return out;
 }
 
-Tensor logsumexp(const Tensor& logits) {
+Tensor gpt_spec::logsumexp(const Tensor& logits) {
   const Rows rows(logits);
-  Tensor out = at::empty({rows.batch, rows.n, 1}, logits.options().dtype(at::kDouble));
+  Tensor out = empty({rows.batch, rows.n, 1}, at::kDouble);
   double* to = out.mutable_data_ptr<double>();
   each_row(rows.count(), rows.size, [&](int64_t i) {
     static thread_local Row row;
@@ -386,6 +391,8 @@ Tensor logsumexp(const Tensor& logits) {
   });
   return out;
 }
+
+namespace {
 
 // ------------------------------------------------------------------------------------------------------------
 // The k largest of a row, the first of equal ones first. A NaN counts as minus infinity.
@@ -413,27 +420,19 @@ void largest(const float* x, int64_t n, int64_t k, float* values, int64_t* place
   }
 }
 
-std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> gpt_spec::top_k(const Tensor& x_any, int64_t k) {
   Tensor x = x_any.contiguous();
   const int64_t n = x.dim() ? x.size(-1) : 0, rows = n ? x.numel() / n : 0;
   TORCH_CHECK(x.scalar_type() == at::kFloat, "top_k: float32, not ", x.scalar_type());
   TORCH_CHECK(0 < k && k <= n, "top_k: ", k, " of ", n);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = k;
-  Tensor values = at::empty(shape, x.options()), places = at::empty(shape, x.options().dtype(at::kLong));
+  Tensor values = empty(shape, at::kFloat), places = empty(shape, at::kLong);
   const float* from = x.const_data_ptr<float>();
   float* to = values.mutable_data_ptr<float>();
   int64_t* to_places = places.mutable_data_ptr<int64_t>();
   side_by_side(rows, x.numel(), [&](int64_t row) { largest(from + row * n, n, k, to + row * k, to_places + row * k); });
   return {values, places};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
-  m.impl("top_k", top_k);
-  m.impl("pick", pick);
-  m.impl("gumbel", gumbel);
-  m.impl("penalize", penalize);
-  m.impl("logsumexp", logsumexp);
 }

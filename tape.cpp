@@ -9,6 +9,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include "operators.h"
 
 namespace {
 
@@ -105,4 +108,20 @@ TORCH_LIBRARY_FRAGMENT(gpt_spec, m) {
       .def("run", [](const c10::intrusive_ptr<Tape>& tape, const std::vector<Tensor>& inputs, const Numbers& outputs) {
         return tape->run(inputs, outputs);
       });
+}
+
+// The operators of the other files are given to PyTorch here, since what that includes takes seconds to read.
+TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
+  m.impl("linear", gpt_spec::linear);
+  m.impl("rms_norm", gpt_spec::rms_norm);
+  m.impl("rotate", gpt_spec::rotate);
+  m.impl("rope", gpt_spec::rope);
+  m.impl("store", gpt_spec::store_all);
+  m.impl("attention", gpt_spec::attention);
+  m.impl("move", gpt_spec::move);
+  m.impl("pick", gpt_spec::pick);
+  m.impl("gumbel", gpt_spec::gumbel);
+  m.impl("penalize", gpt_spec::penalize);
+  m.impl("logsumexp", gpt_spec::logsumexp);
+  m.impl("top_k", gpt_spec::top_k);
 }

@@ -1,0 +1,43 @@
+// operators.h: the operators that kernels.cpp, attention.cpp and sampling.cpp have bodies for, and operators.cpp gives
+// to PyTorch. Their schemas are in kernels.py.
+//
+// The one idea: PyTorch's headers take most of the time that compiling takes, so a file includes only what it needs.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+
+namespace gpt_spec {
+
+using at::Tensor;
+using OptionalTensor = const std::optional<Tensor>&;
+using std::int64_t;
+
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
+
+Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
+              OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated,
+              OptionalTensor rotation, int64_t power, int64_t stride, OptionalTensor permutation, int64_t out,
+              int64_t activation_bits, bool wide);
+Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps);
+Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride);
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos_any, const Tensor& sin_any);
+void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any);
+Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
+                 const Tensor& length_any);
+void move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any);
+
+Tensor pick(const Tensor& logits, const Tensor& positions_any, const Tensor& seed_any, const Tensor& settings_any);
+Tensor gumbel(const Tensor& seed_any, const Tensor& positions_any, int64_t size);
+Tensor penalize(const Tensor& logits, const Tensor& tokens_any, const Tensor& sees_any, const Tensor& counts_any,
+                const Tensor& penalties_any, const Tensor& bias_any, OptionalTensor mask_any);
+Tensor logsumexp(const Tensor& logits);
+std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k);
+
+}  // namespace gpt_spec

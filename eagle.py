@@ -332,7 +332,7 @@ class TreeDrafter(Drafter):
         logits = trust * logits
         best, index = kernels.top_k(logits, self.topk)
         # At most 0, though rounding may say otherwise: no child is better than its parent.
-        scores = (best - logits.logsumexp(dim=-1, keepdim=True)).clamp(max=0)
+        scores = (best - kernels.logsumexp(logits)).float().clamp(max=0)
         return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
 
     def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

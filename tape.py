@@ -8,8 +8,8 @@ so the first step is as fast as any, and a model of thirty layers starts as soon
     results = tape.run(arguments)  # makes the same calls again, for tensors of the same shapes
 
 The one idea: what a recorded call needs is a constant, a tensor of the caller, or a tensor that an earlier
-call made. Calls that depend on constants alone are made once, when the tape is made. What changes from step
-to step must be in tensors: what the function reads in Python stays as it was.
+call made. Calls that depend on constants alone are made once, when the tape is made, and those that nobody needs
+only then. What changes from step to step must be in tensors: what the function reads in Python stays as it was.
 """
 
 from __future__ import annotations
@@ -119,12 +119,23 @@ def without_constants(calls: list[Call], arguments: list[Tensor], results: tuple
     return kept
 
 
+def without_unused(calls: list[Call], results: tuple[Tensor, ...]) -> list[Call]:
+    """The calls that change something, or make what a later call or the caller wants."""
+    wanted, kept = {id(tensor) for tensor in results}, []
+    for call in reversed(calls):
+        made = {id(tensor) for tensor in tensors_in(call.results)}
+        if call.written or call.is_random or not made or wanted & made:
+            kept.append(call)
+            wanted.update(id(tensor) for tensor in call.inputs)
+    return kept[::-1]
+
+
 class Tape:
     """The calls of one run of a function, to be made again."""
 
     def __init__(self, calls: list[Call], arguments: list[Tensor], results: tuple[Tensor, ...]):
         self.tape = torch.classes.gpt_spec.Tape()
-        kept = without_constants(calls, arguments, results)
+        kept = without_unused(without_constants(calls, arguments, results), results)
         self.numbers = {id(tensor): i for i, tensor in enumerate(arguments)}
         used = {id(tensor): i for i, call in enumerate(kept) for tensor in call.inputs}
         used |= {id(tensor): len(kept) for tensor in (*arguments, *results)}  # to the end

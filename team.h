@@ -21,6 +21,7 @@
 #include <utility>
 
 #include <sys/resource.h>
+#include <time.h>
 
 #include <ATen/Parallel.h>
 
@@ -37,6 +38,7 @@ constexpr microseconds AWAKE(1000);
 // lost its core.
 constexpr microseconds STALL(200);
 constexpr uint32_t JOBS = 64;  // after so many, the system is asked if the caller has lost its own
+constexpr int LOST = 8;        // for one in so many parts of the time
 // For how long fewer helpers are asked after a stall: twice as long as the last time, if it came soon after asking for
 // more. A quiet machine has a stall now and then, too.
 constexpr microseconds SHORTEST(4000), LONGEST(256000), SOON(20000);
@@ -123,13 +125,21 @@ class Team {
     return std::min(allowed, most);
   }
 
-  // Has the caller been taken from its core since it was last asked? The system counts that.
+  // Was the caller taken from its core, for a good part of the time since it was last asked? Every machine has something
+  // short to do now and then.
   bool was_interrupted() {
 #if defined(RUSAGE_THREAD)
     static thread_local long interruptions = 0;
+    static thread_local Clock::duration worked_before{};
+    static thread_local Clock::time_point before{};
     rusage usage;
-    if (job % JOBS || getrusage(RUSAGE_THREAD, &usage)) return false;
-    return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw);
+    timespec worked;
+    if (job % JOBS || getrusage(RUSAGE_THREAD, &usage) || clock_gettime(CLOCK_THREAD_CPUTIME_ID, &worked)) return false;
+    const Clock::time_point now = Clock::now();
+    const Clock::duration now_worked = std::chrono::seconds(worked.tv_sec) + std::chrono::nanoseconds(worked.tv_nsec);
+    const auto passed = now - std::exchange(before, now);
+    const auto lost = passed - (now_worked - std::exchange(worked_before, now_worked));
+    return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw) && lost > passed / LOST;
 #else
     return false;
 #endif

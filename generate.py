@@ -103,7 +103,7 @@ COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
     *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py"),
     *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
-    *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h"),
+    *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h", "operators.h"),
     *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py"),
 )
 

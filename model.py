@@ -310,7 +310,7 @@ class CheckpointModule(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def to_empty(self, *, device: str | torch.device | None, recurse: bool = True) -> CheckpointModule:
-        """As nn.Module has it, but without `empty_like`, for which PyTorch imports half a second of Python."""
+        """As nn.Module has it, without `empty_like`, for which PyTorch imports half a second of Python."""
         return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

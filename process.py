@@ -30,11 +30,8 @@ UNREAD = 141  # where the reader of standard output has left
 
 
 def begin() -> None:
-    """Before the imports: streams that can be used, Ctrl-C that ends the program at once, threads that rest."""
+    """Before the imports: streams that can be used, and Ctrl-C that ends the program at once."""
     heed_ctrl_c(leave)
-    if os.environ.get("GPT_SPEC_KERNELS") != "reference":  # which has no other threads, and waking them takes long
-        # PyTorch's own threads would wait for work in a loop, and take the cores from those of team.h.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     atexit.register(heed_ctrl_c, signal.SIG_IGN)  # Python would put back the default, which kills
     sys.unraisablehook = ignore_or_leave
     open_closed_streams()

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "operators.h"
+#include "team.h"
 
 namespace {
 
@@ -50,6 +51,7 @@ IValue typed(const IValue& value, const c10::TypePtr& type) {
 struct Tape : torch::CustomClassHolder {
   std::vector<Call> calls;
   int64_t count = 0;  // of the tensors that have numbers: those of the caller, and then those that the calls make
+  bool ours = false;  // are the linears ours? Otherwise PyTorch needs its threads
 
   void add(const std::string& name, const std::string& overload, const std::vector<IValue>& arguments,
            const Numbers& holes, const Numbers& results, const Numbers& last) {
@@ -59,11 +61,14 @@ struct Tape : torch::CustomClassHolder {
     for (size_t i = 0; i < schema.size(); i++) call.arguments.push_back(typed(arguments[i], schema[i].type()));
     for (size_t i = 0; i < holes.size(); i += 3) call.holes.push_back({holes[i], holes[i + 1], holes[i + 2]});
     for (int64_t number : results) count = std::max(count, number + 1);
+    ours |= name == "gpt_spec::linear";
     calls.push_back(std::move(call));
   }
 
   std::vector<Tensor> run(const std::vector<Tensor>& inputs, const Numbers& outputs) const {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
+    std::optional<team::PyTorchAlone> alone;
+    if (ours) alone.emplace();
     std::vector<Tensor> tensors = inputs;
     tensors.resize(std::max<size_t>(count, inputs.size()));
     for (const Call& call : calls) run(call, tensors);

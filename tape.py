@@ -8,8 +8,9 @@ so the first step is as fast as any, and a model of thirty layers starts as soon
     results = tape.run(arguments)  # makes the same calls again, for tensors of the same shapes
 
 The one idea: what a recorded call needs is a constant, a tensor of the caller, or a tensor that an earlier
-call made. Calls that depend on constants alone are made once, when the tape is made, and those that nobody needs
-only then. What changes from step to step must be in tensors: what the function reads in Python stays as it was.
+call made. Calls that depend on constants alone are made once, when the tape is made, and so are those that
+nobody needs. What changes from step to step must be in tensors: what the function reads in Python stays as it
+was.
 """
 
 from __future__ import annotations

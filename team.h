@@ -44,6 +44,22 @@ constexpr int LOST = 8;        // for one in so many parts of the time
 constexpr microseconds SHORTEST(4000), LONGEST(256000), SOON(20000);
 constexpr int64_t PIECES = 4;  // of each thread's range
 
+// While it exists, PyTorch's operators use one thread. Its other threads would wait for the next operator in a loop, and
+// take the cores from the team, which goes on with as many threads as PyTorch has otherwise.
+#if AT_PARALLEL_OPENMP
+extern "C" void omp_set_num_threads(int);
+struct PyTorchAlone {
+  inline static thread_local int team_threads = 0;  // 0: as many as PyTorch
+  const int before = std::exchange(team_threads, at::get_num_threads());
+  PyTorchAlone() { omp_set_num_threads(1); }
+  ~PyTorchAlone() { omp_set_num_threads(std::exchange(team_threads, before)); }
+};
+inline int threads_now() { return PyTorchAlone::team_threads ? PyTorchAlone::team_threads : at::get_num_threads(); }
+#else
+struct PyTorchAlone {};
+inline int threads_now() { return at::get_num_threads(); }
+#endif
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -83,7 +99,7 @@ class Team {
   // body(i) for i = 0 .. count - 1, each once, in any order and by any thread.
   template <class Body>
   void run(int64_t count, const Body& body) {
-    const int64_t most = std::min<int64_t>(at::get_num_threads(), count) - 1;
+    const int64_t most = std::min<int64_t>(threads_now(), count) - 1;
     if (most <= 0 || busy.test_and_set(std::memory_order_acquire)) {  // several threads may call operators
       for (int64_t i = 0; i < count; i++) body(i);
       return;
@@ -148,7 +164,7 @@ class Team {
   void stalled() {
     const auto now = Clock::now();
     patience = now - grown > SOON ? SHORTEST : std::min(2 * patience, LONGEST);
-    allowed = std::min<int64_t>(allowed, at::get_num_threads() - 1) / 2, retry = now + patience;
+    allowed = std::min<int64_t>(allowed, threads_now() - 1) / 2, retry = now + patience;
   }
 
   void call(Function call_function, const void* call_body, uint32_t count, int64_t helpers) {

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import kernels
+
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
     **{"reference.py": 420, "kernels.py": 500, "kernels_cuda.py": 820},
     **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 440},
     **{
         "kernels.cpp": 520,
-        "attention.cpp": 420,
+        "attention.cpp": 430,
+        "operators.h": 50,
         "vectors.h": 420,
-        "team.h": 240,
-        "tape.cpp": 120,
-        "tape.py": 180,
+        "team.h": 280,
+        "tape.cpp": 140,
+        "tape.py": 190,
     },
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
     **{"eagle.py": 450, "auto.py": 500, "packing.py": 400, "rotation.py": 250, "published.py": 560},
@@ -83,9 +86,7 @@ def test_a_file_keeps_to_its_budget(path):
     assert lines <= BUDGETS.get(str(path.relative_to(ROOT)), OTHERS)
 
 
-@pytest.mark.parametrize(
-    "name", ["kernels.cpp", "attention.cpp", "sampling.cpp", "tape.cpp", "vectors.h", "team.h"]
-)
+@pytest.mark.parametrize("name", kernels.SOURCES)
 def test_kernels_for_cpus_keep_to_their_budget(name):
     assert len((ROOT / name).read_text().splitlines()) <= BUDGETS[name]
 

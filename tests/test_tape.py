@@ -9,7 +9,7 @@ from generate import load_model
 from gpt_spec import Decoder, LookupDrafter
 from runtime import Runtime, Taped, key_of
 from sampling import Sampling
-from tape import Recorder, Tape, is_recording, without_constants
+from tape import Recorder, Tape, is_recording, without_constants, without_unused
 
 pytestmark = pytest.mark.skipif(not kernels.load(), reason="tapes are part of the CPU kernels")
 
@@ -69,6 +69,40 @@ def test_constants_are_made_once():
     kept = [call.op.overloadpacket.__name__ for call in without_constants(recorder.calls, [x], results)]
     kept = [name for name in kept if name != "detach"]  # which PyTorch adds behind what makes a tensor
     assert kept == ["zeros", "add_", "add", "slice", "add", "ones"]
+
+
+def test_what_nobody_needs_is_not_made_again():
+    """What a change needs stays, and so does the random number that moves the generator on."""
+    state = torch.zeros(4)
+
+    def function(x):
+        state[1:].add_(x.exp()[1:])
+        x.sin().cos()
+        torch.rand(1)
+        return (x.neg(),)
+
+    x = torch.ones(4)
+    with Recorder() as recorder:
+        results = function(x)
+    kept = [call.op.overloadpacket.__name__ for call in without_unused(recorder.calls, results)]
+    assert kept == ["slice", "exp", "slice", "add_", "rand", "neg"]
+
+
+def test_pytorch_keeps_its_threads_outside_a_tape():
+    """A tape with our linears uses one thread of PyTorch's while it runs, also if it ends by an error."""
+    weight = kernels.pack(torch.randn(64, 32).bfloat16())
+    x = torch.ones(2, 32).bfloat16()
+    tape, _ = Tape.record(lambda x: (kernels.linear(x, weight, out_features=64),), x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        tape.run((x,))
+        assert torch.get_num_threads() == 3
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            tape.run((x.float(),))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""checkpoints.py: directories in Hugging Face's layout, as models and EAGLE heads.
+"""checkpoints.py: directories in Hugging Face's layout, as models.
 
-    from checkpoints import load_head, load_model
+    from checkpoints import load_model
     target = load_model("DIR", "w4a16")     # a directory or a hub repository id, in a precision
-    head = load_head("DIR", target)         # an EAGLE-1, EAGLE-2 or EAGLE-3 head for it
 
 This file knows directories, headers and weights. It does not know text (`text.py`), how anything is decoded
-(`gpt_spec.py`), or how a better quantization is found (`quantize.py`).
+(`gpt_spec.py`), or how a better quantization is found (`quantize.py`). Heads are read in `heads.py`.
 
 The one idea: check first, read later. A checkpoint is opened by its headers and the model is on the meta
 device, so what does not fit is refused before it costs memory. Then each tensor goes from the mapped file
@@ -16,8 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
-import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,9 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from drafts import check_vocabulary
-from eagle import Eagle3Head, EagleHead
-from model import BadInput, Linear, ModelConfig, Transformer, integer, rope_frequencies
+from model import BadInput, Linear, ModelConfig, Transformer, rope_frequencies
 from packing import (
     PRECISIONS,
     Quantization,
@@ -414,135 +410,3 @@ def weight_bytes(models: list[nn.Module]) -> int:
     """The memory of all parameters; what models share counts once."""
     tensors = {p.data_ptr(): p.numel() * p.element_size() for model in models for p in model.parameters()}
     return sum(tensors.values())
-
-
-# --------------------------------------------------------------------------------------------------
-# EAGLE heads
-# --------------------------------------------------------------------------------------------------
-
-
-def load_head(path: str | Path, target: Transformer, precision: str | None = None) -> EagleHead:
-    """Load an EAGLE-1, EAGLE-2 or EAGLE-3 head for a loaded target, in `precision` (None: bf16 or fp32, as
-    the target's norms), quantized on the way if that asks for it. Raises BadInput for what does not fit."""
-    directory = find_checkpoint(str(path), HEAD_FLAG)
-    raw = read_json(directory / "config.json", required=True)
-    tensors, like = read_head(directory), target.norm.weight
-    if precision not in (None, *ALL_PRECISIONS):
-        raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
-    dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
-    if dtype != like.dtype:
-        raise BadInput(
-            "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
-        )
-    head = build_head(raw, tensors, target, str(directory / "config.json"))
-    ids = take_vocabulary(head, tensors, directory)
-    if not hasattr(head, "embed_tokens"):
-        tensors.pop("embed_tokens.weight", None)  # a copy of the target's
-    check_head(head, tensors, directory)
-    head, q = head.to(dtype), None
-    if precision in PRECISIONS:
-        q = default_quantization(head, precision)
-        reshape(head, q)
-    head = head.to_empty(device=like.device).requires_grad_(False).eval()
-    head.frequencies = rope_frequencies(head.config).to(like.device)
-    if head.draft_ids is not None:
-        head.draft_ids = None if ids is None else ids.to(like.device)
-    places, linears = head.checkpoint_tensors(), linear_names(head)
-    for name, tensor in tensors.items():
-        parts = {name: tensor} if q is None else convert(name, tensor, q, linears, tied=False)
-        for part, value in parts.items():
-            places[part].copy_(value)
-    if q is not None:
-        set_precision(head, precision)
-    return head.pack().attach(target)
-
-
-def read_head(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a published head, by name, from safetensors files or from a pytorch_model.bin."""
-    if any(directory.glob("model*.safetensors*")):
-        return {name: stored.read() for name, stored in stored_tensors(weight_files(directory)).items()}
-    path = directory / "pytorch_model.bin"
-    if not path.exists():
-        raise BadInput(f"{directory}: has no weights; model.safetensors or pytorch_model.bin is needed")
-    try:
-        # Weights only: a downloaded pickle must not run code.
-        mapped = zipfile.is_zipfile(path)  # as PyTorch has written them since 1.6
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch.load raises what pickle, zipfile and itself do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path}: not a whole file of weights ({reason})") from None
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise BadInput(f"{path}: holds something else than named tensors")
-    return {name: tensors[name] for name in tensor_names(tensors)}
-
-
-def build_head(raw: dict[str, Any], tensors: dict[str, Tensor], target: Transformer, where: str) -> EagleHead:
-    """An empty head on the meta device, in the layout that the names of the tensors tell."""
-    config = ModelConfig.from_dict({"model_type": "llama"} | raw, where)
-    third = "midlayer.self_attn.q_proj.weight" in tensors
-    if not third and "layers.0.self_attn.q_proj.weight" not in tensors:
-        raise BadInput(f"{where}: the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
-    layer = "midlayer" if third else "layers.0"
-    optional = {"qkv_bias": "self_attn.q_proj.bias", "o_bias": "self_attn.o_proj.bias"}
-    optional |= {"mlp_bias": "mlp.gate_proj.bias", "qk_norm": "self_attn.q_norm.weight"}
-    present = {name: f"{layer}.{key}" in tensors for name, key in optional.items()}
-    config = replace(config, num_layers=1, **present)
-    width = integer_of(raw, "target_hidden_size", config.hidden_size, where) if third else config.hidden_size
-    if width != target.config.hidden_size:
-        wanted = f"a hidden size of {width}, not {target.config.hidden_size}"
-        raise BadInput(f"{where}: the head is for a target with {wanted}")
-    try:
-        check_vocabulary(config.vocab_size, target.config.vocab_size)
-    except BadInput:
-        wanted = f"a vocabulary of {config.vocab_size}, not {target.config.vocab_size}"
-        raise BadInput(f"{where}: the head is for a target with {wanted}") from None
-    with torch.device("meta"):
-        if not third:
-            return EagleHead(config, fc_bias="fc.bias" in tensors)
-        if target.config.num_layers < 3:
-            raise BadInput(f"{where}: an EAGLE-3 head needs a target of at least 3 layers")
-        rows = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else config.vocab_size
-        drafted = integer_of(raw, "draft_vocab_size", rows, where)
-        if drafted < 1:
-            raise BadInput(f"{where}: draft_vocab_size is {drafted}; it must be at least 1")
-        # As in the authors' code: with this key, the embedding in the file is the head's own.
-        return Eagle3Head(config, width, drafted, own_embedding="target_hidden_size" in raw)
-
-
-def integer_of(raw: dict[str, Any], name: str, default: int, where: str) -> int:
-    """An integer of config.json. Raises BadInput, naming `where`, for anything else."""
-    try:
-        return integer(raw, name, default)
-    except ValueError as error:
-        raise BadInput(f"{where}: {error}") from None
-
-
-def check_head(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Each tensor must have a place, and each place a tensor of its shape. Raises BadInput."""
-    places = head.checkpoint_tensors()
-    missing = sorted(set(places) - set(tensors))
-    if missing:
-        raise BadInput(f"{directory}: the weights lack {missing[0]}")
-    for name, tensor in tensors.items():
-        if name not in places:
-            raise BadInput(f"{directory}: unexpected tensor {name}")
-        if tensor.shape != places[name].shape:
-            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(places[name].shape)}"
-            raise BadInput(f"{directory}: {name} has shape {shapes}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise BadInput(f"{directory}: {name} is {tensor.dtype}; 16-bit and 32-bit floats are supported")
-
-
-def take_vocabulary(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> Tensor | None:
-    """Remove the token map of an EAGLE-3 head from its tensors -> token ids of its logits, None for all."""
-    offsets, _ = tensors.pop("d2t", None), tensors.pop("t2d", None)  # t2d, the inverse, is for training
-    if head.draft_ids is None or offsets is None:
-        if head.draft_ids is not None and len(head.draft_ids) != head.config.vocab_size:
-            raise BadInput(f"{directory}: the weights lack d2t, which says what the head's tokens are")
-        return None
-    ids = torch.arange(offsets.numel()) + offsets.flatten().long()
-    known = ids.shape == head.draft_ids.shape and 0 <= ids.min() <= ids.max() < head.config.vocab_size
-    if not known or len(ids.unique()) < len(ids):
-        raise BadInput(f"{directory}: d2t does not map {len(head.draft_ids)} tokens into the vocabulary")
-    return ids

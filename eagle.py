@@ -1,11 +1,11 @@
 """eagle.py: EAGLE heads, and the trees that they grow.
 
-A head is one decoder layer. It guesses the target's next feature from the last one (EAGLE-1, EAGLE-2), or
-from three states of the target (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where it is sure,
-and proposes the best nodes of all. Read `drafts.py` and `gpt_spec.py` first. Files of heads are read in
-`checkpoints.py`.
+A head is a decoder layer, rarely more. It guesses the target's next feature from the last one (EAGLE-1,
+EAGLE-2), or from some states of the target (EAGLE-3). `TreeDrafter` has the head guess depth by depth, where
+it is sure, and proposes the best nodes of all. Read `drafts.py` and `gpt_spec.py` first. Files of heads are
+read in `heads.py`.
 
-    head = load_head("DIR", target)  # from checkpoints.py
+    head = load_head("DIR", target)  # from heads.py
     generate(target, prompt_ids, drafter=TreeDrafter(head, tree_size=16))
 
 The one idea: a node is worth the probability of its whole path, so a tree of n nodes is the n best of all
@@ -55,23 +55,50 @@ from sampling import Nodes
 # --------------------------------------------------------------------------------------------------
 
 
+class HeadLayer(nn.Module):
+    """A layer of a head. What the first one attends with is not what it adds to (`EagleHead.enter`), so it
+    has no norm of its own here; those above it are as in the target."""
+
+    def __init__(self, config: ModelConfig, inputs: int | None = None):
+        """`inputs`: width of what the first layer attends with."""
+        super().__init__()
+        self.self_attn = Attention(config, inputs)
+        self.first = inputs is not None
+        if not self.first:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, inputs] -> queries [B, n, H, D], keys and values [B, n, G, D]."""
+        return self.self_attn.project(x, None if self.first else self.input_layernorm, *rope)
+
+    def add(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """attended [B, n, H, D], residual [B, n, hidden] -> what the layer makes of them, [B, n, hidden]."""
+        x = self.self_attn.o_proj(attended.flatten(2), residual=residual)  # [B, n, H D] -> [B, n, hidden]
+        return self.mlp(x, self.post_attention_layernorm)
+
+
 class EagleHead(CheckpointModule):
-    """One decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
+    """A decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
 
     Entry p of its cache is made from the feature of position p and the token of position p + 1. It stands at
     position p, and it guesses the feature of position p + 1. Embedding and lm_head are the target's
-    (`attach`); there is no norm before the layer, and none after it.
+    (`attach`); there is no norm before the first layer, and none after the last.
     """
 
     embed_tokens: Embedding
     lm_head: LanguageHead
     draft_ids: Tensor | None  # int64 [drafted vocabulary]: tokens of the logits, if not 0, 1, 2, ...
+    window: int | None = None  # see `Eagle3`
 
     def __init__(self, config: ModelConfig, fc_bias: bool = False):
-        """`config`: of the one layer, and the target's vocabulary."""
+        """`config`: of the head's layers, and the target's vocabulary."""
         super().__init__(config)
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
-        self.layers = nn.ModuleList([HeadLayer(config, config.hidden_size)])
+        self.layers = nn.ModuleList(
+            HeadLayer(config, None if i else config.hidden_size) for i in range(config.num_layers)
+        )
         self.register_buffer("draft_ids", None, persistent=False)
 
     def attach(self, target: Transformer) -> EagleHead:
@@ -93,33 +120,27 @@ class EagleHead(CheckpointModule):
         x = self.fc(torch.cat((embedded, features), dim=-1))  # [B, n, 2 hidden] -> [B, n, hidden]
         return x, x
 
-    def project(
-        self, tokens: Tensor, features: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a row adds its guess to, [B, n, hidden], and its queries, keys and values: see `forward`."""
-        x, residual = self.enter(tokens, features)
-        return residual, *self.layer.self_attn.project(x, None, *self.rope(positions))
-
     def forward(
         self, tokens: Tensor, features: Tensor, positions: Tensor, attend, last: Tensor | None = None
     ) -> Tensor:
         """Features [B, n, hidden] of `positions` int64 [B, n], tokens after them -> the next features.
 
-        With `last` int64 [B], only that row of each text goes on to attend, and the others are there for
-        their keys and values -> [B, 1, hidden].
+        `attend(layer, q, k, v)` returns [B, ., H, D]. With `last` int64 [B], only that row of each text goes
+        on to attend in the last layer, and the others are there for their keys and values -> [B, 1, hidden].
         """
-        residual, q, k, v = self.project(tokens, features, positions)
-        if last is not None:
-            row = (torch.arange(len(last), device=last.device)[:, None], last[:, None])  # [B, 1] each
-            q, residual = q[row], residual[row]  # [B, 1, H, D], [B, 1, hidden]
-        attended = attend(q, k, v)
-        # [B, n, H D] -> [B, n, hidden]
-        x = self.layer.self_attn.o_proj(attended.flatten(2), residual=residual)
-        return self.layer.mlp(x, self.layer.post_attention_layernorm)
+        rope = self.rope(positions)
+        x, residual = self.enter(tokens, features)
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.project(x, rope)
+            if last is not None and i == len(self.layers) - 1:
+                row = (torch.arange(len(last), device=last.device)[:, None], last[:, None])  # [B, 1] each
+                q, residual = q[row], residual[row]  # [B, 1, H, D], [B, 1, hidden]
+            x = residual = layer.add(attend(i, q, k, v), residual)
+        return self.leave(x)
 
-    @property
-    def layer(self) -> HeadLayer:
-        return self.layers[0]
+    def leave(self, x: Tensor) -> Tensor:
+        """What the last layer makes -> the features that go round, both [B, n, hidden]."""
+        return x
 
     @property
     def target_hidden_size(self) -> int:
@@ -137,66 +158,139 @@ class EagleHead(CheckpointModule):
         return int(beyond[0]) if len(beyond) else len(self.draft_ids)
 
 
-class HeadLayer(nn.Module):
-    """The layer of an EAGLE head; what it attends with is not what it adds to: see `EagleHead.enter`."""
+@dataclass(frozen=True)
+class Eagle3:
+    """What makes an EAGLE-3 head, beside its layers. The last three leave no trace in its tensors."""
 
-    def __init__(self, config: ModelConfig, inputs: int):
-        super().__init__()
-        self.self_attn = Attention(config, inputs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config)
+    taps: tuple[int, ...]  # of the target: see `Transformer.forward`
+    target_hidden_size: int
+    drafted: int  # tokens that it can draft
+    own_embedding: bool = False
+    own_lm_head: bool = True
+    fc_bias: bool = False
+    input_norm: bool = False  # before fc, over all taps together
+    fc_norm: bool = False  # before fc, over each tap alone
+    norm_before_residual: bool = False  # what attention is added to has been normed
+    norm_output: bool = False  # what goes round has been normed: EAGLE-3.1
+    window: int | None = None  # entries that each one sees, itself included; None for all
 
 
-class Eagle3Layer(HeadLayer):
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, 2 * config.hidden_size)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+def default_taps(layers: int) -> tuple[int, ...]:
+    """Low, middle and high, as all early heads have them."""
+    return (2, layers // 2, layers - 3)
 
 
 class Eagle3Head(EagleHead):
-    """EAGLE-3 (arXiv 2503.01840): three states of the target as features, a vocabulary of its own.
+    """EAGLE-3 (arXiv 2503.01840) and 3.1: states of the target as features, a vocabulary of its own.
 
-    What goes round is the state before the norm of the lm_head, which is the head's own, like the RoPE base.
+    What goes round is the state before the norm of the lm_head, which is the head's own, or, in 3.1, after
+    it.
     """
 
-    def __init__(self, config: ModelConfig, target_hidden_size: int, vocab_size: int, own_embedding: bool):
-        """`vocab_size`: tokens that the head can draft; draft_ids [vocab_size] says which."""
+    def __init__(self, config: ModelConfig, switches: Eagle3):
         CheckpointModule.__init__(self, config)
-        self.fc = Linear(3 * target_hidden_size, config.hidden_size)
-        self.midlayer = Eagle3Layer(config)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = LanguageHead(config.hidden_size, vocab_size)
-        self.register_buffer("draft_ids", torch.arange(vocab_size), persistent=False)
-        if own_embedding:
-            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-
-    @property
-    def layer(self) -> HeadLayer:
-        return self.midlayer
+        self.switches, self.window = switches, switches.window
+        hidden, eps = config.hidden_size, config.norm_eps
+        width = len(switches.taps) * switches.target_hidden_size
+        if switches.input_norm:
+            self.input_norm = RMSNorm(width, eps)
+        if switches.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(switches.target_hidden_size, eps) for _ in switches.taps)
+        self.fc = Linear(width, hidden, bias=switches.fc_bias)
+        self.layers = nn.ModuleList(
+            HeadLayer(config, None if i else 2 * hidden) for i in range(config.num_layers)
+        )
+        self.layers[0].hidden_norm = RMSNorm(hidden, eps)
+        self.layers[0].input_layernorm = RMSNorm(hidden, eps)  # of the embedding
+        self.norm = RMSNorm(hidden, eps)
+        if switches.own_lm_head:
+            self.lm_head = LanguageHead(hidden, switches.drafted)
+        self.register_buffer("draft_ids", torch.arange(switches.drafted), persistent=False)
+        if switches.own_embedding:
+            self.embed_tokens = Embedding(config.vocab_size, hidden)
 
     @property
     def target_hidden_size(self) -> int:
-        return self.fc.in_features // 3
+        return self.switches.target_hidden_size
 
     def attach(self, target: Transformer) -> EagleHead:
-        if not hasattr(self, "embed_tokens"):
+        if not self.switches.own_embedding:
             self.embed_tokens = target.embed_tokens
+        if not self.switches.own_lm_head:
+            self.lm_head = target.lm_head
         return self
 
     def taps(self, layers: int) -> tuple[int, ...]:
-        return (2, layers // 2, layers - 3)
+        return self.switches.taps
 
     def fuse(self, features: Tensor) -> Tensor:
-        return self.fc(features)  # [B, n, 3 target hidden] -> [B, n, hidden]
+        if self.switches.fc_norm:
+            states = features.split(self.switches.target_hidden_size, dim=-1)  # [B, n, target hidden] each
+            features = torch.cat([norm(state) for norm, state in zip(self.fc_norm, states)], dim=-1)
+        # [B, n, taps * target hidden] -> [B, n, hidden]
+        return self.fc(features, self.input_norm if self.switches.input_norm else None)
 
     def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        embedded = self.embed_tokens(tokens)  # [B, n, hidden]
-        normed = (self.midlayer.input_layernorm(embedded), self.midlayer.hidden_norm(features))
-        return torch.cat(normed, dim=-1), features  # [B, n, 2 hidden], [B, n, hidden]
+        embedded = self.layers[0].input_layernorm(self.embed_tokens(tokens))  # [B, n, hidden]
+        normed = self.layers[0].hidden_norm(features)
+        residual = normed if self.switches.norm_before_residual else features
+        return torch.cat((embedded, normed), dim=-1), residual  # [B, n, 2 hidden], [B, n, hidden]
+
+    def leave(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.switches.norm_output else x
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.lm_head(features, self.norm)
+        return self.lm_head(features, None if self.switches.norm_output else self.norm)
+
+
+class HeadCache(KVCache):
+    """Keys and values of a head, which may look back only so far."""
+
+    def __init__(self, cache: KVCache, window: int | None):
+        """`window`: entries that a query sees, itself included; None for all."""
+        super().__init__(cache.keys, cache.values)
+        self.window = window
+
+    def row(self, b: int) -> HeadCache:
+        return HeadCache(super().row(b), self.window)
+
+    def attend_at(
+        self, positions: Tensor, slots: Tensor, ancestors: Tensor, length: Tensor, layer: int, *qkv: Tensor
+    ) -> Tensor:
+        """As `attend`, for queries at `positions` int64 [B, .]."""
+        if self.window is None or self.window >= self.keys[layer].shape[1]:
+            return self.attend(slots, ancestors, length, layer, *qkv)
+        q, k, v = qkv
+        self.write(slots, layer, k, v)
+        # From so far back that the window of the first query fits: as many slots for every text.
+        start = (length - self.window).clamp(min=0)  # [B]
+        count = min(self.window + ancestors.shape[2], self.keys[layer].shape[1])
+        slot = start[:, None] + torch.arange(count, device=start.device)  # [B, m]
+        node = slot - length[:, None]  # negative: a true entry, whose position is its slot
+        within = slot[:, None] > positions[..., None] - self.window  # [B, ., m]
+        index = node.clamp(0, ancestors.shape[2] - 1)[:, None].expand_as(within)
+        below = ancestors.gather(2, index) & (node < ancestors.shape[2])[:, None]
+        seen = torch.where((node < 0)[:, None], within, below)
+        row = torch.arange(len(start), device=start.device)[:, None]  # [B, 1]
+        slot = slot.clamp(max=self.keys[layer].shape[1] - 1)
+        keys, values = self.keys[layer][row, slot], self.values[layer][row, slot]  # [B, m, G, D]
+        return kernels.attention(q, keys, values, seen, torch.zeros_like(length))
+
+    def extend(
+        self, head: EagleHead, tokens: Tensor, features: Tensor, place: Tensor, count: Tensor
+    ) -> Tensor:
+        """Write the entries of `place` int64 [B, n], the first `count` [B] of which are there -> the feature
+        guessed from the last of these, [B, 1, hidden]. What comes behind them is masked garbage."""
+        offset, start = torch.arange(place.shape[1], device=place.device), place[:, 0]
+        last = (offset < count[:, None])[:, None]  # [B, 1, n]
+        before = (offset <= offset[:, None]).expand(len(place), -1, -1)  # [B, n, n]: all but the last layer
+
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            if layer < len(head.layers) - 1:
+                return self.attend_at(place, place, before, start, layer, *qkv)
+            return self.attend_at((start + count - 1)[:, None], place, last, start, layer, *qkv)
+
+        return head(tokens, features, place, attend, count - 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,7 +346,7 @@ class TreeDrafter(Drafter):
         self.sizes = self.sizes or [pool + 1]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
         self.needs_host = len(self.sizes) > 1
-        self.trust_tensor = torch.ones((), device=head.layer.post_attention_layernorm.weight.device)
+        self.trust_tensor = torch.ones((), device=head.layers[0].post_attention_layernorm.weight.device)
         self.trust = 1.0
 
     @property
@@ -283,11 +377,12 @@ class TreeDrafter(Drafter):
         self.drafted = self.head.drafted(level.vocabulary)
         if self.topk > self.drafted:
             raise BadInput(f"tree_topk is {self.topk}; the head drafts {self.drafted} tokens of the target")
-        like, setup = self.head.layer.post_attention_layernorm.weight, level.setup
+        like, setup = self.head.layers[0].post_attention_layernorm.weight, level.setup
         # True entries that may be new: those of the longest path, and those of the levels above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
         slots = setup.slots + self.topk * (self.depth - 1)
-        self.cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        self.cache = HeadCache(cache, self.head.window)
         self.controls, self.noisy = level.controls, level.controls.noisy
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 
@@ -297,23 +392,21 @@ class TreeDrafter(Drafter):
         for first in range(begin, end, PREFILL_CHUNK):
             place = torch.arange(first, min(first + PREFILL_CHUNK, end), device=tokens.device)  # [n]
             features = self.head.fuse(state.features[row : row + 1, place])  # [1, n, hidden]
-            _, _, k, v = self.head.project(tokens[None, place + 1], features, place[None])
-            self.cache.row(row).write(place[None], 0, k, v)
+            count = torch.full((1,), len(place), device=tokens.device)
+            self.cache.row(row).extend(self.head, tokens[None, place + 1], features, place[None], count)
 
     def catch_up(self, state: State) -> Tensor:
         """Write the last true entries -> the feature guessed from the last one, [B, 1, hidden].
 
-        There are `window` of them; where the text is shorter, what comes behind its end is masked garbage.
+        There are `window` of them, or fewer where the text is shorter.
         """
         start = (state.length - self.window).clamp(min=0)
-        offset = torch.arange(self.window, device=start.device)
-        count = state.length - start  # [B]
-        place = start[:, None] + offset  # [B, n]
+        place = start[:, None] + torch.arange(self.window, device=start.device)  # [B, n]
         row = torch.arange(len(start), device=start.device)[:, None]  # [B, 1]
         features = self.head.fuse(state.features[row, place])  # [B, n, hidden]
-        seen = (offset < count[:, None])[:, None]  # [B, 1, n]
-        attend = partial(self.cache.attend, place, seen, start, 0)
-        return self.head(state.tokens[row, place + 1], features, place, attend, count - 1)
+        return self.cache.extend(
+            self.head, state.tokens[row, place + 1], features, place, state.length - start
+        )
 
     def children(
         self, features: Tensor, position: Tensor, seed: Tensor, trust: Tensor
@@ -352,7 +445,8 @@ class TreeDrafter(Drafter):
         ancestors = itself
         for beam in range(self.depth - 1):
             positions = (past + beam)[:, None].expand_as(tokens)  # [B, k]
-            attend = partial(self.cache.attend, past[:, None] + beam * k + rank, ancestors, past, 0)
+            slots = past[:, None] + beam * k + rank  # [B, k]
+            attend = partial(self.cache.attend_at, positions, slots, ancestors, past)
             features = self.head(tokens, features, positions, attend)  # [B, k, hidden]
             below, steps = self.children(features, past + beam + 2, state.seed, trust)  # [B, k, k] each
             first = pool.size + 1

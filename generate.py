@@ -47,7 +47,6 @@ from checkpoints import (  # noqa: E402
     SHIPPED_TARGET,
     SMALL_HEAD,
     find_checkpoint,
-    load_head,
     load_model,
     stop_ids,
     weight_bytes,
@@ -79,6 +78,7 @@ from gpt_spec import (  # noqa: E402
     check_prompt,
     check_window,
 )
+from heads import load_head  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
@@ -101,7 +101,7 @@ METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qs
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
-    *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "auto.py", "packing.py"),
+    *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "heads.py", "auto.py", "packing.py"),
     *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
     *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h", "operators.h"),
     *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py"),

@@ -34,7 +34,6 @@ from checkpoints import (
     SHIPPED_TARGET,
     SMALL_HEAD,
     find_checkpoint,
-    load_head,
 )
 from cli import read_line
 from costs import Stats
@@ -42,6 +41,7 @@ from drafts import Drafter
 from eagle import EagleHead
 from generate import Target, load_draft_model, load_target
 from gpt_spec import Decoder, Request, cache_length
+from heads import load_head
 from model import BadInput, Transformer
 from packing import PRECISIONS
 from sampling import Sampling

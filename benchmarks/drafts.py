@@ -19,11 +19,12 @@ from benchmarks.common import decode_all, read_prompts, shipped
 from benchmarks.compare import compare_drafters
 from benchmarks.methods import FixedTree
 from benchmarks.timing import quartiles
-from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_head, load_model
+from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, SMALL_HEAD, load_model
 from costs import Stats
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, Level, SequentialDrafter
+from heads import load_head
 from model import Transformer
 from packing import lower_precisions, share_weights
 from sampling import Nodes, Sampling

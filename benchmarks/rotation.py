@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import decode_all, quantized_target, read_prompts
-from checkpoints import SHIPPED_HEAD, SHIPPED_SMALL, SMALL_HEAD, load_head, load_model
+from checkpoints import SHIPPED_HEAD, SHIPPED_SMALL, SMALL_HEAD, load_model
 from costs import Stats
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from heads import load_head
 from model import Transformer
 from packing import lower_precisions, precision_of, share_weights
 from sampling import Sampling

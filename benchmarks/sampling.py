@@ -40,10 +40,11 @@ from benchmarks.common import (
 )
 from benchmarks.structure import SwitchedLookup, measure_structure
 from benchmarks.timing import interleave, rotate_names
-from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, load_head, load_model
+from checkpoints import SHIPPED_HEAD, SHIPPED_TARGET, load_model
 from costs import Stats, Stopwatch
 from eagle import TreeDrafter
 from gpt_spec import Decoder, Level, LookupDrafter, SequentialDrafter
+from heads import load_head
 from model import Transformer
 from sampling import Controls, Nodes, Sampling
 

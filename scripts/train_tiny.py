@@ -197,8 +197,8 @@ def build_model(kind: str) -> Transformer:
 def build_head(target: Transformer) -> EagleHead:
     torch.manual_seed(0)
     head = EagleHead(replace(target.config, num_layers=1))
-    torch.nn.init.zeros_(head.layer.self_attn.o_proj.weight)
-    torch.nn.init.zeros_(head.layer.mlp.down_proj.weight)
+    torch.nn.init.zeros_(head.layers[0].self_attn.o_proj.weight)
+    torch.nn.init.zeros_(head.layers[0].mlp.down_proj.weight)
     return head.attach(target)
 
 
@@ -240,7 +240,7 @@ def make_loss(model: Transformer, teacher: Transformer | None):
     return torch.compile(loss, dynamic=False)
 
 
-def unrolled_attention(past: list[tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def unrolled_attention(past: list, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as it is while drafting, of rows that start from features guessed in len(past) steps.
 
     A row of step i at position p sees the rows of true features up to p - i, and on the way from there to

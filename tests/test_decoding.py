@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from auto import ALL, AdaptiveLookup, AutoDrafter
-from checkpoints import load_head, load_model
+from checkpoints import load_model
 from costs import Stats
 from drafts import Draft, Drafter, accept, tree_geometry
 from eagle import TreeDrafter
@@ -39,6 +39,7 @@ from gpt_spec import (
     cache_length,
     generate,
 )
+from heads import load_head
 from model import BadInput, Transformer, causal_attention
 from packing import PRECISIONS, share_weights
 from rope import RopeScaling

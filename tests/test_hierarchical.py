@@ -19,11 +19,12 @@ from conftest import (
 )
 from test_decoding import assert_level_is_fresh, check_every_step, hierarchies
 
-from checkpoints import load_head, load_model
+from checkpoints import load_model
 from costs import Stats
 from drafts import Drafter, extend
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter
+from heads import load_head
 from model import BadInput, KVCache
 from packing import share_weights
 from sampling import Sampling

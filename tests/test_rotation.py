@@ -20,9 +20,10 @@ from conftest import (
 
 import kernels
 import quantize
-from checkpoints import load_head, load_model, open_checkpoint
+from checkpoints import load_model, open_checkpoint
 from eagle import TreeDrafter
 from gpt_spec import HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from heads import load_head
 from model import Linear, Rotation, causal_attention
 from packing import Stored, lower_precisions, share_weights
 from rotation import add_rotations, hadamard, paley, rotated

@@ -17,12 +17,13 @@ from conftest import NEEDS_EQUAL_ROWS, SHIPPED_SMALL, SMALL_HEAD, collect, guess
 from test_decoding import RandomTreeDrafter
 
 from auto import AdaptiveLookup, AutoDrafter
-from checkpoints import load_head, load_model
+from checkpoints import load_model
 from costs import Stats
 from drafts import Draft, Drafter
 from eagle import TreeDrafter
 from forced import ForcedDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from heads import load_head
 from model import BadInput
 from packing import share_weights
 from sampling import Controls, Sampling

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from conftest import ROOT, guessing_head, random_model, random_prompts
 from safetensors.torch import save_file
 
-from checkpoints import load_head
 from costs import Pace, Stats
 from drafts import Draft, Verified, tree_geometry
-from eagle import Eagle3Head, EagleHead, TreeDrafter
+from eagle import EagleHead, TreeDrafter, default_taps
 from gpt_spec import Decoder, Request, generate
+from heads import load_head
 from kernels import gumbel
 from model import BadInput, causal_attention
 from sampling import Sampling
@@ -190,7 +190,7 @@ def test_a_published_head_agrees_with_a_naive_one(deep, tmp_path, kind):
         torch.tensor([text[1:]]),
         head.fuse(states),
         torch.arange(11)[None],
-        lambda *qkv: causal_attention(0, *qkv),
+        causal_attention,
     )
     features = true_features(deep, w, text, head.taps(8))[:-1]
     theirs = naive_rows(w, torch.tensor(text[1:]), features, theta)
@@ -211,7 +211,7 @@ def test_the_states_of_eagle_3_are_inputs_of_layers(deep):
         x = deep.layers[i](x, *deep.rope(positions), lambda q, k, v, i=i: causal_attention(i, q, k, v))
     torch.testing.assert_close(deep.norm(x), states[2])
     for layers, taps in ((8, (2, 4, 5)), (32, (2, 16, 29)), (80, (2, 40, 77))):
-        assert Eagle3Head.taps(None, layers) == taps
+        assert default_taps(layers) == taps
         assert EagleHead.taps(None, layers) == (layers,)
 
 
@@ -249,9 +249,7 @@ def test_a_head_may_have_its_own_width_and_embedding(deep, tmp_path):
     assert torch.equal(head.embed_tokens.weight, own["embed_tokens.weight"])
     features = true_features(wide, own, [1, 2, 3, 4], (2, 4, 5))[:-1]
     theirs = naive_rows(own, torch.tensor([2, 3, 4]), features, 10000.0)
-    ours = head(
-        torch.tensor([[2, 3, 4]]), features[None], torch.arange(3)[None], partial(causal_attention, 0)
-    )
+    ours = head(torch.tensor([[2, 3, 4]]), features[None], torch.arange(3)[None], causal_attention)
     torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(BadInput, match="hidden size of 96, not 48"):
         load_head(tmp_path, deep)
@@ -265,10 +263,9 @@ def test_a_head_loads_in_every_precision(deep, tmp_path, kind, precision):
     target.frequencies = deep.frequencies
     head, exact = load_head(tmp_path, target, precision), load_head(tmp_path, deep)
     tokens, positions = torch.tensor(random_prompts([8])), torch.arange(8)[None]
-    attend = lambda *qkv: causal_attention(0, *qkv)  # noqa: E731
     states = torch.randn(1, 8, 48 * len(head.taps(8)))
-    expected = exact(tokens, exact.fuse(states), positions, attend).flatten()
-    got = head(tokens, head.fuse(states.bfloat16()), positions, attend).float().flatten()
+    expected = exact(tokens, exact.fuse(states), positions, causal_attention).flatten()
+    got = head(tokens, head.fuse(states.bfloat16()), positions, causal_attention).float().flatten()
     assert F.cosine_similarity(got, expected, dim=0) > (0.999 if precision == "bf16" else 0.95)
 
 
@@ -301,7 +298,7 @@ def test_broken_files_of_heads_are_refused(deep, tmp_path):
     write(tmp_path / "other", {"x": torch.ones(2)}, CONFIG, as_bin=True)
     write(tmp_path / "code", {"run": print}, CONFIG, as_bin=True)  # not weights
     third = eagle3(deep, tmp_path / "third")
-    del third["embed_tokens.weight"], third["d2t"]
+    del third["embed_tokens.weight"], third["d2t"], third["t2d"]
     write(tmp_path / "third", third, json.loads((tmp_path / "third" / "config.json").read_text()))
     for name, words in [
         *(("cut", "not a whole file"), ("lacks", "lack layers.0.self_attn.o_proj.weight")),

@@ -26,10 +26,11 @@ from torch import nn
 import generate as command
 from auto import AdaptiveLookup, AutoDrafter
 from chat import check_tokens
-from checkpoints import load_head, load_model
+from checkpoints import load_model
 from drafts import check_vocabulary
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
+from heads import load_head
 from model import BadInput
 from sampling import Sampling
 from text import load_tokenizer

@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ import torch  # noqa: E402
 import kernels  # noqa: E402
 from auto import AdaptiveLookup, AutoDrafter  # noqa: E402
 from chat import check_tokens  # noqa: E402
+from check_head import check_head  # noqa: E402
+from check_head import show as show_readings  # noqa: E402
 from checkpoints import (  # noqa: E402
     ALL_PRECISIONS,
     SHIPPED_HEAD,
@@ -78,11 +81,11 @@ from gpt_spec import (  # noqa: E402
     check_prompt,
     check_window,
 )
-from heads import load_head  # noqa: E402
+from heads import load_head, target_width  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
-from text import TextStream, Tokenizer, load_tokenizer, read_json  # noqa: E402
+from text import TextStream, Tokenizer, load_tokenizer  # noqa: E402
 
 DEFAULT_PROMPT = '''def load(path, mode='r', **kwargs):
     """Load a document from a file, returning a new document.
@@ -163,6 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     compiles = "none: call every operator from Python, which is slower"
     p.add_argument("--compile", choices=["none", "default"], default="default", help=compiles)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    checks = "measure the head of --method tree, in every way to read its file"
+    p.add_argument("--check_head", action="store_true", help=checks)
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
     p.add_argument(
         "--explain", action="store_true", help="colour tokens by their origin; every draft to stderr"
@@ -337,9 +342,7 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
         names.append("sequential")
     of_target = shipped
     if head is not None:
-        raw = read_json(find_checkpoint(head, "--eagle_checkpoint_path") / "config.json")
-        size = raw.get("target_hidden_size", raw.get("hidden_size"))
-        of_target = size == target.model.config.hidden_size or not (small or shipped)
+        of_target = target_width(head) == target.model.config.hidden_size or not (small or shipped)
     if of_target:
         names.append("tree")
     if (head is not None and not of_target) or (small == "self" and of_target):
@@ -650,6 +653,19 @@ def can_compile(args: argparse.Namespace) -> bool:
     return kernels.load()
 
 
+def show_head(args: argparse.Namespace, method: str, target: Target, outputs: list[Output]) -> int:
+    """`--check_head`: see check_head.py -> the exit status."""
+    if method != "tree":
+        raise BadInput("--check_head is about the head of --method tree: --eagle_checkpoint_path")
+    path = args.eagle_checkpoint_path or SHIPPED_HEAD
+    load = partial(load_head, path, target.model, args.draft_precision)
+    prompts = [output.prompt_ids for output in outputs if output.error is None]
+    stops = [] if args.ignore_eos else target.stop_ids
+    readings = check_head(load, target.model, prompts, args.max_new_tokens, stops, can_compile(args))
+    show_readings(readings, args.json)
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
     check_arguments(args)
@@ -663,6 +679,8 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive and target.tokenizer is None:
         raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")
     outputs = [] if args.interactive else read_prompts(args, target)
+    if args.check_head:
+        return show_head(args, method, target, outputs)
     longest = max((len(output.prompt_ids) for output in outputs), default=CHAT_CONTEXT) + args.max_new_tokens
     window = config.sliding_window or config.max_context
     max_length = cache_length(config, min(longest, config.max_context, window))

@@ -8,9 +8,10 @@ the same few tensors under different names, and say in different keys what the t
 has the arithmetic; this file only reads.
 
 The one idea: tensors decide. A bias, a norm, a second layer or an embedding is used if it is there. What
-leaves no trace in the tensors comes from the configuration: which states of the target are read, what is added
-to, what goes round, RoPE, windows. What changes the arithmetic and is not understood is refused by name, and
-what can be read in two ways is said in a line: a head that is read in the wrong way loads well and drafts badly.
+leaves no trace in the tensors comes from the configuration: which states of the target are read, what is
+added to, what goes round, RoPE, windows. What changes the arithmetic and is not understood is refused by
+name, and what can be read in two ways is said in a line: a head that is read in the wrong way loads well and
+drafts badly.
 """
 
 from __future__ import annotations
@@ -90,12 +91,14 @@ class Published:
     tensors: dict[str, Tensor]
     target: ModelConfig
     where: str  # the configuration, for messages
+    quiet: bool = False  # without notes
 
     def refuse(self, what: str) -> BadInput:
         return BadInput(f"{self.where}: {what}")
 
     def note(self, what: str) -> None:
-        print(f"{self.where}: {what}", file=sys.stderr)
+        if not self.quiet:
+            print(f"{self.where}: {what}; --check_head measures both", file=sys.stderr)
 
     def part(self, name: str) -> dict[str, Any]:
         """A nested part of the configuration; empty if there is none."""
@@ -165,7 +168,9 @@ def load_head(
             "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
         )
     tensors = renamed(read_head(directory), where)
-    head, ids = build_head(Published(raw, tensors, target.config, where), target, reading)
+    head, ids = build_head(
+        Published(raw, tensors, target.config, where, quiet=bool(reading)), target, reading
+    )
     check_head(head, tensors, directory)
     head, q = head.to(dtype), None
     if precision in PRECISIONS:
@@ -182,6 +187,13 @@ def load_head(
     if q is not None:
         set_precision(head, precision)
     return head.pack().attach(target)
+
+
+def target_width(path: str | Path) -> int | None:
+    """The hidden size of a head's target, as far as its configuration says."""
+    raw = read_json(find_checkpoint(str(path), HEAD_FLAG) / "config.json")
+    inner = raw.get("transformer_layer_config") or raw
+    return raw.get("target_hidden_size") or inner.get("hidden_size")
 
 
 def read_head(directory: Path) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def fused(w, states):
 
 
 def naive_logits(w, target, text, path, s):
-    """Logits of a chain's steps: first from the target's states alone, then with one more of `path` each time"""
+    """Logits of a chain's steps: from the target's states alone, then with one more of `path` each time"""
     tokens = torch.tensor([text])
     states = target(tokens, torch.arange(len(text))[None], causal_attention, s.taps)[1][0, :-1]
     g, after, found = fused(w, states.split(HIDDEN, -1)), text[1:], []

@@ -81,7 +81,7 @@ from gpt_spec import (  # noqa: E402
     check_prompt,
     check_window,
 )
-from heads import load_head, target_width  # noqa: E402
+from heads import count_tokens, load_head, target_width  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
@@ -211,6 +211,10 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
     p.add_argument(
         "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {TREE_TOPK})"
     )
+    vocabulary = "tokens that an EAGLE head can draft, the most frequent ones (default: all that it knows)"
+    p.add_argument("--draft_vocab_size", type=int, metavar="N", help=vocabulary)
+    source = "where --draft_vocab_size counts (default: the tokenizer's own order)"
+    p.add_argument("--draft_vocab_text", metavar="FILE", help=source)
     p.add_argument(
         "--min_draft_length",
         type=int,
@@ -221,12 +225,14 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Check what argparse does not. Raises BadInput, which names the flag."""
     counts = ("batch_size", "speculate_k", "max_new_tokens", "num_samples")
-    for name in (*counts, "tree_depth", "tree_topk", "min_draft_length"):
+    for name in (*counts, "tree_depth", "tree_topk", "min_draft_length", "draft_vocab_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise BadInput(f"--{name} is {value}; it must be at least 1")
     if not 0 <= args.draft_confidence <= 1:
         raise BadInput(f"--draft_confidence is {args.draft_confidence}; it is a probability, 0 (off) to 1")
+    if args.draft_vocab_text and not args.draft_vocab_size:
+        raise BadInput("--draft_vocab_text needs --draft_vocab_size: how many of its tokens to draft")
     if "" in args.stop:
         raise BadInput("--stop is empty; give the text before which to stop")
     for name in ("system", "template_kwargs"):
@@ -276,7 +282,8 @@ FLAGS_OF = {
     "draft_confidence": ["sequential", "qspec"],
     "min_draft_length": ["hierarchical", "auto"],
     **dict.fromkeys(
-        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk"], ["tree", "hierarchical", "auto"]
+        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk", "draft_vocab_size"],
+        ["tree", "hierarchical", "auto"],
     ),
 }
 
@@ -308,7 +315,7 @@ def one_drafter(method: str, args: argparse.Namespace, target: Target, speculate
     if method == "lookup":
         return LookupDrafter(k) if k else AdaptiveLookup()
     if method == "tree":
-        return tree_drafter(args, method, target.model, SHIPPED_HEAD if shipped else None)
+        return tree_drafter(args, target, method, target.model, SHIPPED_HEAD if shipped else None)
     if method == "qspec":
         twin = own_twin(args, target, "--method qspec drafts with")
         return SequentialDrafter(twin, k, args.draft_confidence, shares_cache=True)
@@ -323,7 +330,7 @@ def one_drafter(method: str, args: argparse.Namespace, target: Target, speculate
     if method == "sequential":
         return SequentialDrafter(model, k, args.draft_confidence)
     head = SMALL_HEAD if Path(path).resolve() == SHIPPED_SMALL else SHIPPED_HEAD if own and shipped else None
-    tree = tree_drafter(args, method, model, head)
+    tree = tree_drafter(args, target, method, model, head)
     least = args.min_draft_length or MIN_DRAFT_LENGTH
     with naming_flags():
         return HierarchicalDrafter(model, tree, least, shares_cache=own)
@@ -352,13 +359,18 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
     return names
 
 
-def tree_drafter(args: argparse.Namespace, method: str, model: Transformer, default: Path | None) -> Drafter:
+def tree_drafter(
+    args: argparse.Namespace, target: Target, method: str, model: Transformer, default: Path | None
+) -> Drafter:
     """For the target or, in a hierarchy, for the model in the middle."""
     path = args.eagle_checkpoint_path or default
     if path is None:
         whose = "this very target" if method == "tree" else "the model in --draft_checkpoint_path"
         raise BadInput(f"--method {method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
     head = load_head(path, model, args.draft_precision if method == "tree" else None)
+    if args.draft_vocab_size:
+        numbers = (args.draft_vocab_size, target.model.config.vocab_size)
+        head.restrict(count_tokens(args.draft_vocab_text, target.tokenizer, *numbers))
     size = args.tree_size if isinstance(args.tree_size, int) else None
     shape = (args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
     with naming_flags():

@@ -37,10 +37,11 @@ from checkpoints import (
     weight_files,
 )
 from drafts import check_vocabulary
-from eagle import Eagle3, Eagle3Head, EagleHead, default_taps
+from eagle import Eagle3, Eagle3Head, EagleHead, default_taps, frequent_tokens
+from grammar import read_file
 from model import BadInput, ModelConfig, Transformer, integer, rope_frequencies
 from packing import PRECISIONS, convert, default_quantization, linear_names, reshape, set_precision
-from text import read_json
+from text import Tokenizer, read_json
 
 # What the trainers call the same tensor, in this order: a pattern, and what stands for it.
 RENAMED = (
@@ -194,6 +195,16 @@ def target_width(path: str | Path) -> int | None:
     raw = read_json(find_checkpoint(str(path), HEAD_FLAG) / "config.json")
     inner = raw.get("transformer_layer_config") or raw
     return raw.get("target_hidden_size") or inner.get("hidden_size")
+
+
+def count_tokens(path: str | None, tokenizer: Tokenizer | None, count: int, vocabulary: int) -> Tensor:
+    """What `--draft_vocab_size` restricts a head to, int64 [count]: the most frequent tokens of the text in
+    `path`, if there is one. BadInput for a file that cannot be read."""
+    if path is None:
+        return frequent_tokens([], count, vocabulary)
+    if tokenizer is None:
+        raise BadInput("--draft_vocab_text: the target has no tokenizer to read a text with")
+    return frequent_tokens([tokenizer.encode(read_file("--draft_vocab_text", path))], count, vocabulary)
 
 
 def read_head(directory: Path) -> dict[str, Tensor]:

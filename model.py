@@ -251,6 +251,26 @@ class LanguageHead(Linear):
 
     float32_out = True
 
+    def rows(self, ids: Tensor) -> LanguageHead:
+        """One with the rows `ids` int64 [n] alone, and the same bits for each, before and after `pack`."""
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if tensor.dim() == 3:  # scales in blocks, [out / 64, groups, 64]
+                return tensor.transpose(1, 2).flatten(0, 1)[ids]
+            if tensor.dim() == 4:
+                return kernels.unpack(tensor)[ids]
+            turned = tensor is not self.weight and self.weight.dtype == torch.int32  # on a GPU: [groups, out]
+            return tensor[:, ids] if turned else tensor[ids]
+
+        part = LanguageHead(self.in_features, len(ids))
+        part.set_weights(chosen(self.weight), chosen(self.scales), chosen(self.zeros))
+        part.permutation, part.rotation = self.permutation, self.rotation
+        part.activation_bits = self.activation_bits
+        part.pack()
+        return part
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, inputs: int | None = None):

@@ -132,8 +132,8 @@ class Parts:
 
     target: Target
     small: Transformer | None = None
-    head: Callable[[Transformer], EagleHead] | None = None  # makes one for the target or its twin
-    small_head: Callable[[Transformer], EagleHead] | None = None
+    head: Callable[..., EagleHead] | None = None  # makes one for the target or its twin
+    small_head: Callable[..., EagleHead] | None = None
 
 
 def chosen_paths(args: argparse.Namespace) -> Paths:

@@ -29,10 +29,12 @@ from benchmarks.common import (
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
 from drafts import Draft, Drafter
-from eagle import TreeDrafter
+from eagle import EagleHead, TreeDrafter, frequent_tokens
 from gpt_spec import Decoder, SequentialDrafter, speculate
 from model import Transformer
-from packing import lower_precisions, share_weights
+from packing import PRECISIONS, lower_precisions, share_weights
+
+DRAFTED = 16384  # tokens, of a vocabulary more than twice as large: a head that is restricted to these
 
 
 def report_cost(args: argparse.Namespace) -> dict:
@@ -69,7 +71,7 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
     All take turns, with 200 tokens in the caches.
 
     A token of the small model is a third of a draft of 3. A level of the head is the difference between trees
-    of depth 6 and 2, divided by the 4 levels between them.
+    of depth 6 and 2, divided by the 4 levels between them; also for the heads of `head_variants`.
     """
     target = parts.target.model
 
@@ -86,9 +88,9 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
         functions[f"a token in {lower}"] = partial(twin.commit, Draft.chain(drafts[0].tokens[:, :1]))
     if parts.small:
         drafters["a token of the small model"] = SequentialDrafter(parts.small, 3)
-    if parts.head:
-        head = parts.head(target)
-        drafters |= {"shallow": TreeDrafter(head, 8, 2), "deep": TreeDrafter(head, 8, 6)}
+    heads = head_variants(parts)
+    for name, head in heads.items():
+        drafters |= {(name, depth): TreeDrafter(head, 8, depth) for depth in (2, 6)}
     for name, drafter in drafters.items():
         functions[name] = partial(drafter.propose, decoder(drafter).state)
     with torch.no_grad():
@@ -96,10 +98,27 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
     drafting = {name: value for name, value in seconds.items() if str(name).startswith("a token in")}
     if parts.small:
         drafting["a token of the small model"] = seconds["a token of the small model"] / 3
-    if parts.head:
-        drafting["a level of the EAGLE head"] = (seconds["deep"] - seconds["shallow"]) / 4
+    for name in heads:
+        drafting[f"a level of the EAGLE head{name}"] = (seconds[name, 6] - seconds[name, 2]) / 4
     costs = {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
     return costs | ({"on_device": measure_graphs(plain, drafts, turns)} if on_gpu(device) else {})
+
+
+def head_variants(parts: Parts) -> dict[str, EagleHead]:
+    """The head, and what makes its levels cheaper, by what is added to its name: its own weights in the
+    precision of the target, and, where the vocabulary is large, no more than DRAFTED tokens."""
+    if parts.head is None:
+        return {}
+    target, precision = parts.target.model, parts.target.precision
+    heads = {"": parts.head(target)}
+    if precision in PRECISIONS:
+        heads[f", in {precision}"] = parts.head(target, precision)
+    if target.config.vocab_size > 2 * DRAFTED:
+        ids = frequent_tokens([], DRAFTED, target.config.vocab_size)
+        some = f", {DRAFTED} tokens"
+        heads |= {name + some: parts.head(target, *([precision] if name else [])) for name in tuple(heads)}
+        heads = {name: head.restrict(ids) if name.endswith(some) else head for name, head in heads.items()}
+    return heads
 
 
 @torch.no_grad()

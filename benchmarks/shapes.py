@@ -105,12 +105,16 @@ def fill_randomly(module: CheckpointModule) -> None:
             tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=module.config.hidden_size**-0.5)
 
 
-def random_head(target: Transformer) -> EagleHead:
-    """An EAGLE-2 head of random weights in bf16, as large as a published one for such a target."""
+def random_head(target: Transformer, precision: str = "bf16") -> EagleHead:
+    """An EAGLE-2 head of random weights, as large as a published one for such a target."""
     with torch.device("meta"):
         head = EagleHead(replace(target.config, num_layers=1)).to(torch.bfloat16)
+        if precision in PRECISIONS:
+            reshape(head, default_quantization(head, precision))
     head = head.to_empty(device=target.norm.weight.device).requires_grad_(False)
     fill_randomly(head)
+    if precision in PRECISIONS:
+        set_precision(head, precision)
     return head.pack().attach(target)
 
 

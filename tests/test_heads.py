@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, random_prompts
+from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_model, random_prompts
 from safetensors.torch import save_file
 
-from eagle import HeadCache, TreeDrafter, default_taps
+from checkpoints import load_model
+from eagle import HeadCache, TreeDrafter, default_taps, frequent_tokens
 from gpt_spec import generate
 from heads import load_head
 from model import BadInput, KVCache, causal_attention
@@ -439,3 +442,83 @@ def test_what_has_two_readings_is_said(deep, tmp_path, name, capsys):
 
 def test_the_usual_taps():
     assert [default_taps(layers) for layers in (28, 32, 36)] == [(2, 14, 25), (2, 16, 29), (2, 18, 33)]
+
+
+# ---- fewer tokens ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "w8a16", "w4a16", "w4a8"])
+def test_a_restricted_head_has_the_logits_of_its_tokens(precision):
+    """By the bit, whatever the target's lm_head is stored as, and what the tree proposes is among them."""
+    target = load_model(SHIPPED_TARGET, precision, lm_head_bits=4 if precision == "w4a8" else None)
+    whole, part = (load_head(SHIPPED_HEAD, target) for _ in range(2))
+    ids = frequent_tokens([[70, 70, 3000, 5]], 700, target.config.vocab_size)
+    assert part.restrict(ids) is part and {5, 70, 3000} < set(ids.tolist()) and len(ids) == 700
+    features = torch.randn(1, 5, target.config.hidden_size).to(target.norm.weight.dtype)
+    assert torch.equal(part.logits(features), whole.logits(features)[..., ids])
+    drafted, prompt = set(), list(range(300, 330))
+
+    def text(drafter):
+        tokens = []
+        for emissions in generate(target, prompt, drafter, max_new_tokens=40, compile=False):
+            for emission in emissions:
+                tokens += emission.tokens
+                drafted.update(
+                    [] if emission.draft is None else emission.draft.tokens[emission.row, 1:].tolist()
+                )
+        return tokens
+
+    plain = text(None)
+    drafted.clear()
+    assert text(TreeDrafter(part, 12, 4, 4)) == plain and drafted and drafted <= set(ids.tolist())
+
+
+def test_a_head_with_a_vocabulary_of_its_own_keeps_what_it_has_of_others(deep, tmp_path):
+    head = load_head(LAYOUTS["SafeAILab"].write(tmp_path / "head"), deep)
+    head.restrict(torch.tensor([0, 1, 2, 3, 4, 33]))
+    assert head.draft_ids.tolist() == [0, 3, 33]
+    torch.testing.assert_close(
+        head.lm_head.weight, LAYOUTS["SafeAILab"].tensors["lm_head.weight"][[0, 1, 11]]
+    )
+    with pytest.raises(BadInput, match="can draft none"):
+        head.restrict(torch.tensor([1, 2]))
+
+
+def test_frequent_tokens():
+    assert frequent_tokens([[9, 9, 4], [9, 4, 7]], 3, 12).tolist() == [4, 7, 9]
+    assert frequent_tokens([[9, 4]], 4, 12).tolist() == [0, 1, 4, 9]
+    assert frequent_tokens([], 3, 12).tolist() == [0, 1, 2] and len(frequent_tokens([], 99, 12)) == 12
+
+
+def test_the_flags_of_a_drafted_vocabulary(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("def f(x):\n    return x\n" * 20)
+    run = lambda *flags: subprocess.run(  # noqa: E731
+        [sys.executable, str(ROOT / "generate.py"), "--compile", "none", "--max_new_tokens", "20", *flags],
+        capture_output=True,
+        text=True,
+    )
+    plain = run("--method", "autoregressive", "--prompt", "def f(x):\n")
+    fewer = run(
+        "--method",
+        "tree",
+        "--prompt",
+        "def f(x):\n",
+        "--draft_vocab_size",
+        "200",
+        "--draft_vocab_text",
+        str(text),
+    )
+    assert plain.returncode == fewer.returncode == 0 and plain.stdout == fewer.stdout
+    for flags, words in (
+        (("--method", "tree", "--draft_vocab_size", "0"), "--draft_vocab_size is 0"),
+        (("--method", "lookup", "--draft_vocab_size", "9"), "method lookup does not use it"),
+        (("--method", "tree", "--draft_vocab_text", "x"), "--draft_vocab_text needs --draft_vocab_size"),
+        (
+            ("--method", "tree", "--draft_vocab_size", "9", "--draft_vocab_text", "x"),
+            "cannot read a file 'x'",
+        ),
+    ):
+        done = run(*flags)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -209,7 +209,8 @@ def tiny_shape(monkeypatch):
     monkeypatch.setitem(shapes.SMALLER, "tiny", TINY)
 
 
-def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys):
+def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cost, "DRAFTED", TINY.vocab_size // 4)
     path = tmp_path / "cpu_cost.json"
     flags = ["--shape", "tiny", "--sizes", "1,3,4", "--precisions", "bf16,w4a8", "--repeats", "1"]
     assert bench.main(["cost", *flags, "--output", str(path)]) == 0
@@ -218,8 +219,11 @@ def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys):
         assert list(costs["verification"]) == ["1", "3", "4"]
         assert all(seconds > 0 for part in costs.values() for seconds in part.values())
     names = ["a token of the small model", "a level of the EAGLE head"]
-    assert list(file["results"]["bf16"]["drafting"]) == names
-    assert list(file["results"]["w4a8"]["drafting"]) == ["a token in w4a4", *names]
+    some = f", {TINY.vocab_size // 4} tokens"
+    assert list(file["results"]["bf16"]["drafting"]) == [*names, names[1] + some]
+    quantized = f"{names[1]}, in w4a8"
+    more = [quantized, names[1] + some, quantized + some]
+    assert list(file["results"]["w4a8"]["drafting"]) == ["a token in w4a4", *names, *more]
     assert list(draw.read_results(path).table) == ["bf16", "w4a8"]
     assert file["device"].startswith("cpu ") and "commit" in file
 

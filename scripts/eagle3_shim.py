@@ -12,17 +12,22 @@ from dataclasses import dataclass
 import eagle
 from model import Linear, ModelConfig
 
+if hasattr(eagle, "Eagle3"):
+    from eagle import Eagle3, Eagle3Head
+else:
 
-@dataclass(frozen=True)
-class Eagle3:
-    """What makes an EAGLE-3 head beyond its layers, as far as train_head.py uses it."""
+    @dataclass(frozen=True)
+    class Eagle3:
+        """What makes an EAGLE-3 head beyond its layers, as far as train_head.py uses it."""
 
-    taps: tuple[int, ...]
-    target_hidden_size: int
-    drafted: int
+        taps: tuple[int, ...]
+        target_hidden_size: int
+        drafted: int
+
+    class Eagle3Head(eagle.Eagle3Head):
+        def __init__(self, config: ModelConfig, switches: Eagle3):
+            super().__init__(config, switches.target_hidden_size, switches.drafted, own_embedding=False)
+            self.fc = Linear(len(switches.taps) * switches.target_hidden_size, config.hidden_size)
 
 
-class Eagle3Head(eagle.Eagle3Head):
-    def __init__(self, config: ModelConfig, switches: Eagle3):
-        super().__init__(config, switches.target_hidden_size, switches.drafted, own_embedding=False)
-        self.fc = Linear(len(switches.taps) * switches.target_hidden_size, config.hidden_size)
+__all__ = ["Eagle3", "Eagle3Head"]

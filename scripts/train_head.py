@@ -56,7 +56,7 @@ LEAST = {  # of flags that are whole numbers
 DECAY = 0.8  # of the weight of the loss, from step to step of a draft
 WINDOW = 16  # steps whose texts are sorted by length together
 LABEL_ROWS = 256  # whose logits over the target's whole vocabulary are in memory together
-JUDGED = 200  # batches of held-out texts, at most
+JUDGED = 40  # batches of held-out texts, at most
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
 
 
@@ -106,6 +106,12 @@ def collate(texts: list[Text], longest: int, device: torch.device) -> tuple[Tens
         for begin, end in text.answers:
             answered[b, begin:end] = True
     return tokens.to(device), answered.to(device)
+
+
+def can_teach(text: Text, longest: int, steps: int) -> bool:
+    """Is there room for a whole draft, and in front of the last token that is read, an answer?"""
+    n = min(len(text.token_ids), longest)
+    return n >= steps + 3 and any(begin < min(end, n) for begin, end in text.answers if end > 1)
 
 
 def split_texts(texts: list[Text], share: float) -> tuple[list[Text], list[Text]]:
@@ -276,13 +282,12 @@ class Training:
 
     def __init__(self, target: Transformer, texts: list[Text], args: argparse.Namespace):
         c = target.config
-        texts = [text for text in texts if min(len(text.token_ids), args.max_length) >= args.ttt_steps + 3]
+        texts = [text for text in texts if can_teach(text, args.max_length, args.ttt_steps)]
         learnt, held_out = split_texts(texts, args.held_out)
         counts = answer_counts(learnt, c.vocab_size)
         ids = choose_vocabulary(counts, min(args.draft_vocab_size or 32000, c.vocab_size))
-        self.coverage = (
-            answer_counts(held_out, c.vocab_size)[ids].sum() / sum(t.answered for t in held_out)
-        ).item()
+        said = answer_counts(held_out, c.vocab_size)
+        self.coverage = (said[ids].sum() / said.sum()).item()
         self.target, self.args, self.device = target, args, target.norm.weight.device
         self.ids, self.taps = ids.to(self.device), args.taps or default_taps(c.num_layers)
         self.head = build_head(target, self.taps, self.ids, args.seed)
@@ -327,9 +332,7 @@ class Training:
     def keep(self, figures: dict[str, Any], notes: list[dict[str, Any]], best: bool) -> None:
         """Print and write the figures, and the head if it is the best so far."""
         shares = " ".join(f"{share:.3f}" for share in figures["acceptance"])
-        line = (
-            f"step {figures['step']}: loss {figures['loss']:.3f}, held out {figures['held_out_loss']:.3f}; "
-        )
+        line = "step {step}: loss {loss:.3f}, held out {held_out_loss:.3f}; ".format(**figures)
         line += f"a_1.. = {shares}, {figures['accepted_length']:.3f} tokens of a draft"
         tqdm.write(line + (", the best so far" if best else ""), file=sys.stderr)
         if best:
@@ -339,20 +342,10 @@ class Training:
 
     def settings(self) -> dict[str, Any]:
         """What an interrupted training must have in common with the one that goes on."""
-        flags = (
-            "seed",
-            "max_length",
-            "sequences",
-            "ttt_steps",
-            "held_out",
-            "learning_rate",
-            "muon_rate",
-            "every",
-        )
-        texts = {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
-        return {name: getattr(self.args, name) for name in flags} | texts | {
-            "steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)
-        }  # fmt: skip
+        flags = ("seed", "max_length", "sequences", "ttt_steps", "held_out", "every")
+        found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
+        found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
+        return found | {"steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)}
 
 
 def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> None:
@@ -437,16 +430,21 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadInput("--output is missing: the directory of the head (--steps 0 with --answers needs none)")
     if not args.data and args.answers is None:
         raise BadInput("there is nothing to learn from: give --data, --answers of an earlier run, or both")
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise BadInput(f"--output: {args.output} is a file; give a directory")
     check_device(args.device)
 
 
 def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
     """Raise BadInput for flags that this target does not allow."""
-    context = config.max_context
-    if not 4 <= args.max_length <= context:
-        raise BadInput(
-            f"--max_length is {args.max_length}; it must be 4 to the target's context of {context}"
-        )
+    least, context = args.ttt_steps + 3, config.max_context
+    if not least <= args.max_length <= context:
+        room = f"{least} to {context}, the target's context"
+        raise BadInput(f"--max_length is {args.max_length}; it must be {room}")
+    if (args.draft_vocab_size or 2) > config.vocab_size:
+        raise BadInput(f"--draft_vocab_size is {args.draft_vocab_size}; the target has {config.vocab_size}")
+    if args.taps and not 0 <= args.taps[0] <= args.taps[-1] < config.num_layers:
+        raise BadInput(f"--taps: the layers of the target are 0 to {config.num_layers - 1}")
 
 
 def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
@@ -457,7 +455,6 @@ def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
         write_answers(target, prompts, file, args)
     if not file.texts:
         raise BadInput(f"--answers: {file.path} has no texts, and there is no --data to answer")
-    print(f"{len(file.texts)} texts, {file.tokens} tokens of answers in {file.path}", file=sys.stderr)
     return file
 
 
@@ -469,9 +466,11 @@ def run(args: argparse.Namespace) -> None:
     config = target.model.config
     args.max_length = min(2048, config.max_context) if args.max_length is None else args.max_length
     check_shape(args, config)
-    texts = find_texts(target, args).texts
-    if args.steps != 0:
-        train(target.model, texts, args)
+    file = find_texts(target, args)
+    if args.steps == 0:
+        print(f"{len(file.texts)} texts, {file.tokens} tokens of answers in {file.path}", file=sys.stderr)
+    else:
+        train(target.model, file.texts, args)
 
 
 def main(argv: list[str] | None = None) -> int:

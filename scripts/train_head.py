@@ -41,7 +41,7 @@ from tqdm import tqdm  # noqa: E402
 sys.path.insert(0, str(ROOT / "scripts"))
 from answers import AnswerFile, Text, read_data, write_answers  # noqa: E402
 from eagle3_shim import Eagle3, Eagle3Head  # noqa: E402
-from training import Rates, config_json, fit, unroll, write_folder  # noqa: E402
+from training import Rates, config_json, fit, silence, unroll, write_folder  # noqa: E402
 
 from chat import read_json  # noqa: E402
 from checkpoints import ALL_PRECISIONS, find_checkpoint  # noqa: E402
@@ -234,8 +234,7 @@ def build_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: in
     plain = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False, "sliding_window": None}
     config = replace(c, num_layers=1, tied_embeddings=False, **plain)
     head = Eagle3Head(config, Eagle3(taps, c.hidden_size, len(ids)))
-    torch.nn.init.zeros_(head.layer.self_attn.o_proj.weight)
-    torch.nn.init.zeros_(head.layer.mlp.down_proj.weight)
+    silence(head)
     head.draft_ids = ids
     head = head.to(like.device)
     with torch.no_grad():

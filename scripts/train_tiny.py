@@ -36,7 +36,7 @@ from eagle import EagleHead  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from training import config_json, fit, unroll, write_folder  # noqa: E402
+from training import config_json, fit, silence, unroll, write_folder  # noqa: E402
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 STATE = ROOT / ".training"
@@ -190,17 +190,14 @@ def build_model(kind: str) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config)
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.02)
-    for layer in model.layers:  # a fresh layer adds nothing to the residual stream
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    silence(model)
     return model
 
 
 def build_head(target: Transformer) -> EagleHead:
     torch.manual_seed(0)
     head = EagleHead(replace(target.config, num_layers=1))
-    torch.nn.init.zeros_(head.layer.self_attn.o_proj.weight)
-    torch.nn.init.zeros_(head.layer.mlp.down_proj.weight)
+    silence(head)
     return head.attach(target)
 
 

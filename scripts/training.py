@@ -113,6 +113,13 @@ def build_optimizers(model: torch.nn.Module, rates: Rates) -> list[torch.optim.O
     ]
 
 
+def silence(model: torch.nn.Module) -> None:
+    """Have fresh layers add nothing to the residual stream."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+
+
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Without what a head borrows from its target, which is frozen."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

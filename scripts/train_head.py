@@ -9,7 +9,7 @@ GPU. Both stages go on where they stopped when the same command is given again. 
 SpecForge, with figures of the training in HEAD/training.jsonl.
 
 The one idea: nothing is stored but tokens. The target, in the precision in which it will be served, runs in
-the same process one batch ahead of the head, so that the head learns from just what it will see.
+the same process, batch by batch, so that the head learns from just what it will see.
 """
 
 from __future__ import annotations
@@ -335,9 +335,9 @@ class Training:
         line += f"a_1.. = {shares}, {figures['accepted_length']:.3f} tokens of a draft"
         tqdm.write(line + (", the best so far" if best else ""), file=sys.stderr)
         if best:
-            write_head(Path(self.args.output), self.head, self.taps, self.raw)
+            write_head(self.args.output, self.head, self.taps, self.raw)
         lines = "".join(json.dumps(each) + "\n" for each in [*notes, figures])
-        Path(self.args.output, "training.jsonl").write_text(lines)
+        (self.args.output / "training.jsonl").write_text(lines)
 
     def settings(self) -> dict[str, Any]:
         """What an interrupted training must have in common with the one that goes on."""
@@ -348,6 +348,7 @@ class Training:
 
 
 def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> None:
+    """Train a head, or go on with it, and print the figures of the best."""
     training = Training(target, texts, args)
     held = f"{len(training.held_out.texts)} texts held out"
     print(
@@ -356,10 +357,9 @@ def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> N
         f"a_i: the share of greedy drafts, one at every held-out token, whose first i tokens are the text's",
         file=sys.stderr,
     )
-    rates = Rates(args.muon_rate, args.learning_rate)
-    state = Path(f"{args.output}.state.pt")
-    notes = fit(training.head, training.loss, training.steps, state, args.every, training.judge, rates,
-                training.settings())  # fmt: skip
+    state, rates = Path(f"{args.output}.state.pt"), Rates(args.muon_rate, args.learning_rate)
+    job = (training.head, training.loss, training.steps, state, args.every, training.judge)
+    notes = fit(*job, rates, training.settings())
     best = max(notes, key=lambda note: note["accepted_length"])
     print(json.dumps(best), flush=True)
 
@@ -374,7 +374,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=ALL_PRECISIONS, help="as in generate.py")
     p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help="as in generate.py")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--output", metavar="HEAD", help="the directory of the head; may be left out of --steps 0")
+    p.add_argument(
+        "--output", type=Path, metavar="HEAD", help="the directory of the head; may be left out of --steps 0"
+    )
     p.add_argument("--seed", type=int, default=1234)
     p.add_argument("--max_length", type=int, help="tokens of a text (default: 2048, or the context)")
     add_answer_flags(p)
@@ -429,7 +431,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadInput("--output is missing: the directory of the head (--steps 0 with --answers needs none)")
     if not args.data and args.answers is None:
         raise BadInput("there is nothing to learn from: give --data, --answers of an earlier run, or both")
-    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise BadInput(f"--output: {args.output} is a file; give a directory")
     check_device(args.device)
 

@@ -208,21 +208,26 @@ def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer | No
 
 def read_line(line: str, args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     """The token ids of one line of --prompts. Raises BadInput, without the number of the line."""
+    said = read_turns(line)
+    return encode_prompt(said[0], args, tokenizer) if isinstance(said[0], str) else said
+
+
+def read_turns(line: str) -> list[str] | list[int]:
+    """What a line of prompts says: the texts of a user, turn by turn, or token ids. Raises BadInput."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise BadInput("not a JSON object")
-    if "prompt_ids" in entry:
-        ids = entry["prompt_ids"]
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise BadInput("prompt_ids is not a list of integers")
-        return ids
-    key = next((key for key in ("prompt", "question", "turns") if key in entry), None)
+    key = next((key for key in ("prompt_ids", "prompt", "question", "turns") if key in entry), None)
     if key is None:
         raise BadInput("has none of prompt, prompt_ids, turns and question")
-    turns = entry[key] if key == "turns" else [entry[key]]
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-        raise BadInput(f"{key} is not a text" if key != "turns" else "turns is not a list of texts")
-    return encode_prompt(turns[0], args, tokenizer)
+    said = entry[key] if key in ("prompt_ids", "turns") else [entry[key]]
+    kind = int if key == "prompt_ids" else str
+    if not isinstance(said, list) or not all(type(each) is kind for each in said):
+        wanted = {"prompt_ids": "a list of integers", "turns": "a list of texts"}.get(key, "a text")
+        raise BadInput(f"{key} is not {wanted}")
+    if not said:
+        raise BadInput(f"{key} is empty")
+    return said

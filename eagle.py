@@ -462,7 +462,7 @@ class TreeDrafter(Drafter):
         below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
         tokens, scores = below.squeeze(1), steps.squeeze(1)
         pool = Pool([tokens], [scores], [torch.zeros_like(tokens)])
-        node, features = 1 + rank.expand_as(tokens), features.expand(-1, k, -1)  # [B, k], [B, k, hidden]
+        node, features = 1 + rank.expand_as(tokens), features.repeat(1, k, 1)  # [B, k], [B, k, hidden]
         itself = (rank[:, None] == rank).expand(len(past), -1, -1)  # [B, k, k]
         ancestors = itself
         for beam in range(self.depth - 1):

@@ -21,15 +21,13 @@ import json
 import shutil
 import sys
 import sysconfig
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +35,14 @@ sys.path.insert(0, str(ROOT))
 from eagle import EagleHead  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from training import config_json, fit, silence, unroll, write_folder  # noqa: E402
+
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 STATE = ROOT / ".training"
 VOCABULARY, SEQUENCE, BATCH = 4096, 512, 8
 BOS, EOS = 1, 2
+IDS = {"bos_token_id": BOS, "eos_token_id": EOS}
 
 SHAPES = {
     "target": {
@@ -188,29 +190,15 @@ def build_model(kind: str) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config)
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.02)
-    for layer in model.layers:  # a fresh layer adds nothing to the residual stream
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    silence(model)
     return model
 
 
 def build_head(target: Transformer) -> EagleHead:
     torch.manual_seed(0)
     head = EagleHead(replace(target.config, num_layers=1))
-    torch.nn.init.zeros_(head.layers[0].self_attn.o_proj.weight)
-    torch.nn.init.zeros_(head.layers[0].mlp.down_proj.weight)
+    silence(head)
     return head.attach(target)
-
-
-def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
-    others = [p for _, p in trained if not any(p is m for m in matrices)]
-    return [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
 
 
 def sample_batch(tokens: Tensor, step: int, steps: int) -> Tensor:
@@ -240,42 +228,24 @@ def make_loss(model: Transformer, teacher: Transformer | None):
     return torch.compile(loss, dynamic=False)
 
 
-def unrolled_attention(past: list, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as it is while drafting, of rows that start from features guessed in len(past) steps.
-
-    A row of step i at position p sees the rows of true features up to p - i, and on the way from there to
-    itself one row of every step. q: [B, n, H, D]; k, v: [B, n, G, D], which are added to `past`.
-    """
-    past.append((k, v))
-    n, i = q.shape[1], len(past) - 1
-    behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)  # [n, n]
-    seen = torch.cat([behind >= i, *(behind == i - j for j in range(1, i + 1))], dim=1)  # [n, (i + 1) n]
-    q, keys, values = (t.transpose(1, 2) for t in (q, *(torch.cat(part, dim=1) for part in zip(*past))))
-    return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True).transpose(1, 2)
-
-
 def make_head_loss(head: EagleHead, target: Transformer):
     """SmoothL1 between guessed and true features, as the authors do, and cross-entropy with the target.
 
     Theirs weighs 0.1, and their rows all start from true features (with a little noise); EAGLE-3 showed what
-    unrolling is worth. Row p guesses the feature of p + 1 and so the distribution of token p + 2.
+    unrolling is worth.
     """
     device = next(head.parameters()).device.type
 
     def loss(batch: Tensor) -> Tensor:
-        inputs = batch[:, :-1]  # [B, n]
-        positions = torch.arange(inputs.shape[1] - 1, device=batch.device).expand(len(batch), -1)
-        total, past = 0.0, []
+        inputs, total = batch[:, :-1], 0.0  # [B, n]
         with torch.autocast(device, dtype=torch.bfloat16):
             with torch.no_grad():
                 truth = target.recompute(inputs)  # [B, n, hidden]
-                labels = target.lm_head(truth[:, 1:]).flatten(0, 1).float().softmax(-1)
-            features = truth[:, :-1]
-            for _ in range(UNROLL):
-                guess = head(inputs[:, 1:], features, positions, partial(unrolled_attention, past))
-                total = total + F.cross_entropy(head.logits(guess).flatten(0, 1).float(), labels)
-                total = total + FEATURE_WEIGHT * F.smooth_l1_loss(guess.float(), truth[:, 1:].float())
-                features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
+                labels = target.lm_head(truth).float().softmax(-1)  # [B, n, vocabulary]
+            for i, guess in enumerate(unroll(head, inputs, truth, UNROLL), start=1):
+                logits = head.logits(guess).flatten(0, 1).float()  # [B (n - i), vocabulary]
+                total = total + F.cross_entropy(logits, labels[:, i:].flatten(0, 1))
+                total = total + FEATURE_WEIGHT * F.smooth_l1_loss(guess.float(), truth[:, i:].float())
         return total / UNROLL
 
     return torch.compile(loss, dynamic=False)
@@ -285,16 +255,15 @@ def make_head_loss(head: EagleHead, target: Transformer):
 def evaluate_head(head: EagleHead, target: Transformer, tokens: Tensor) -> list[float]:
     """Share of tokens where the head's first choice is the target's, for 1, 2, ... unrolled steps."""
     device, right, count = next(head.parameters()).device, [0] * UNROLL, 0
+    rows = SEQUENCE - UNROLL  # that have all steps
     for window in tokens[: 40 * SEQUENCE].view(-1, SEQUENCE).to(device).split(BATCH):
-        positions, past = torch.arange(SEQUENCE - 1, device=device).expand(len(window), -1), []
         with torch.autocast(device.type, dtype=torch.bfloat16):
             truth = target.recompute(window)
-            labels, features = target.lm_head(truth[:, 1:]).argmax(-1), truth[:, :-1]
-            for i in range(UNROLL):
-                guess = head(window[:, 1:], features, positions, partial(unrolled_attention, past))
-                right[i] += (head.logits(guess).argmax(-1) == labels)[:, UNROLL:].sum().item()
-                features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
-        count += labels[:, UNROLL:].numel()
+            labels = target.lm_head(truth).argmax(-1)  # [B, n]
+            for i, guess in enumerate(unroll(head, window, truth, UNROLL)):
+                chosen = head.logits(guess[:, :rows]).argmax(-1)
+                right[i] += (chosen == labels[:, 1 + i : 1 + i + rows]).sum().item()
+        count += len(window) * rows
     return [n / count for n in right]
 
 
@@ -314,11 +283,6 @@ def evaluate(model: Transformer, tokens: Tensor) -> tuple[float, float]:
     return total / count, right / count
 
 
-def schedule(step: int, steps: int) -> float:
-    """Warm up over 100 steps, stay, and go down linearly to nothing over the last half."""
-    return min(1.0, (step + 1) / 100, 2 * (steps - step) / steps)
-
-
 def train(kind: str, steps: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, held_out = load_tokens()
@@ -331,93 +295,38 @@ def train(kind: str, steps: int) -> None:
         model = build_model(kind).to(device)
         teacher = load_shipped("target").to(device).requires_grad_(False) if kind == "small" else None
         loss, judge = make_loss(model, teacher), lambda: evaluate(model, held_out)
-    optimizers, first = build_optimizers(model), 0
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    state_path = STATE / f"{kind}.pt"
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-        print(f"resuming at step {first}")
-    start = time.time()
-    for step in range(first, steps):
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
-            optimizer.zero_grad()
-        value = loss(sample_batch(tokens, step, steps).to(device))
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step}: loss {value.item():.3f}, {time.time() - start:.0f} s", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            print("held out:", [round(value, 3) for value in judge()], flush=True)
-            save_state(state_path, model, optimizers, step + 1)
+
+    def batch_loss(step: int) -> Tensor:
+        return loss(sample_batch(tokens, step, steps).to(device))
+
+    def note(step: int, mean_loss: float, _: list[str]) -> str:
+        line = f"step {step}: loss {mean_loss:.3f}, held out {[round(value, 3) for value in judge()]}"
+        print(line, flush=True)
+        return line
+
+    fit(model, batch_loss, steps, STATE / f"{kind}.pt", 500, note)
     save_head(kind, model) if kind in HEADS else save_shipped(kind, model)
-
-
-def save_state(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    path.parent.mkdir(exist_ok=True)
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
 
 
 # ---- the Hugging Face layout ---------------------------------------------------------------------
 
 
-def config_json(c: ModelConfig) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_context,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "hidden_act": "silu",
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "torch_dtype": "bfloat16",
-    }
-
-
 def save_shipped(kind: str, model: Transformer) -> None:
-    c, folder = model.config, FOLDERS[kind]
-    views = model.checkpoint_tensors().items()
-    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = config_json(c) | {"tie_word_embeddings": True}
+    folder = FOLDERS[kind]
+    write_folder(
+        folder, model.checkpoint_tensors(), config_json(model.config) | IDS | {"tie_word_embeddings": True}
+    )
     tokenizer = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     # In the training text it is the BOS of the next module that ends a module.
-    files = {
-        "config": config,
-        "generation_config": {"eos_token_id": [BOS, EOS]},
-        "tokenizer_config": tokenizer,
-    }
+    files = {"generation_config": {"eos_token_id": [BOS, EOS]}, "tokenizer_config": tokenizer}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"wrote {folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
 
 def save_head(kind: str, head: EagleHead) -> None:
     """The published EAGLE-2 layout, but in safetensors and without the copy of the target's embedding."""
-    c, folder = head.config, HEADS[kind]
     del head.embed_tokens, head.lm_head  # the target's
-    views = head.checkpoint_tensors().items()
-    folder.mkdir(exist_ok=True)
-    tensors = {name: view.to("cpu", torch.bfloat16).clone() for name, view in views}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = config_json(c) | {"bias": False}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"wrote {folder}: {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters")
+    write_folder(HEADS[kind], head.checkpoint_tensors(), config_json(head.config) | IDS | {"bias": False})
 
 
 def load_shipped(kind: str) -> Transformer:

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -333,27 +332,23 @@ def test_broken_files_of_heads_are_refused(deep, tmp_path):
 
 @torch.no_grad()
 def test_training_unrolls_what_drafting_does():
-    """Row p of step i starts from features that were guessed i times, and so does draft i + 1 of a text that
-    goes on as the training text does."""
+    """Row p of step i has drafted i tokens after position p, in a text that goes on as the training text
+    does."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    from train_tiny import unrolled_attention
+    from training import unroll
 
     target = random_model()
     head = guessing_head(target)
     w = dict(head.checkpoint_tensors())
     [text] = random_prompts([9])
     truth = true_features(target, w, text, (2,))
-    tokens, positions = torch.tensor([text[1:]]), torch.arange(8)[None]
-    features, past = truth[None, :-1], []
-    for i in range(3):
-        guess = head(tokens, features, positions, partial(unrolled_attention, past))
-        for p in range(i, 8):
-            drafted = truth[: p - i + 1]
+    for i, guess in enumerate(unroll(head, torch.tensor([text]), truth[None], 3)):
+        for p in range(8 - i):
+            drafted = truth[: p + 1]
             for _ in range(i + 1):
                 rows = naive_rows(w, torch.tensor(text[1 : len(drafted) + 1]), drafted, 10000.0)
                 drafted = torch.cat((drafted, rows[-1:]))
             torch.testing.assert_close(guess[0, p], drafted[-1], rtol=1e-4, atol=1e-4)
-        features = torch.cat((features[:, :1], guess[:, :-1]), dim=1)
 
 
 # ---- trees ----------------------------------------------------------------------------------------

@@ -1,0 +1,489 @@
+"""train_head.py: an EAGLE-3 head for any target that loads here, quantized ones included.
+
+    python scripts/train_head.py --checkpoint_path DIR --precision w4a16 --data PROMPTS.jsonl --output HEAD
+    python scripts/train_head.py ... --tokens 2000000 --steps 0        # the target's own answers alone
+    python generate.py --checkpoint_path DIR --precision w4a16 --method tree --eagle_checkpoint_path HEAD
+
+First the target answers the prompts (`answers.py`), then the head learns from what it wrote, on a CPU or a
+GPU. Both stages go on where they stopped when the same command is given again. HEAD is in the layout of
+SpecForge, with figures of the training in HEAD/training.jsonl.
+
+The one idea: nothing is stored but tokens. The target, in the precision in which it will be served, runs in
+the same process, batch by batch, so that the head learns from just what it will see.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import process  # noqa: E402
+
+if __name__ == "__main__":
+    process.begin()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import random  # noqa: E402
+from contextlib import AbstractContextManager  # noqa: E402
+from dataclasses import dataclass, field, replace  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from answers import AnswerFile, Text, read_data, write_answers  # noqa: E402
+from training import Rates, config_json, fit, silence, unroll, write_folder  # noqa: E402
+
+from chat import read_json  # noqa: E402
+from checkpoints import ALL_PRECISIONS, find_checkpoint  # noqa: E402
+from cli import OneLineParser, check_device, json_object, load_kernels  # noqa: E402
+from eagle import Eagle3, Eagle3Head  # noqa: E402
+from generate import Target, load_target  # noqa: E402
+from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
+
+LEAST = {  # of flags that are whole numbers
+    **dict.fromkeys(("max_new_tokens", "batch_size", "tokens", "sequences", "ttt_steps", "every"), 1),
+    **{"steps": 0, "draft_vocab_size": 2},
+}
+DECAY = 0.8  # of the weight of the loss, from step to step of a draft
+WINDOW = 16  # steps whose texts are sorted by length together
+LABEL_ROWS = 256  # whose logits over the target's whole vocabulary are in memory together
+JUDGED = 40  # batches of held-out texts, at most
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
+
+
+# ---- texts, in batches ---------------------------------------------------------------------------
+
+
+@dataclass
+class Batches:
+    """Texts of about one length, so many together. A batch is a function of its number and the seed."""
+
+    texts: list[Text]
+    size: int
+    seed: int
+    plans: dict[int, list[list[int]]] = field(default_factory=dict)  # of the last epoch that was asked for
+
+    @property
+    def epoch(self) -> int:
+        """Batches that have all texts."""
+        return -(-len(self.texts) // self.size)
+
+    def __getitem__(self, step: int) -> list[Text]:
+        epoch, place = divmod(step, self.epoch)
+        if epoch not in self.plans:
+            self.plans = {epoch: self.plan(epoch)}
+        return [self.texts[i] for i in self.plans[epoch][place]]
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The texts of every batch of an epoch."""
+        shuffle, order, batches = random.Random(self.seed + epoch).shuffle, [*range(len(self.texts))], []
+        shuffle(order)
+        for begin in range(0, len(order), WINDOW * self.size):
+            part = order[begin : begin + WINDOW * self.size]
+            part.sort(key=lambda i: len(self.texts[i].token_ids))
+            batches += [part[i : i + self.size] for i in range(0, len(part), self.size)]
+        shuffle(batches)
+        return batches
+
+
+def collate(texts: list[Text], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, n], padded behind, and which of them the target wrote, bool [B, n]."""
+    n = min(max(len(text.token_ids) for text in texts), longest)
+    tokens = torch.zeros(len(texts), n, dtype=torch.int64)
+    answered = torch.zeros(len(texts), n, dtype=torch.bool)
+    for b, text in enumerate(texts):
+        ids = text.token_ids[:n]
+        tokens[b, : len(ids)] = torch.tensor(ids)
+        for begin, end in text.answers:
+            answered[b, begin:end] = True
+    return tokens.to(device), answered.to(device)
+
+
+def can_teach(text: Text, longest: int, steps: int) -> bool:
+    """Is there room for a whole draft, and in front of the last token that is read, an answer?"""
+    n = min(len(text.token_ids), longest)
+    return n >= steps + 3 and any(begin < min(end, n) for begin, end in text.answers if end > 1)
+
+
+def split_texts(texts: list[Text], share: float) -> tuple[list[Text], list[Text]]:
+    """(texts to learn from, held-out texts). Prompts are held out by their hash, with all of their samples,
+    so that more data holds out the same ones, or nearly."""
+    keys = sorted({text.prompt for text in texts})
+    if len(keys) < 2:
+        raise BadInput("--data: the answers are to a single prompt; one to learn from and one to hold out")
+    held = set(keys[: min(max(round(share * len(keys)), 1), len(keys) - 1)])
+    return [t for t in texts if t.prompt not in held], [t for t in texts if t.prompt in held]
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------
+
+
+def answer_counts(texts: list[Text], vocabulary: int) -> Tensor:
+    """How often the answers have each token, int64 [V]."""
+    said = [token for text in texts for begin, end in text.answers for token in text.token_ids[begin:end]]
+    return torch.tensor(said).bincount(minlength=vocabulary)
+
+
+def choose_vocabulary(counts: Tensor, size: int) -> Tensor:
+    """The most frequent tokens, in order, int64 [size]; of equals, and of those not seen, the lowest ids."""
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+# ---- what the target teaches ---------------------------------------------------------------------
+
+
+@dataclass
+class Lesson:
+    """What the target says about a batch. Position q is about the token that follows it, q + 1."""
+
+    tokens: Tensor  # int64 [B, n]
+    states: Tensor  # [B, n, taps * hidden]: what the head sees
+    answered: Tensor  # bool [B, n]: the target wrote the token that follows
+    taught: Tensor  # bool [B, n]: and would choose one there that the head can draft
+    labels: Tensor  # float32 [rows, drafted]: its distribution over these, at the positions that are taught
+    row: Tensor  # int64 [B, n]: which of the rows; only where it is taught
+
+
+@torch.no_grad()
+def teach(target: Transformer, taps: tuple[int, ...], ids: Tensor, tokens: Tensor, wrote: Tensor) -> Lesson:
+    """ids: int64 [drafted]; tokens int64 [B, n]; wrote bool [B, n]: the target wrote the token."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    features, states = target(tokens, positions, causal_attention, taps)
+    answered = F.pad(wrote[:, 1:], (0, 1))  # [B, n]
+    draftable = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=ids.device)
+    draftable[ids] = True
+    labels, known = [], []
+    for rows in features[answered].split(LABEL_ROWS):
+        logits = target.lm_head(rows[None])[0].float()  # [rows, V]
+        known.append(draftable[logits.argmax(-1)])
+        labels.append(logits[known[-1]][:, ids].softmax(-1))
+    taught = answered.clone()
+    taught[answered] = torch.cat(known)
+    row = taught.flatten().cumsum(0).view_as(taught) - 1
+    return Lesson(tokens, states, answered, taught, torch.cat(labels), row)
+
+
+def step_loss(head: Eagle3Head, guess: Tensor, labels: Tensor, row: Tensor) -> Tensor:
+    """Cross-entropies with distributions `labels`[row], summed. guess: [rows, hidden]; row: int64 [rows]"""
+    logits = head.logits(guess[None])[0].float()  # [rows, drafted]
+    return F.cross_entropy(logits, labels[row], reduction="sum")
+
+
+def lesson_loss(head: Eagle3Head, lesson: Lesson, steps: int) -> Tensor:
+    """The mean over answered tokens of every step of the draft, and the weighted mean over these steps."""
+    total, weights = torch.zeros((), device=lesson.tokens.device), 0.0
+    for i, guess in enumerate(unroll(head, lesson.tokens, lesson.states, steps)):
+        taught = lesson.taught[:, 1 + i :]  # [B, n - 1 - i], as the rows of the guess
+        # Logits are computed again for the gradient: those of all steps would fill the memory.
+        part = (guess[taught], lesson.labels, lesson.row[:, 1 + i :][taught])
+        loss = checkpoint(partial(step_loss, head), *part, use_reentrant=False)
+        total = total + DECAY**i * loss / lesson.answered[:, 1 + i :].sum().clamp(min=1)
+        weights += DECAY**i
+    return total / weights
+
+
+@torch.no_grad()
+def count_right(head: Eagle3Head, lesson: Lesson, steps: int) -> tuple[int, list[int]]:
+    """(drafts, those whose first 1, 2, ... tokens are all the text's). A draft is greedy, and begins at every
+    row after which the target wrote so many tokens."""
+    rows = lesson.tokens.shape[1] - 1 - steps
+    begins = torch.stack([lesson.answered[:, 1 + i :][:, :rows] for i in range(steps)]).all(0)  # [B, rows]
+    right, counts = torch.ones(int(begins.sum()), dtype=torch.bool, device=begins.device), []
+    for i, guess in enumerate(unroll(head, lesson.tokens, lesson.states, steps)):
+        drafted = head.draft_ids[head.logits(guess[:, :rows][begins][None])[0].argmax(-1)]
+        right = right & (drafted == lesson.tokens[:, 2 + i :][:, :rows][begins])
+        counts.append(int(right.sum()))
+    return len(right), counts
+
+
+# ---- the head ------------------------------------------------------------------------------------
+
+
+def default_taps(layers: int) -> tuple[int, ...]:
+    """As all published heads have them; in a target of few layers, three that differ."""
+    if layers < 3:
+        raise BadInput(f"the target has {layers} layers; an EAGLE-3 head needs 3, or other --taps")
+    usual = (2, layers // 2, layers - 3)
+    return usual if layers > 6 else (min(layers - 3, 1), layers // 2, layers - 1)
+
+
+def read_taps(text: str) -> tuple[int, ...]:
+    """The type of --taps."""
+    try:
+        taps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        taps = ()
+    if not taps or list(taps) != sorted(set(taps)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no ascending list of layers like 2,16,29")
+    return taps
+
+
+def build_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: int) -> Eagle3Head:
+    """A head that adds nothing yet to what `fc` makes of the states, and reads it as the target would."""
+    torch.manual_seed(seed)
+    c, like = target.config, target.norm.weight
+    plain = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False, "sliding_window": None}
+    config = replace(c, num_layers=1, tied_embeddings=False, **plain)
+    head = Eagle3Head(config, Eagle3(taps, c.hidden_size, len(ids)))
+    silence(head)
+    head.draft_ids = ids
+    head = head.to(like.device)
+    with torch.no_grad():
+        head.norm.weight.copy_(like)
+        head.lm_head.weight.copy_(lm_head_rows(target, ids))
+    return head.attach(target)
+
+
+@torch.no_grad()
+def lm_head_rows(target: Transformer, ids: Tensor) -> Tensor:
+    """Rows of the target's lm_head, float32 [drafted, hidden], however it is stored: its logits of a state
+    with a single 1 are a column."""
+    like = target.norm.weight
+    states = torch.eye(target.config.hidden_size, dtype=like.dtype, device=like.device)
+    columns = [target.lm_head(rows[None])[0][:, ids].float() for rows in states.split(LABEL_ROWS)]
+    return torch.cat(columns).T
+
+
+def write_head(folder: Path, head: Eagle3Head, taps: tuple[int, ...], raw: dict[str, Any]) -> None:
+    """The layout of SpecForge. `raw`: the config.json of the target, for its RoPE."""
+    borrowed = ("embed_tokens.", "model.embed_tokens.")
+    tensors = {
+        name.replace("layers.0.", "midlayer."): tensor
+        for name, tensor in head.checkpoint_tensors().items()
+        if not name.startswith(borrowed)
+    }
+    ids, drafted = head.draft_ids.cpu(), torch.zeros(head.config.vocab_size, dtype=torch.bool)
+    drafted[ids] = True
+    tensors |= {"d2t": ids - torch.arange(len(ids)), "t2d": drafted}
+    config = config_json(head.config)
+    config |= {key: raw[key] for key in ROPE_KEYS if raw.get(key) is not None}
+    config |= {"architectures": ["LlamaForCausalLMEagle3"], "tie_word_embeddings": False}
+    outputs = [tap - 1 for tap in taps]  # there, a layer is named by the state that leaves it
+    config |= {"draft_vocab_size": len(ids)}
+    config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": outputs, "use_aux_hidden_state": True}}
+    write_folder(folder, tensors, config)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class Training:
+    """A head, its target and their texts: what `fit` asks for the loss of a step, and for a judgement."""
+
+    def __init__(self, target: Transformer, texts: list[Text], args: argparse.Namespace):
+        c = target.config
+        texts = [text for text in texts if can_teach(text, args.max_length, args.ttt_steps)]
+        learnt, held_out = split_texts(texts, args.held_out)
+        counts = answer_counts(learnt, c.vocab_size)
+        ids = choose_vocabulary(counts, min(args.draft_vocab_size or 32000, c.vocab_size))
+        said = answer_counts(held_out, c.vocab_size)
+        self.coverage = (said[ids].sum() / said.sum()).item()
+        self.target, self.args, self.device = target, args, target.norm.weight.device
+        self.ids, self.taps = ids.to(self.device), args.taps or default_taps(c.num_layers)
+        self.head = build_head(target, self.taps, self.ids, args.seed)
+        self.batches = Batches(learnt, args.sequences, args.seed)
+        self.held_out = Batches(held_out, args.sequences, args.seed)
+        self.steps = args.steps or 3 * self.batches.epoch
+        self.raw = read_json(find_checkpoint(args.checkpoint_path) / "config.json")
+
+    def mixed(self) -> AbstractContextManager:
+        """The head computes in what it will draft in: bf16, unless the target is in float32."""
+        half = self.target.norm.weight.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def lesson(self, texts: list[Text]) -> Lesson:
+        tokens, wrote = collate(texts, self.args.max_length, self.device)
+        return teach(self.target, self.taps, self.ids, tokens, wrote)
+
+    def loss(self, step: int) -> Tensor:
+        lesson = self.lesson(self.batches[step])
+        with self.mixed():
+            return lesson_loss(self.head, lesson, self.args.ttt_steps)
+
+    @torch.no_grad()
+    def judge(self, step: int, mean_loss: float, notes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Figures on held-out texts. The head is written if it has never been as good."""
+        k, batches = self.args.ttt_steps, min(self.held_out.epoch, JUDGED)
+        loss, drafts, right = 0.0, 0, [0] * k
+        for i in tqdm(range(batches), "held out", leave=False, disable=None):
+            lesson = self.lesson(self.held_out[i])
+            with self.mixed():
+                loss += lesson_loss(self.head, lesson, k).item() / batches
+                count, correct = count_right(self.head, lesson, k)
+            drafts, right = drafts + count, [a + b for a, b in zip(right, correct)]
+        shares = [round(n / max(drafts, 1), 4) for n in right]
+        figures = {"step": step, "steps": self.steps, "loss": round(mean_loss, 4)}
+        figures |= {"held_out_loss": round(loss, 4), "drafts": drafts, "acceptance": shares}
+        figures |= {"accepted_length": round(sum(shares), 4), "coverage": round(self.coverage, 4)}
+        best = max((note["accepted_length"] for note in notes), default=-1.0)
+        self.keep(figures, notes, figures["accepted_length"] > best)
+        return figures
+
+    def keep(self, figures: dict[str, Any], notes: list[dict[str, Any]], best: bool) -> None:
+        """Print and write the figures, and the head if it is the best so far."""
+        shares = " ".join(f"{share:.3f}" for share in figures["acceptance"])
+        line = "step {step}: loss {loss:.3f}, held out {held_out_loss:.3f}; ".format(**figures)
+        line += f"a_1.. = {shares}, {figures['accepted_length']:.3f} tokens of a draft"
+        tqdm.write(line + (", the best so far" if best else ""), file=sys.stderr)
+        if best:
+            write_head(self.args.output, self.head, self.taps, self.raw)
+        lines = "".join(json.dumps(each) + "\n" for each in [*notes, figures])
+        (self.args.output / "training.jsonl").write_text(lines)
+
+    def settings(self) -> dict[str, Any]:
+        """What an interrupted training must have in common with the one that goes on."""
+        flags = ("seed", "max_length", "sequences", "ttt_steps", "held_out", "every")
+        found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
+        found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
+        return found | {"steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)}
+
+
+def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> None:
+    """Train a head, or go on with it, and print the figures of the best."""
+    training = Training(target, texts, args)
+    held = f"{len(training.held_out.texts)} texts held out"
+    print(
+        f"{len(training.batches.texts)} texts, {held}; {len(training.ids)} tokens can be drafted, "
+        f"{training.coverage:.1%} of those in held-out answers; {training.steps} steps\n"
+        f"a_i: the share of greedy drafts, one at every held-out token, whose first i tokens are the text's",
+        file=sys.stderr,
+    )
+    state, rates = Path(f"{args.output}.state.pt"), Rates(args.muon_rate, args.learning_rate)
+    job = (training.head, training.loss, training.steps, state, args.every, training.judge)
+    notes = fit(*job, rates, training.settings())
+    best = max(notes, key=lambda note: note["accepted_length"])
+    print(json.dumps(best), flush=True)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of train_head.py."""
+    p = OneLineParser("scripts/train_head.py", description="Train an EAGLE-3 head.", allow_abbrev=False)
+    p.add_argument("--checkpoint_path", required=True, help="the target, as in generate.py")
+    p.add_argument("--precision", choices=ALL_PRECISIONS, help="as in generate.py")
+    p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help="as in generate.py")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--output", type=Path, metavar="HEAD", help="the directory of the head; may be left out of --steps 0"
+    )
+    p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--max_length", type=int, help="tokens of a text (default: 2048, or the context)")
+    add_answer_flags(p)
+    add_training_flags(p)
+    p.set_defaults(compile="default", ignore_eos=False)
+    return p
+
+
+def add_answer_flags(p: argparse.ArgumentParser) -> None:
+    """Flags for what the target writes."""
+    lines = "prompts: JSON lines as in --prompts of generate.py, all of their turns; .gz is understood"
+    p.add_argument("--data", metavar="FILE", nargs="+", default=[], help=lines)
+    kept = "where the answers are kept, and found again (default: HEAD.answers.jsonl)"
+    p.add_argument("--answers", metavar="FILE", help=kept)
+    several = "answer every prompt again and again until there are so many tokens of answers (default: once)"
+    p.add_argument("--tokens", type=int, metavar="N", help=several)
+    p.add_argument("--temperature", type=float, default=0.7, help="of the answers (0.7)")
+    p.add_argument("--top_k", type=int, default=0)
+    p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--max_new_tokens", type=int, default=512, help="of an answer (512)")
+    p.add_argument("--batch_size", type=int, default=16, help="answers that are written side by side (16)")
+    p.add_argument("--system", metavar="TEXT", help="system message of every chat")
+    p.add_argument("--template_kwargs", metavar="JSON", type=json_object, help="as in generate.py")
+
+
+def add_training_flags(p: argparse.ArgumentParser) -> None:
+    """Flags for what the head learns, and how."""
+    p.add_argument("--steps", type=int, help="of training (default: three times all texts); 0: answers alone")
+    p.add_argument("--sequences", type=int, default=8, help="texts of a step (8)")
+    drafted = "tokens that the head can draft, the most frequent in the answers (32000, or all)"
+    p.add_argument("--draft_vocab_size", type=int, metavar="N", help=drafted)
+    taps = "layers whose input the head sees (default: 2, the middle one, the third last)"
+    p.add_argument("--taps", type=read_taps, metavar="I,J,...", help=taps)
+    unrolled = "tokens of the drafts in training, and of those that are judged (5)"
+    p.add_argument("--ttt_steps", type=int, default=5, metavar="K", help=unrolled)
+    p.add_argument("--learning_rate", type=float, default=1e-3, help="of lm_head and norms, by AdamW (1e-3)")
+    p.add_argument("--muon_rate", type=float, default=0.02, help="of all other matrices, by Muon (0.02)")
+    p.add_argument("--held_out", type=float, default=0.05, help="share of prompts to judge by (0.05)")
+    p.add_argument("--every", type=int, default=500, help="steps between judgements, and saved states (500)")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise BadInput for what is wrong before anything is loaded."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BadInput(f"--{name} is {value}; it must be at least {least}")
+    for name in ("learning_rate", "muon_rate", "held_out"):
+        if not 0 < getattr(args, name) < 1:
+            raise BadInput(f"--{name} is {getattr(args, name)}; it must be above 0 and below 1")
+    if args.output is None and (args.steps != 0 or args.answers is None):
+        raise BadInput("--output is missing: the directory of the head (--steps 0 with --answers needs none)")
+    if not args.data and args.answers is None:
+        raise BadInput("there is nothing to learn from: give --data, --answers of an earlier run, or both")
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise BadInput(f"--output: {args.output} is a file; give a directory")
+    check_device(args.device)
+
+
+def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Raise BadInput for flags that this target does not allow."""
+    least, context = args.ttt_steps + 3, config.max_context
+    if not least <= args.max_length <= context:
+        room = f"{least} to {context}, the target's context"
+        raise BadInput(f"--max_length is {args.max_length}; it must be {room}")
+    if (args.draft_vocab_size or 2) > config.vocab_size:
+        raise BadInput(f"--draft_vocab_size is {args.draft_vocab_size}; the target has {config.vocab_size}")
+    if args.taps and not 0 <= args.taps[0] <= args.taps[-1] < config.num_layers:
+        raise BadInput(f"--taps: the layers of the target are 0 to {config.num_layers - 1}")
+
+
+def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
+    """The answers that are there already, and those that are still missing."""
+    prompts = read_data(args.data) if args.data else []
+    file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), target.model.config.vocab_size)
+    if prompts:
+        write_answers(target, prompts, file, args)
+    if not file.texts:
+        raise BadInput(f"--answers: {file.path} has no texts, and there is no --data to answer")
+    return file
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything between the flags and the exit status. Raises BadInput."""
+    check_flags(args)
+    load_kernels()
+    target = load_target(args)
+    config = target.model.config
+    args.max_length = min(2048, config.max_context) if args.max_length is None else args.max_length
+    check_shape(args, config)
+    file = find_texts(target, args)
+    if args.steps == 0:
+        print(f"{len(file.texts)} texts, {file.tokens} tokens of answers in {file.path}", file=sys.stderr)
+    else:
+        train(target.model, file.texts, args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line -> exit status."""
+    try:
+        run(build_parser().parse_args(argv))
+    except BadInput as error:
+        return process.report("error: " + " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return process.report("\ninterrupted", process.INTERRUPTED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(process.run(main))

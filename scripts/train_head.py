@@ -45,7 +45,7 @@ from training import Rates, config_json, fit, silence, unroll, write_folder  # n
 from chat import read_json  # noqa: E402
 from checkpoints import ALL_PRECISIONS, find_checkpoint  # noqa: E402
 from cli import OneLineParser, check_device, json_object, load_kernels  # noqa: E402
-from eagle import Eagle3, Eagle3Head  # noqa: E402
+from eagle import Eagle3, Eagle3Head, default_taps  # noqa: E402
 from generate import Target, load_target  # noqa: E402
 from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
 
@@ -208,12 +208,11 @@ def count_right(head: Eagle3Head, lesson: Lesson, steps: int) -> tuple[int, list
 # ---- the head ------------------------------------------------------------------------------------
 
 
-def default_taps(layers: int) -> tuple[int, ...]:
-    """As all published heads have them; in a target of few layers, three that differ."""
+def three_taps(layers: int) -> tuple[int, ...]:
+    """As most published heads have them; in a target of few layers, three that differ."""
     if layers < 3:
         raise BadInput(f"the target has {layers} layers; an EAGLE-3 head needs 3, or other --taps")
-    usual = (2, layers // 2, layers - 3)
-    return usual if layers > 6 else (min(layers - 3, 1), layers // 2, layers - 1)
+    return default_taps(layers) if layers > 6 else (min(layers - 3, 1), layers // 2, layers - 1)
 
 
 def read_taps(text: str) -> tuple[int, ...]:
@@ -288,7 +287,7 @@ class Training:
         said = answer_counts(held_out, c.vocab_size)
         self.coverage = (said[ids].sum() / said.sum()).item()
         self.target, self.args, self.device = target, args, target.norm.weight.device
-        self.ids, self.taps = ids.to(self.device), args.taps or default_taps(c.num_layers)
+        self.ids, self.taps = ids.to(self.device), args.taps or three_taps(c.num_layers)
         self.head = build_head(target, self.taps, self.ids, args.seed)
         self.batches = Batches(learnt, args.sequences, args.seed)
         self.held_out = Batches(held_out, args.sequences, args.seed)

@@ -217,7 +217,12 @@ def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys, monkeypatch)
     file = json.loads(path.read_text())
     for costs in file["results"].values():
         assert list(costs["verification"]) == ["1", "3", "4"]
-        assert all(seconds > 0 for part in costs.values() for seconds in part.values())
+        measured = {
+            name: each for part in costs.values() for name, each in part.items() if "level" not in name
+        }
+        assert all(
+            seconds > 0 for seconds in measured.values()
+        )  # a level is a difference, which noise may turn
     names = ["a token of the small model", "a level of the EAGLE head"]
     some = f", {TINY.vocab_size // 4} tokens"
     assert list(file["results"]["bf16"]["drafting"]) == [*names, names[1] + some]

@@ -71,7 +71,7 @@ def lines(path) -> list[dict]:
 # ---- what a draft sees ---------------------------------------------------------------------------
 
 
-def masked_attention(past, q, k, v, mask_of):
+def masked_attention(past, layer, q, k, v, mask_of):
     """Attention over the keys of all steps so far, with the mask that `mask_of` makes of them."""
     past.append((k, v))
     keys, values = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*past))
@@ -102,7 +102,7 @@ def test_a_row_sees_the_true_rows_before_it_and_its_own_chain(monkeypatch, block
     both = []
     for attend in (training.unrolled_attention, partial(masked_attention, mask_of=diagonal_mask)):
         past = []
-        outs = [attend(past, *step) for step in steps]
+        outs = [attend(past, 0, *step) for step in steps]
         gradients = torch.autograd.grad(sum((out.sin() * weight).sum() for out in outs), inputs)
         both.append([*outs, *gradients])
     for ours, naive in zip(*both):
@@ -121,7 +121,7 @@ def test_unrolling_is_drafting():
             past = []
 
             def attend(*qkv, past=past):
-                return masked_attention(past, *qkv[-3:], causal_mask)
+                return masked_attention(past, *qkv, causal_mask)
 
             # The true rows, then a row for each token that was drafted.
             positions = torch.arange(p + 1)[None]
@@ -212,7 +212,7 @@ USUAL = [(32, (2, 16, 29)), (7, TAPS), (6, (1, 3, 5)), (4, (1, 2, 3)), (3, (0, 1
 
 @pytest.mark.parametrize(("layers", "taps"), USUAL)
 def test_taps(layers, taps):
-    assert train_head.default_taps(layers) == taps
+    assert train_head.three_taps(layers) == taps
 
 
 def test_held_out_prompts_are_held_out_with_all_samples():

@@ -5,9 +5,9 @@
 A head that is read in a wrong way, or fed with another template than it learnt from, gives no error: its
 drafts are refused more often, and that is all.
 
-The one idea: what tensors cannot tell is measured. The head is loaded once for each reading that its file
-allows: other states of the target, another state that goes round, other RoPE. Each drafts chains of five
-tokens for the same texts. The right reading stands out, and where none does, head and target do not fit.
+The one idea: what tensors cannot tell is measured. The head is loaded again with one switch changed at a
+time: other states of the target, another state that goes round, other RoPE. Each reading drafts chains of
+five tokens for the same texts. The right one stands out, and where none does, head and target do not fit.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sampling import Sampling
 DEPTH = 5  # of a chain
 BETTER = 1.05  # so much more must another reading accept to be worth a word
 POOR = 0.2  # of first drafts accepted: no head that fits is so bad
+ENOUGH = 100  # steps, for a verdict
 PUBLISHED = {  # acceptance by position of chains on MT-Bench, greedy, as vLLM's tests have it
     "RedHatAI's head of Llama-3.1-8B": (0.73, 0.52, 0.35),
     "RedHatAI's head of Qwen3-8B": (0.65, 0.40, 0.20),
@@ -43,6 +44,7 @@ class Reading:
     name: str
     changes: dict[str, Any]
     acceptance_by_position: list[float]
+    steps: int  # that were measured
 
     @property
     def tokens_per_step(self) -> float:
@@ -50,7 +52,7 @@ class Reading:
 
     def as_json(self) -> dict[str, Any]:
         changes = {name: value for name, value in self.changes.items() if name != "rope_scaling"}
-        facts = {"reading": self.name, "changes": changes}
+        facts = {"reading": self.name, "changes": changes, "steps": self.steps}
         shares = [round(share, 4) for share in self.acceptance_by_position]
         return facts | {"acceptance_by_position": shares, "tokens_per_step": round(self.tokens_per_step, 4)}
 
@@ -84,8 +86,9 @@ def measure(
     tokens: int,
     stops: list[int],
     compile: bool,
-) -> list[float]:
-    """Acceptance by position of a head's chains, greedy, over `tokens` new tokens of each prompt."""
+) -> tuple[list[float], int]:
+    """Acceptance by position of a head's chains, greedy, over `tokens` new tokens of each prompt, and the
+    number of steps."""
     stats = Stats()
     longest = min(max(map(len, prompts)) + tokens, target.config.max_context)
     drafter = TreeDrafter(head, DEPTH + 1, DEPTH, 1)
@@ -93,10 +96,11 @@ def measure(
     for _ in decoder.run(prompts, tokens, stops, stats=stats):
         pass
     found = stats.acceptance_by_position[:DEPTH]
-    return found + [0.0] * (DEPTH - len(found))
+    return found + [0.0] * (DEPTH - len(found)), stats.target_forwards
 
 
 def check_head(
+    head: EagleHead,
     load: Callable[..., EagleHead],
     target: Transformer,
     prompts: list[list[int]],
@@ -104,13 +108,13 @@ def check_head(
     stops: list[int],
     compile: bool,
 ) -> list[Reading]:
-    """The head as its file says, and in every other way. `load(**changes)` reads it."""
-    head = load()
+    """The head as its file says, and with one switch after another changed, as `load(**changes)` reads it."""
     todo = {"as configured": {}} | other_readings(head, target.config)
     readings = []
     for name, changes in tqdm(todo.items(), "readings", disable=None):
         head = load(**changes) if changes else head
-        readings.append(Reading(name, changes, measure(target, head, prompts, tokens, stops, compile)))
+        found = measure(target, head, prompts, tokens, stops, compile)
+        readings.append(Reading(name, changes, *found))
     return readings
 
 
@@ -134,9 +138,13 @@ def show(readings: list[Reading], as_json: bool) -> None:
 def verdict(readings: list[Reading]) -> str:
     """One sentence about the head."""
     configured, best = readings[0], max(readings, key=lambda reading: reading.tokens_per_step)
+    if configured.steps < ENOUGH:
+        return f"{configured.steps} steps say little: give more prompts, or more --max_new_tokens"
     if best.acceptance_by_position[0] < POOR:
         question = "is it a head of this very target, and are the prompts as it learnt them (--chat)?"
         return f"no reading fits: {question}"
     if best.tokens_per_step > BETTER * configured.tokens_per_step:
         return f"read it differently: '{best.name}' accepts more than what config.json says"
+    if len(readings) == 1:
+        return "it is read as config.json says; there is no other reading to compare with"
     return "it is read as config.json says, and no other reading accepts more"

@@ -295,6 +295,9 @@ class HeadCache(KVCache):
         offset, start = torch.arange(place.shape[1], device=place.device), place[:, 0]
         last = (offset < count[:, None])[:, None]  # [B, 1, n]
         before = (offset <= offset[:, None]).expand(len(place), -1, -1)  # [B, n, n]: all but the last layer
+        if self.window is not None:
+            last = last & (offset > count[:, None, None] - 1 - self.window)
+            before = before & (offset > offset[:, None] - self.window)
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
             if layer < len(head.layers) - 1:
@@ -360,6 +363,8 @@ class TreeDrafter(Drafter):
             raise BadInput(
                 f"tree_size is {tree_size}; depth {tree_depth} and top-k {tree_topk} allow 2 to {pool + 1}"
             )
+        if head.window is not None and head.window <= tree_depth:
+            raise BadInput(f"tree_depth is {tree_depth}; the head looks back no further than {head.window}")
         vocabulary = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
         if tree_topk > vocabulary:
             raise BadInput(f"tree_topk is {tree_topk}; the head knows {vocabulary} tokens")

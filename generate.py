@@ -665,17 +665,37 @@ def can_compile(args: argparse.Namespace) -> bool:
     return kernels.load()
 
 
-def show_head(args: argparse.Namespace, method: str, target: Target, outputs: list[Output]) -> int:
+def show_head(args: argparse.Namespace, target: Target, drafter: Drafter, outputs: list[Output]) -> int:
     """`--check_head`: see check_head.py -> the exit status."""
-    if method != "tree":
+    if not isinstance(drafter, TreeDrafter):
         raise BadInput("--check_head is about the head of --method tree: --eagle_checkpoint_path")
-    path = args.eagle_checkpoint_path or SHIPPED_HEAD
-    load = partial(load_head, path, target.model, args.draft_precision)
+    for name in (
+        "interactive",
+        "explain",
+        "profile",
+        "draft_vocab_size",
+        "tree_size",
+        "tree_depth",
+        "tree_topk",
+    ):
+        if getattr(args, name):
+            raise BadInput(f"--{name}: --check_head drafts chains of its own, and prints nothing else")
     prompts = [output.prompt_ids for output in outputs if output.error is None]
+    load = partial(load_head, args.eagle_checkpoint_path or SHIPPED_HEAD, target.model, args.draft_precision)
     stops = [] if args.ignore_eos else target.stop_ids
-    readings = check_head(load, target.model, prompts, args.max_new_tokens, stops, can_compile(args))
-    show_readings(readings, args.json)
-    return 0
+    if prompts:
+        compile = can_compile(args)
+        how = (target.model, prompts, args.max_new_tokens, stops, compile)
+        show_readings(check_head(drafter.head, load, *how), args.json)
+    return report_errors(outputs)
+
+
+def report_errors(outputs: list[Output]) -> int:
+    """Print what is wrong with prompts, a line each -> the exit status."""
+    errors = [output.error for output in outputs if output.error]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -692,7 +712,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--interactive: {args.checkpoint_path} has no tokenizer")
     outputs = [] if args.interactive else read_prompts(args, target)
     if args.check_head:
-        return show_head(args, method, target, outputs)
+        return show_head(args, target, drafter, outputs)
     longest = max((len(output.prompt_ids) for output in outputs), default=CHAT_CONTEXT) + args.max_new_tokens
     window = config.sliding_window or config.max_context
     max_length = cache_length(config, min(longest, config.max_context, window))
@@ -720,10 +740,7 @@ def run(args: argparse.Namespace) -> int:
         head = {"method": method, "precision": target.precision, "device": args.device, "seed": args.seed}
         print(json.dumps({**head, "outputs": [output.as_json() for output in outputs], "stats": summary}))
     print(f"\n{method}, {target.precision} on {args.device}: {format_stats(summary)}", file=sys.stderr)
-    errors = [output.error for output in outputs if output.error]
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 2 if errors else 0
+    return report_errors(outputs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,10 +78,11 @@ ELSEWHERE = {  # keys of `eagle_config` that are read in their place
     "return_hidden_post_norm",
 }
 OTHER_ARITHMETIC = (  # keys that no head computed here has, unless they say null, 0 or false
-    *("mask_token_id", "pard_token", "pard_token_id", "num_experts", "num_local_experts"),
+    *("mask_token_id", "pard_token", "pard_token_id"),
     *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"),
     *("residual_multiplier", "embedding_multiplier"),
 )
+NEUTRAL_IF_ONE = ("logits_scaling", "residual_multiplier", "embedding_multiplier")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ class Published:
     def refuse(self, what: str) -> BadInput:
         return BadInput(f"{self.where}: {what}")
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, measured: bool = True) -> None:
         if not self.quiet:
-            print(f"{self.where}: {what}; --check_head measures both", file=sys.stderr)
+            both = "; --check_head measures both" if measured else ""
+            print(f"{self.where}: {what}{both}", file=sys.stderr)
 
     def part(self, name: str) -> dict[str, Any]:
         """A nested part of the configuration; empty if there is none."""
@@ -115,25 +117,35 @@ class Published:
 
     @property
     def is_speculators(self) -> bool:
-        return "transformer_layer_config" in self.raw
+        return (
+            bool(self.part("transformer_layer_config")) or self.raw.get("speculators_model_type") is not None
+        )
+
+    @property
+    def architectures(self) -> list[str]:
+        names = self.raw.get("architectures") or []
+        return names if isinstance(names, list) else [names]
 
     @cached_property
     def is_third(self) -> bool:
         """EAGLE-3 or 3.1, not EAGLE-1 or 2? BadInput for neither."""
         q, fc = self.tensors.get("layers.0.self_attn.q_proj.weight"), self.tensors.get("fc.weight")
-        if q is None or fc is None:
+        if q is None or fc is None or fc.dim() != 2:
             raise self.refuse("the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
         return "layers.0.hidden_norm.weight" in self.tensors
 
     def switch(self, *names: str) -> bool | None:
-        """What the first of these keys that is there says; None if none is."""
-        for name in names:
-            for place in (self.raw, self.part("eagle_config")):
-                if place.get(name) is not None:
-                    if not isinstance(place[name], bool):
-                        raise self.refuse(f"{name} is {place[name]!r}; it must be true or false")
-                    return place[name]
-        return None
+        """What these keys say, wherever they are; None if none is there. BadInput if they disagree."""
+        places = (self.raw, self.part("eagle_config"))
+        said = {name: place[name] for name in names for place in places if place.get(name) is not None}
+        said |= {f"eagle_config.{name}": places[1][name] for name in said if name in places[1]}
+        for name, value in said.items():
+            if not isinstance(value, bool | None):
+                raise self.refuse(f"{name} is {value!r}; it must be true or false")
+        values = {value for value in said.values() if value is not None}
+        if len(values) > 1:
+            raise self.refuse(f"{' and '.join(said)} say different things")
+        return values.pop() if values else None
 
     def norm(self, name: str, key: str) -> bool:
         """Is there such a norm? A key that says something else than the tensors is refused."""
@@ -193,8 +205,8 @@ def load_head(
 def target_width(path: str | Path) -> int | None:
     """The hidden size of a head's target, as far as its configuration says."""
     raw = read_json(find_checkpoint(str(path), HEAD_FLAG) / "config.json")
-    inner = raw.get("transformer_layer_config") or raw
-    return raw.get("target_hidden_size") or inner.get("hidden_size")
+    inner = raw.get("transformer_layer_config")
+    return raw.get("target_hidden_size") or (inner if isinstance(inner, dict) else raw).get("hidden_size")
 
 
 def count_tokens(path: str | None, tokenizer: Tokenizer | None, count: int, vocabulary: int) -> Tensor:
@@ -280,8 +292,10 @@ def build_head(
     named = {field.name for field in fields(ModelConfig)}
     config = replace(config, **{name: value for name, value in reading.items() if name in named})
     if not third:
-        tensors.pop("embed_tokens.weight", None)  # a copy of the target's
-        check_width(published, config.hidden_size)
+        check_plain(published, config, {name for name in reading if name not in named})
+        drop_copies(published, target)
+        if tensors.pop("embed_tokens.weight", None) is not None:
+            published.note("the embedding beside it is not quite the target's, which is used", measured=False)
         with torch.device("meta"):
             return EagleHead(config, fc_bias="fc.bias" in tensors), None
     switches = read_switches(published, target, config)
@@ -291,18 +305,38 @@ def build_head(
         return Eagle3Head(config, switches), ids
 
 
+def check_plain(published: Published, config: ModelConfig, switches: set[str]) -> None:
+    """Refuse what EAGLE-1 and EAGLE-2 heads do not have."""
+    check_eagle_config(published, config.num_layers)
+    check_width(published, config.hidden_size)
+    for name in (
+        "norm_before_residual",
+        "norm_output",
+        "return_hidden_post_norm",
+        "norm_before_fc",
+        "fc_norm",
+    ):
+        if published.switch(name):
+            raise published.refuse(f"{name} is true, but the weights are those of an EAGLE-1 or EAGLE-2 head")
+    if read_window(published, config.num_layers) is not None or switches:
+        what = sorted(switches)[0] if switches else "a sliding window"
+        raise published.refuse(f"{what}: an EAGLE-1 or EAGLE-2 head has none")
+
+
 def layer_config(published: Published) -> ModelConfig:
     """The shapes of the head's layers: what the configuration says, corrected by the tensors."""
     inner, tensors, refuse = published.layer_config, published.tensors, published.refuse
     for name in OTHER_ARITHMETIC:
         value = inner.get(name, published.raw.get(name))
-        if value not in (None, 0, False):
+        if value not in (None, 0, False) and not (name in NEUTRAL_IF_ONE and value == 1):
             raise refuse(f"{name} is {value!r}, which is not implemented for heads")
     if inner.get("partial_rotary_factor") not in (None, 1):
         raise refuse("partial_rotary_factor: RoPE of a part of a head is not implemented for heads")
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
-    vocabulary = {"vocab_size": published.target.vocab_size}
-    known = vocabulary | inner | {"model_type": "llama", "num_hidden_layers": layers}
+    numbers = [re.match(r"layers\.(\d+)\.", name) for name in tensors]
+    layers = 1 + max(int(number[1]) for number in numbers if number)
+    given = {name: value for name, value in inner.items() if value is not None}
+    known = {"vocab_size": published.target.vocab_size} | given
+    known |= {"model_type": "llama", "num_hidden_layers": layers}
     config = ModelConfig.from_dict(known, published.where)
     try:
         check_vocabulary(config.vocab_size, published.target.vocab_size)
@@ -318,11 +352,17 @@ def layer_config(published: Published) -> ModelConfig:
 def read_window(published: Published, layers: int) -> int | None:
     """How far back the head looks. Configurations of Llamas have a `sliding_window` that says nothing."""
     inner = published.layer_config
-    kinds = set((inner.get("layer_types") or [])[:layers])
-    if len(kinds) > 1:
+    kinds = inner.get("layer_types") or []
+    if not isinstance(kinds, list) or any(
+        kind not in ("full_attention", "sliding_attention") for kind in kinds
+    ):
+        raise published.refuse(f"layer_types is {kinds!r}; full_attention and sliding_attention are known")
+    if len(set(kinds[:layers])) > 1:
         raise published.refuse("layer_types: windows in some layers of a head only are not implemented")
-    windows = kinds == {"sliding_attention"} if kinds else bool(inner.get("use_sliding_window"))
-    if not windows and not (inner.get("model_type") == "mistral" and inner.get("sliding_window")):
+    # Qwen's layers below `max_window_layers` have none, Mistral's have whenever one is given.
+    qwen = bool(inner.get("use_sliding_window")) and not inner.get("max_window_layers")
+    unsaid = qwen or (inner.get("model_type") == "mistral" and bool(inner.get("sliding_window")))
+    if not (kinds[0] == "sliding_attention" if kinds else unsaid):
         return None
     window = integer_of(inner, "sliding_window", 0, published)
     if window < 1:
@@ -346,11 +386,12 @@ def read_switches(published: Published, target: Transformer, config: ModelConfig
     if inputs % width:
         raise refuse(f"fc has {inputs} inputs, no multiple of the target's hidden size of {width}")
     drop_copies(published, target)
+    note_rope(published, config)
     own_embedding = "embed_tokens.weight" in tensors
     own_lm_head = "lm_head.weight" in tensors
     if not (own_embedding and own_lm_head):
         check_width(published, config.hidden_size)  # as wide as what it borrows
-    drafted = len(tensors["lm_head.weight"]) if own_lm_head else published.target.vocab_size
+    drafted = tensors["lm_head.weight"].shape[:1].numel() if own_lm_head else published.target.vocab_size
     said = integer_of(raw, "draft_vocab_size", drafted, published)
     if said != drafted:
         raise refuse(f"draft_vocab_size is {said}, but lm_head has {drafted} rows")
@@ -380,6 +421,16 @@ def check_eagle_config(published: Published, layers: int) -> None:
             raise published.refuse(f"{name} is {value!r} in eagle_config, which is not implemented")
 
 
+def note_rope(published: Published, config: ModelConfig) -> None:
+    """Say where RoPE is known to be written in another way than the head was trained with."""
+    if config.rope_scaling.kind == "yarn" and published.part("eagle_config"):
+        published.note("ModelOpt writes YaRN for heads that were trained without it; it is heeded")
+    if config.rope_theta != 10000 and "Eagle3LlamaForCausalLM" in published.architectures:
+        published.note(
+            f"AngelSlim trained with a RoPE base of 10000 and writes {config.rope_theta:g}, which is taken"
+        )
+
+
 def drop_copies(published: Published, target: Transformer) -> None:
     """Forget an embedding that is the target's own, number by number."""
     given, theirs = published.tensors.get("embed_tokens.weight"), target.embed_tokens
@@ -401,12 +452,13 @@ def read_residual(published: Published) -> bool:
 
 
 def read_output(published: Published) -> bool:
-    said = bool(published.switch("norm_output", "return_hidden_post_norm"))
-    if said and "LlamaForCausalLMEagle3" in (published.raw.get("architectures") or []):
-        published.note(
-            "norm_output is taken for EAGLE-3.1; SpecForge before September 2026 meant plain EAGLE-3 by it"
-        )
-    return said
+    said = published.switch("norm_output", "return_hidden_post_norm")
+    if said is not None and "LlamaForCausalLMEagle3" in published.architectures:
+        meant = "plain EAGLE-3 by it" if said else "no norm before lm_head by it"
+        taken = "EAGLE-3.1" if said else "plain EAGLE-3"
+        before = f"SpecForge before September 2026 meant {meant}"
+        published.note(f"norm_output is taken for {taken}; {before}", measured=said)
+    return bool(said)
 
 
 def read_taps(published: Published, count: int) -> tuple[int, ...]:
@@ -419,7 +471,7 @@ def read_taps(published: Published, count: int) -> tuple[int, ...]:
     places = [(published.part("eagle_config"), "eagle_aux_hidden_state_layer_ids", 1)]
     places += [(published.raw, name, 1) for name in ("target_layer_ids", "aux_hidden_states_layer_ids")]
     places += [(published.raw, "eagle_aux_hidden_state_layer_ids", 0)]
-    given = [(place[name], name, more) for place, name, more in places if place.get(name) is not None]
+    given = [(place[name], name, more) for place, name, more in places if place.get(name)]
     if not given:
         if count != 3 or layers < 3:
             nothing = f"fc reads {count} states of the target, and nothing says which"
@@ -429,6 +481,9 @@ def read_taps(published: Published, count: int) -> tuple[int, ...]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids) or len(ids) != count:
         raise refuse(f"{name} is {ids!r}; fc reads {count} states of the target")
     taps = tuple(i + more for i in ids)
+    for others, other_name, other_more in given[1:]:
+        if not isinstance(others, list) or [i + other_more for i in others] != list(taps):
+            raise refuse(f"{name} is {ids!r} and {other_name} {others!r}, which are different states")
     if not all(0 <= tap < layers for tap in taps):
         raise refuse(f"{name} is {ids!r}, which are not all states between the {layers} layers of the target")
     other = tuple(tap + (1 if more == 0 else -1) for tap in taps)

@@ -1,4 +1,4 @@
-// operators.h: the operators that kernels.cpp, attention.cpp and sampling.cpp have bodies for, and operators.cpp gives
+// operators.h: the operators that kernels.cpp, attention.cpp and sampling.cpp have bodies for, and tape.cpp gives
 // to PyTorch. Their schemas are in kernels.py.
 //
 // The one idea: PyTorch's headers take most of the time that compiling takes, so a file includes only what it needs.

@@ -5,7 +5,6 @@
 // they take to run. What they are called with is known after one step, but for the tensors that earlier calls or the
 // caller supply. So a tape is a list of calls whose arguments have holes.
 
-#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
@@ -36,7 +35,14 @@ struct Call {
 // an empty list is, and says None; a list that has None in it is one of tensors, whose holes these are.
 IValue typed(const IValue& value, const c10::TypePtr& type) {
   if (type->kind() == c10::TypeKind::TensorType && value.isScalar()) {
-    Tensor number = c10::scalar_to_tensor(value.toScalar());
+    const c10::Scalar scalar = value.toScalar();
+    Tensor number = gpt_spec::empty({}, scalar.isBoolean() ? at::kBool : scalar.isIntegral(false) ? at::kLong : at::kDouble);
+    if (scalar.isBoolean())
+      *number.mutable_data_ptr<bool>() = scalar.toBool();
+    else if (scalar.isIntegral(false))
+      *number.mutable_data_ptr<int64_t>() = scalar.toLong();
+    else
+      *number.mutable_data_ptr<double>() = scalar.toDouble();
     number.unsafeGetTensorImpl()->set_wrapped_number(true);  // which does not decide about the type of a result
     return number;
   }

@@ -155,7 +155,8 @@ class Team {
     const Clock::duration now_worked = std::chrono::seconds(worked.tv_sec) + std::chrono::nanoseconds(worked.tv_nsec);
     const auto passed = now - std::exchange(before, now);
     const auto lost = passed - (now_worked - std::exchange(worked_before, now_worked));
-    return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw) && lost > passed / LOST;
+    const bool first = passed == now.time_since_epoch();
+    return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw) && lost > passed / LOST && !first;
 #else
     return false;
 #endif

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -55,13 +56,17 @@ class Prompt:
         return Prompt(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16], said)
 
 
-def read_data(paths: list[str]) -> list[Prompt]:
+def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
     """All prompts of JSON lines in the forms of `generate.py --prompts`, once each. Raises BadInput."""
     prompts: dict[str, Prompt] = {}
     for path in paths:
         for number, line in enumerate(read_file(path).split("\n"), start=1):
             try:
                 prompt = Prompt.of(read_turns(line)) if line.strip() else None
+                ids = [n for n in prompt.said if isinstance(n, int)] if prompt else []
+                wrong = next((n for n in ids if not 0 <= n < vocabulary), None)
+                if wrong is not None:
+                    raise BadInput(f"has the token id {wrong}; the model knows 0 to {vocabulary - 1}")
             except BadInput as error:
                 raise BadInput(f"--data: {path} line {number}: {error}") from None
             prompts |= {prompt.key: prompt} if prompt else {}
@@ -142,6 +147,21 @@ class AnswerFile:
         self.texts += texts
         self.tokens += sum(text.answered for text in texts)
 
+    def check_origin(self, facts: dict[str, Any]) -> None:
+        """Raise BadInput if the answers are by another model, or were sampled in another way. That is kept
+        beside them, in a file whose name has `.json` in addition."""
+        beside = Path(f"{self.path}.json")
+        try:
+            known = json.loads(beside.read_text()) if beside.exists() else None
+            if known is None and "temperature" in facts:
+                beside.write_text(json.dumps(facts, indent=2) + "\n")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--answers: {beside} cannot be read or written: {error}") from None
+        for name, value in facts.items() if known else ():
+            if known.get(name) != value:
+                was = f"were written with {name} {known.get(name)!r}, not {value!r}"
+                raise BadInput(f"--answers: those in {self.path} {was}; name another file")
+
     def check_writable(self) -> None:
         try:
             self.path.open("ab").close()
@@ -170,7 +190,7 @@ class Exchange:
         turn = self.turns.popleft()
         ids = turn if isinstance(turn, list) else self.conversation.ask(turn)
         self.output = Output(ids, TextStream(self.conversation.tokenizer, []))
-        return len(ids) < self.longest
+        return 0 < len(ids) < self.longest
 
     def finish_turn(self) -> None:
         """Keep the answer: with the text so far if that goes on, and else, where the template wrote the
@@ -219,7 +239,6 @@ def write_answers(target: Target, prompts: list[Prompt], answers: AnswerFile, ar
     """Have the target answer the prompts, until all are answered once or there are --tokens of answers."""
     if args.tokens and answers.tokens >= args.tokens:
         return
-    answers.check_writable()
     check_window(target.model.config, args.max_length)
     with naming_flags():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)

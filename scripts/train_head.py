@@ -342,6 +342,7 @@ class Training:
         """What an interrupted training must have in common with the one that goes on."""
         flags = ("seed", "max_length", "sequences", "ttt_steps", "held_out", "every")
         found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
+        found |= {"checkpoint_path": str(self.args.checkpoint_path), "precision": self.args.precision}
         found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
         return found | {"steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)}
 
@@ -447,10 +448,21 @@ def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
         raise BadInput(f"--taps: the layers of the target are 0 to {config.num_layers - 1}")
 
 
+def origin(target: Target, args: argparse.Namespace, writing: bool) -> dict[str, Any]:
+    """Who answers, and how: see `AnswerFile.check_origin`."""
+    facts = {"checkpoint_path": str(args.checkpoint_path), "precision": target.precision}
+    sampling = ("temperature", "top_k", "top_p", "max_new_tokens", "system", "template_kwargs")
+    return facts | ({name: getattr(args, name) for name in sampling} if writing else {})
+
+
 def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     """The answers that are there already, and those that are still missing."""
-    prompts = read_data(args.data) if args.data else []
-    file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), target.model.config.vocab_size)
+    vocabulary = target.model.config.vocab_size
+    prompts = read_data(args.data, vocabulary) if args.data else []
+    file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary)
+    if prompts:
+        file.check_writable()
+    file.check_origin(origin(target, args, bool(prompts)))
     if prompts:
         write_answers(target, prompts, file, args)
     if not file.texts:

@@ -45,7 +45,7 @@ def test_what_is_measured_is_what_a_chain_accepts():
     """Step by step: a chain of five is accepted up to the first token that the target would not write."""
     target = random_model()
     head, prompts = guessing_head(target, 0.1), random_prompts([6, 9])
-    [reading] = check_head(lambda: head, target, prompts, 40, [], False)
+    [reading] = check_head(head, lambda: head, target, prompts, 40, [], False)
     assert 0 < reading.acceptance_by_position[2] < reading.acceptance_by_position[0] < 1
     steps = [
         emission.accepted
@@ -56,17 +56,19 @@ def test_what_is_measured_is_what_a_chain_accepts():
         if emission.draft is not None
     ]
     shares = [sum(accepted > i for accepted in steps) / len(steps) for i in range(5)]
-    assert reading.acceptance_by_position == pytest.approx(shares)
+    assert reading.acceptance_by_position == pytest.approx(shares) and reading.steps == len(steps)
 
 
 def test_a_better_reading_is_named(capsys):
-    configured = Reading("as configured", {}, [0.5, 0.3, 0.1, 0.0, 0.0])
-    better = Reading("states 2, 4, 5", {"taps": (2, 4, 5)}, [0.7, 0.5, 0.4, 0.3, 0.2])
-    hardly = Reading("RoPE base 10000", {"rope_theta": 1e4}, [0.5, 0.3, 0.15, 0.0, 0.0])
-    poor = Reading("as configured", {}, [0.1, 0.0, 0.0, 0.0, 0.0])
+    configured = Reading("as configured", {}, [0.5, 0.3, 0.1, 0.0, 0.0], 200)
+    better = Reading("states 2, 4, 5", {"taps": (2, 4, 5)}, [0.7, 0.5, 0.4, 0.3, 0.2], 200)
+    hardly = Reading("RoPE base 10000", {"rope_theta": 1e4}, [0.5, 0.3, 0.15, 0.0, 0.0], 200)
+    poor = Reading("as configured", {}, [0.1, 0.0, 0.0, 0.0, 0.0], 200)
     assert "'states 2, 4, 5' accepts more" in verdict([configured, hardly, better])
     assert "no other reading accepts more" in verdict([configured, hardly])
     assert "no reading fits" in verdict([poor])
+    assert "no other reading to compare" in verdict([configured])
+    assert "5 steps say little" in verdict([Reading("as configured", {}, [1.0] * 5, 5)])
     show([configured, better], as_json=False)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["states", "2,", "4,", "5", "0.70", "0.50", "0.40", "0.30", "0.20", "3.10"] in lines
@@ -84,5 +86,10 @@ def test_the_command(tmp_path):
     done = run("--method", "tree", "--prompt", "def f(x):\n", "--max_new_tokens", "20", "--json")
     [reading] = json.loads(done.stdout)["readings"]
     assert done.returncode == 0 and reading["acceptance_by_position"][0] > 0.3
-    done = run("--method", "lookup")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--check_head" in done.stderr
+    for flags in (("--method", "lookup"), ("--method", "tree", "--interactive"), ("--tree_size", "4")):
+        done = run("--method", "tree", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--check_head" in done.stderr
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("no JSON\n")
+    done = run("--method", "tree", "--prompts", str(bad))
+    assert done.returncode == 2 and "line 1" in done.stderr and "Traceback" not in done.stderr

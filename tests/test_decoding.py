@@ -349,9 +349,13 @@ def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: lis
     if rows > 0:
         tokens, positions = torch.tensor([text[1 : rows + 1]]), torch.arange(rows)[None]
         features = drafter.head.fuse(level.state.features[row : row + 1, :rows])
-        _, _, k, v = drafter.head.project(tokens, features, positions)
-        torch.testing.assert_close(drafter.cache.keys[0][row, :rows], k[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(drafter.cache.values[0][row, :rows], v[0], rtol=1e-4, atol=1e-5)
+
+        def attend(layer, q, k, v):
+            torch.testing.assert_close(drafter.cache.keys[layer][row, :rows], k[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(drafter.cache.values[layer][row, :rows], v[0], rtol=1e-4, atol=1e-5)
+            return causal_attention(layer, q, k, v)
+
+        drafter.head(tokens, features, positions, attend)
 
 
 def check_every_step(target, drafter: Drafter, sampling: Sampling, batch_size: int = 1) -> None:

@@ -269,6 +269,11 @@ LAYOUTS = {
         speculators(), tensors_of(extra=FC_NORM), RESIDUAL, names=(("^fc_norm", "fc_norms"),)
     ),
     "absolute d2t": Layout(FLAT, tensors_of(), maps={"d2t": IDS}, names=MID),
+    "a short window": Layout(
+        speculators({"layer_types": ["sliding_attention"] * 2, "sliding_window": 3}),
+        tensors_of(layers=2),
+        replace(RESIDUAL, window=3),
+    ),
     "t2d alone": Layout(FLAT, tensors_of(), maps={"t2d": MAPS["t2d"]}, names=MID),
 }
 [TEXT], PATH = random_prompts([15]), [5, 17, 30]
@@ -398,6 +403,12 @@ REFUSED = {
         ),
         "layer_types",
     ),
+    "an unknown kind of layer": (changed(layer_types=["chunked_attention"]), "layer_types is"),
+    "two lists of taps": (changed("ModelOpt", **{EAGLE: [1, 3, 4]}), "which are different states"),
+    "two words on the output": (
+        changed("ModelOpt, carrying what is normed", norm_output=False),
+        "say different things",
+    ),
     "a window without a size": (changed(layer_types=["sliding_attention"]), "sliding_window is 0"),
     "no map": (replace(changed(), maps={}), "lack d2t"),
     "maps that disagree": (replace(changed(), maps=MAPS | {"t2d": MAPS["t2d"].roll(1)}), "t2d and d2t"),
@@ -420,10 +431,22 @@ def test_what_is_not_understood_is_refused(deep, tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 NOTED = {
     "the other way of counting": (changed("speculators", **{EAGLE: [1, 3, 4]}), "the usual [2, 4, 5]"),
     "and the other way round": (changed("ModelOpt", eagle_config={EAGLE: [2, 4, 5]}), "the usual [2, 4, 5]"),
     "no word on the residual": (changed("speculators", norm_before_residual=None), "norm_before_residual"),
+    "a base that AngelSlim writes": (changed("AngelSlim"), "AngelSlim trained with a RoPE base of 10000"),
+    "YaRN that ModelOpt writes": (
+        changed(
+            "ModelOpt", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        ),
+        "ModelOpt writes YaRN",
+    ),
+    "no norm at all, once": (
+        changed(norm_output=False, architectures=["LlamaForCausalLMEagle3"]),
+        "no norm before lm_head",
+    ),
     "two meanings of norm_output": (
         changed(norm_output=True, architectures=["LlamaForCausalLMEagle3"]),
         "SpecForge before September 2026",
@@ -522,3 +545,53 @@ def test_the_flags_of_a_drafted_vocabulary(tmp_path):
     ):
         done = run(*flags)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- EAGLE-1 and EAGLE-2 -----------------------------------------------------------------------------
+
+
+def plain_head(target, directory, embedding=None, **config):
+    """An EAGLE-2 head in its authors' layout"""
+    w = tensors_of()
+    names = [name for name in w if re.match(r"layers.0.(self_attn.o|mlp|post)", name)]
+    w = {name: w[name] for name in names} | {"fc.weight": torch.randn(HIDDEN, 2 * HIDDEN)}
+    w |= {
+        f"layers.0.self_attn.{n}_proj.weight": torch.randn(rows, HIDDEN)
+        for n, rows in (("q", 48), ("k", 24), ("v", 24))
+    }
+    w["embed_tokens.weight"] = (
+        (target.embed_tokens.weight if embedding is None else embedding).detach().clone()
+    )
+    return Layout(FLAT | config, w, maps={}).write(directory)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"eagle_config": {"use_magic": True}}, "use_magic of eagle_config"),
+        ({"norm_output": True}, "norm_output is true, but the weights are those of an EAGLE-1 or EAGLE-2"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 9}, "a sliding window"),
+    ],
+)
+def test_what_an_older_head_does_not_have_is_refused(deep, tmp_path, config, words):
+    with pytest.raises(BadInput, match=words):
+        load_head(plain_head(deep, tmp_path / "head", **config), deep)
+
+
+def test_the_embedding_of_an_older_head_is_the_targets(deep, tmp_path, capsys):
+    assert load_head(plain_head(deep, tmp_path / "a"), deep).embed_tokens is deep.embed_tokens
+    assert capsys.readouterr().err == ""
+    assert (
+        load_head(plain_head(deep, tmp_path / "b", torch.randn(VOCABULARY, HIDDEN)), deep).embed_tokens
+        is deep.embed_tokens
+    )
+    assert "not quite the target's" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="norm_output"):
+        load_head(plain_head(deep, tmp_path / "c"), deep, norm_output=True)
+
+
+def test_a_window_must_be_longer_than_a_tree_is_deep(deep, tmp_path):
+    head = load_head(LAYOUTS["a short window"].write(tmp_path / "head"), deep)
+    TreeDrafter(head, 4, 2, 2)
+    with pytest.raises(BadInput, match="looks back no further than 3"):
+        TreeDrafter(head, 4, 3, 2)

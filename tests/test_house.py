@@ -27,10 +27,10 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
         "tape.py": 190,
     },
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
-    **{"eagle.py": 550, "heads.py": 480, "check_head.py": 150, "auto.py": 500, "packing.py": 400},
+    **{"eagle.py": 550, "heads.py": 540, "check_head.py": 160, "auto.py": 500, "packing.py": 400},
     **{"rotation.py": 250, "published.py": 560},
     **{"checkpoints.py": 700, "text.py": 420, "cli.py": 240, "show.py": 300, "quantize.py": 700},
-    **{"generate.py": 745, "bench.py": 270, "chat.py": 300, "rope.py": 250},
+    **{"generate.py": 770, "bench.py": 270, "chat.py": 300, "rope.py": 250},
     **{"prompts.py": 120, "process.py": 150, "grammar.py": 230, "forced.py": 140},
 }
 OTHERS = 1000

@@ -88,18 +88,33 @@ def test_what_nobody_needs_is_not_made_again():
     assert kept == ["slice", "exp", "slice", "add_", "rand", "neg"]
 
 
-def test_pytorch_keeps_its_threads_outside_a_tape():
-    """A tape with our linears uses one thread of PyTorch's while it runs, also if it ends by an error."""
-    weight = kernels.pack(torch.randn(64, 32).bfloat16())
-    x = torch.ones(2, 32).bfloat16()
-    tape, _ = Tape.record(lambda x: (kernels.linear(x, weight, out_features=64),), x)
+@pytest.fixture(scope="module")
+def count_threads():
+    """An operator that says how many threads PyTorch's operators have where it is called."""
+    library = torch.library.Library("gpt_spec_test", "DEF")
+    library.define("count_threads(Tensor x) -> Tensor")
+    library.impl("count_threads", lambda x: torch.tensor([torch.get_num_threads()]), "CPU")
+    yield torch.ops.gpt_spec_test.count_threads
+    library._destroy()
+
+
+@pytest.mark.parametrize("ours, inside", [(True, 1), (False, 3)])
+def test_pytorch_is_alone_in_a_tape_with_our_linears(count_threads, ours, inside):
+    """It has one thread there, and all of them again behind it, also if the tape ends by an error."""
+    weight, x = kernels.pack(torch.randn(64, 32).bfloat16()), torch.ones(2, 32).bfloat16()
+
+    def function(x):
+        y = kernels.linear(x, weight, out_features=64) if ours else x.neg()
+        return count_threads(x), y
+
+    tape, _ = Tape.record(function, x)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        tape.run((x,))
-        assert torch.get_num_threads() == 3
-        with pytest.raises(RuntimeError, match="bfloat16"):
-            tape.run((x.float(),))
+        assert tape.run((x,))[0].item() == inside and torch.get_num_threads() == 3
+        if ours:
+            with pytest.raises(RuntimeError, match="bfloat16"):
+                tape.run((x.float(),))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

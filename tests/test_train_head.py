@@ -374,7 +374,7 @@ def test_history_in_other_tokens_is_a_text_of_its_own():
 def test_compressed_data_and_doubles(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n\n{"question": "b"}\n{"turns": ["a"]}\n'))
-    assert [prompt.said for prompt in answers.read_data([str(path)])] == [["a"], ["b"]]
+    assert [prompt.said for prompt in answers.read_data([str(path)], 10**6)] == [["a"], ["b"]]
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -403,12 +403,20 @@ def test_nonsense_is_refused_in_one_line(capsys, directory, data, tmp_path, flag
     assert message in refusal(capsys, directory, *usual, *flags)
 
 
+def test_answers_of_another_origin_are_refused(capsys, directory, data, tmp_path):
+    """They would be learnt from as the target's own."""
+    usual = ["--data", data, "--answers", tmp_path / "a.jsonl", "--steps", 0, "--max_new_tokens", 3]
+    assert run(directory, *usual) == 0 and run(directory, *usual) == 0
+    assert "temperature 0.7, not 0.1" in refusal(capsys, directory, *usual, "--temperature", 0.1)
+    assert "max_new_tokens 3, not 4" in refusal(capsys, directory, *usual, "--max_new_tokens", 4)
+
+
 TEXT = {"prompt": "a", "sample": 0, "token_ids": [1, 2], "answers": [[1, 2]]}
 BAD_FILES = [
     ("--data", "", "has no lines"),
     ("--data", '{"prompt_ids": [1]}\n{nonsense', "line 2: not JSON"),
     ("--data", '{"prompt": "text"}', "no tokenizer"),
-    ("--data", '{"prompt_ids": [1, 99]}', "99"),
+    ("--data", '{"prompt_ids": [1]}\n{"prompt_ids": [1, 99]}', "line 2: has the token id 99"),
     ("--answers", "", "has no texts"),
     ("--answers", '{"prompt": "a"}', "line 1: not a text"),
     ("--answers", json.dumps(TEXT | {"token_ids": [1, 99]}), "line 1: has the token id 99"),

@@ -121,6 +121,7 @@ def test_a_head_with_an_embedding_and_a_vocabulary_of_its_own(tmp_path, size):
     tensors["embed_tokens.weight"] = torch.randn(size, 48)
     ids = torch.linspace(0, size - 1, 20).long()
     tensors["d2t"] = ids - torch.arange(20)
+    del tensors["t2d"]
     write(tmp_path, tensors, config | {"vocab_size": size, "target_hidden_size": 48})
     for sampling in SAMPLINGS[::2]:
         drafter = TreeDrafter(load_head(tmp_path, deep), 9, 3, 3)
@@ -168,6 +169,7 @@ def test_a_head_with_too_few_tokens_of_the_target(tmp_path):
 
     tensors = eagle3(deep, tmp_path)
     tensors["d2t"] = 50 + torch.arange(20) - torch.arange(20)  # tokens 50 to 69, of which the target has 11
+    del tensors["t2d"]
     config = json.loads((tmp_path / "config.json").read_text())
     tensors["embed_tokens.weight"] = torch.randn(90, 48)
     write(tmp_path, tensors, config | {"vocab_size": 90, "target_hidden_size": 48})

@@ -253,12 +253,7 @@ def write(path: str | None, results: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(build_parser().parse_args(argv))
-    except BadInput as error:
-        return process.report("error: " + " ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return process.report("\ninterrupted", process.INTERRUPTED)
+    return process.exit_status(lambda: run(build_parser().parse_args(argv)), BadInput)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ class HeadLayer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm)
 
 
+def head_layers(config: ModelConfig, inputs: int) -> nn.ModuleList:
+    """All layers of a head; `inputs`: width of what the first one attends with."""
+    return nn.ModuleList(HeadLayer(config, None if i else inputs) for i in range(config.num_layers))
+
+
 class EagleHead(CheckpointModule):
     """A decoder layer that guesses a model's features (EAGLE-1: arXiv 2401.15077; EAGLE-2: 2406.16858).
 
@@ -96,9 +101,7 @@ class EagleHead(CheckpointModule):
         """`config`: of the head's layers, and the target's vocabulary."""
         super().__init__(config)
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
-        self.layers = nn.ModuleList(
-            HeadLayer(config, None if i else config.hidden_size) for i in range(config.num_layers)
-        )
+        self.layers = head_layers(config, config.hidden_size)
         self.register_buffer("draft_ids", None, persistent=False)
 
     def attach(self, target: Transformer) -> EagleHead:
@@ -151,7 +154,7 @@ class EagleHead(CheckpointModule):
         return self.lm_head(features)
 
     def restrict(self, ids: Tensor) -> EagleHead:
-        """Draft no tokens but `ids` int64 [n], which makes a level cheaper (FR-Spec, arXiv 2502.14856) ->
+        """Draft no tokens but `ids` int64 [n], which makes drafting cheaper (FR-Spec, arXiv 2502.14856) ->
         self. After `attach`. BadInput if the head can draft none of them."""
         known = torch.arange(self.lm_head.out_features, device=ids.device)
         known = known if self.draft_ids is None else self.draft_ids.to(ids.device)
@@ -208,9 +211,7 @@ class Eagle3Head(EagleHead):
         if switches.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(switches.target_hidden_size, eps) for _ in switches.taps)
         self.fc = Linear(width, hidden, bias=switches.fc_bias)
-        self.layers = nn.ModuleList(
-            HeadLayer(config, None if i else 2 * hidden) for i in range(config.num_layers)
-        )
+        self.layers = head_layers(config, 2 * hidden)
         self.layers[0].hidden_norm = RMSNorm(hidden, eps)
         self.layers[0].input_layernorm = RMSNorm(hidden, eps)  # of the embedding
         self.norm = RMSNorm(hidden, eps)
@@ -314,8 +315,12 @@ def frequent_tokens(texts: list[list[int]], count: int, vocabulary: int) -> Tens
     numbered its tokens by how frequent they were in what it learnt from.
     """
     found = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-    counts = torch.bincount(found, minlength=vocabulary)[:vocabulary]
-    return counts.argsort(descending=True, stable=True)[:count].sort().values
+    return choose_vocabulary(torch.bincount(found, minlength=vocabulary)[:vocabulary], count)
+
+
+def choose_vocabulary(counts: Tensor, size: int) -> Tensor:
+    """The most frequent tokens by their counts int64 [V], ascending, int64 [size]; of equals the lowest."""
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ from gpt_spec import (  # noqa: E402
     check_prompt,
     check_window,
 )
-from heads import count_tokens, load_head, target_width  # noqa: E402
+from heads import load_head, read_frequent_tokens, target_width  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
@@ -370,7 +370,7 @@ def tree_drafter(
     head = load_head(path, model, args.draft_precision if method == "tree" else None)
     if args.draft_vocab_size:
         numbers = (args.draft_vocab_size, target.model.config.vocab_size)
-        head.restrict(count_tokens(args.draft_vocab_text, target.tokenizer, *numbers))
+        head.restrict(read_frequent_tokens(args.draft_vocab_text, target.tokenizer, *numbers))
     size = args.tree_size if isinstance(args.tree_size, int) else None
     shape = (args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
     with naming_flags():
@@ -745,12 +745,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line -> exit status."""
-    try:
-        return run(build_parser().parse_args(argv))
-    except BadInput as error:
-        return process.report("error: " + " ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return process.report("\ninterrupted", process.INTERRUPTED)
+    return process.exit_status(lambda: run(build_parser().parse_args(argv)), BadInput)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,11 @@ EAGLE_CONFIG = {  # what the keys of `eagle_config` must say to be what is compu
     "next_layer_regular": True,
     "parallel_draft_step": 1,
 }
-ELSEWHERE = {  # keys of `eagle_config` that are read in their place
-    *("eagle_aux_hidden_state_layer_ids", "norm_before_fc", "fc_norm", "norm_before_residual", "norm_output"),
-    "return_hidden_post_norm",
-}
+SWITCHES = ("norm_before_residual", "norm_output", "return_hidden_post_norm", "norm_before_fc", "fc_norm")
+ELSEWHERE = {
+    "eagle_aux_hidden_state_layer_ids",
+    *SWITCHES,
+}  # keys of `eagle_config` that are read in their place
 OTHER_ARITHMETIC = (  # keys that no head computed here has, unless they say null, 0 or false
     *("mask_token_id", "pard_token", "pard_token_id"),
     *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"),
@@ -184,7 +185,7 @@ def load_head(
     head, ids = build_head(
         Published(raw, tensors, target.config, where, quiet=bool(reading)), target, reading
     )
-    check_head(head, tensors, directory)
+    check_tensors(head, tensors, directory)
     head, q = head.to(dtype), None
     if precision in PRECISIONS:
         q = default_quantization(head, precision)
@@ -209,7 +210,9 @@ def target_width(path: str | Path) -> int | None:
     return raw.get("target_hidden_size") or (inner if isinstance(inner, dict) else raw).get("hidden_size")
 
 
-def count_tokens(path: str | None, tokenizer: Tokenizer | None, count: int, vocabulary: int) -> Tensor:
+def read_frequent_tokens(
+    path: str | None, tokenizer: Tokenizer | None, count: int, vocabulary: int
+) -> Tensor:
     """What `--draft_vocab_size` restricts a head to, int64 [count]: the most frequent tokens of the text in
     `path`, if there is one. BadInput for a file that cannot be read."""
     if path is None:
@@ -260,7 +263,7 @@ def renamed(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return ours
 
 
-def check_head(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> None:
+def check_tensors(head: EagleHead, tensors: dict[str, Tensor], directory: Path) -> None:
     """Each tensor must have a place, and each place a tensor of its shape. Raises BadInput."""
     places = head.checkpoint_tensors()
     missing = sorted(set(places) - set(tensors))
@@ -309,13 +312,7 @@ def check_plain(published: Published, config: ModelConfig, switches: set[str]) -
     """Refuse what EAGLE-1 and EAGLE-2 heads do not have."""
     check_eagle_config(published, config.num_layers)
     check_width(published, config.hidden_size)
-    for name in (
-        "norm_before_residual",
-        "norm_output",
-        "return_hidden_post_norm",
-        "norm_before_fc",
-        "fc_norm",
-    ):
+    for name in SWITCHES:
         if published.switch(name):
             raise published.refuse(f"{name} is true, but the weights are those of an EAGLE-1 or EAGLE-2 head")
     if read_window(published, config.num_layers) is not None or switches:

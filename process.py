@@ -117,6 +117,16 @@ def silence_stdout() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def exit_status(command: Callable[[], int | None], mistake: type[Exception]) -> int:
+    """Run a command -> its exit status. A mistake of the user's is one line on standard error, Ctrl-C too."""
+    try:
+        return command() or 0
+    except mistake as error:
+        return report("error: " + " ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return report("\ninterrupted", INTERRUPTED)
+
+
 def report(line: str, status: int) -> int:
     """Print a line for people -> the status."""
     print(line, file=sys.stderr)

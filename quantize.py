@@ -581,13 +581,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line -> exit status."""
-    try:
-        run(build_parser().parse_args(argv))
-    except BadInput as error:
-        return process.report("error: " + " ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return process.report("\ninterrupted", process.INTERRUPTED)
-    return 0
+    return process.exit_status(lambda: run(build_parser().parse_args(argv)), BadInput)
 
 
 if __name__ == "__main__":

@@ -153,9 +153,9 @@ class Team {
     if (job % JOBS || getrusage(RUSAGE_THREAD, &usage) || clock_gettime(CLOCK_THREAD_CPUTIME_ID, &worked)) return false;
     const Clock::time_point now = Clock::now();
     const Clock::duration now_worked = std::chrono::seconds(worked.tv_sec) + std::chrono::nanoseconds(worked.tv_nsec);
+    const bool first = before == Clock::time_point{};
     const auto passed = now - std::exchange(before, now);
     const auto lost = passed - (now_worked - std::exchange(worked_before, now_worked));
-    const bool first = passed == now.time_since_epoch();
     return usage.ru_nivcsw != std::exchange(interruptions, usage.ru_nivcsw) && lost > passed / LOST && !first;
 #else
     return false;

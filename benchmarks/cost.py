@@ -29,7 +29,7 @@ from benchmarks.common import (
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
 from drafts import Draft, Drafter
-from eagle import EagleHead, TreeDrafter, frequent_tokens
+from eagle import EagleHead, TreeDrafter
 from gpt_spec import Decoder, SequentialDrafter, speculate
 from model import Transformer
 from packing import PRECISIONS, lower_precisions, share_weights
@@ -114,7 +114,7 @@ def head_variants(parts: Parts) -> dict[str, EagleHead]:
     if precision in PRECISIONS:
         heads[f", in {precision}"] = parts.head(target, precision)
     if target.config.vocab_size > 2 * DRAFTED:
-        ids = frequent_tokens([], DRAFTED, target.config.vocab_size)
+        ids = torch.arange(DRAFTED)
         some = f", {DRAFTED} tokens"
         heads |= {name + some: parts.head(target, *([precision] if name else [])) for name in tuple(heads)}
         heads = {name: head.restrict(ids) if name.endswith(some) else head for name, head in heads.items()}

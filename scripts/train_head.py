@@ -45,7 +45,7 @@ from training import Rates, config_json, fit, silence, unroll, write_folder  # n
 from chat import read_json  # noqa: E402
 from checkpoints import ALL_PRECISIONS, find_checkpoint  # noqa: E402
 from cli import OneLineParser, check_device, json_object, load_kernels  # noqa: E402
-from eagle import Eagle3, Eagle3Head, default_taps  # noqa: E402
+from eagle import Eagle3, Eagle3Head, choose_vocabulary, default_taps  # noqa: E402
 from generate import Target, load_target  # noqa: E402
 from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
 
@@ -131,11 +131,6 @@ def answer_counts(texts: list[Text], vocabulary: int) -> Tensor:
     """How often the answers have each token, int64 [V]."""
     said = [token for text in texts for begin, end in text.answers for token in text.token_ids[begin:end]]
     return torch.tensor(said).bincount(minlength=vocabulary)
-
-
-def choose_vocabulary(counts: Tensor, size: int) -> Tensor:
-    """The most frequent tokens, in order, int64 [size]; of equals, and of those not seen, the lowest ids."""
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 # ---- what the target teaches ---------------------------------------------------------------------
@@ -487,13 +482,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line -> exit status."""
-    try:
-        run(build_parser().parse_args(argv))
-    except BadInput as error:
-        return process.report("error: " + " ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return process.report("\ninterrupted", process.INTERRUPTED)
-    return 0
+    return process.exit_status(lambda: run(build_parser().parse_args(argv)), BadInput)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ short trial now and then costs next to nothing.
 
 from __future__ import annotations
 
-import time
 from itertools import compress
 
 from torch import Tensor
@@ -175,6 +174,7 @@ class AutoDrafter(Drafter):
 
     def start(self, level: Level) -> None:
         super().start(level)
+        self.now = level.setup.runtime.now
         for drafter in self.drafters.values():
             drafter.start(level)
             set_costs(drafter, dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
@@ -270,18 +270,18 @@ class AutoDrafter(Drafter):
 
     def change(self, state: State) -> None:
         """End a turn and begin the next."""
-        begin = time.perf_counter()
+        begin = self.now()
         if self.steps > 0:
             self.turns[self.current] += 1
         self.steps, self.tokens, self.cost = 0, 0.0, 0.0
         chosen, self.on_trial = self.choose_drafter(state)
-        chose = time.perf_counter()
+        chose = self.now()
         self.choosing = (chose - begin) / self.pace.clock.slowness
         if chosen != self.current:
             self.catch_up(state, chosen)
-            self.catching_up = (time.perf_counter() - chose) / self.pace.clock.slowness
+            self.catching_up = (self.now() - chose) / self.pace.clock.slowness
             self.feeding[chosen] = (self.feeding[chosen] + self.catching_up) / 2
-        self.overhead = time.perf_counter() - begin
+        self.overhead = self.now() - begin
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.overhead = self.catching_up = 0.0

@@ -37,6 +37,7 @@ from packing import (
     reshape,
     set_precision,
 )
+from parallel import Ranks, Share
 from published import drop_scales, find_layout, refuse_foreign, translate
 from rotation import add_rotations
 from text import Tokenizer, load_tokenizer, read_json
@@ -338,9 +339,11 @@ def load_model(
     device: str = "cpu",
     flag: str = "--checkpoint_path",
     lm_head_bits: int | None = None,
+    ranks: Ranks = Ranks(),
 ) -> Transformer:
     """Load a Hugging Face directory or hub repository. `precision` is fp32, bf16 or a name of
-    `packing.PRECISIONS`; None is the file's own. `lm_head_bits`: see `default_quantization`.
+    `packing.PRECISIONS`; None is the file's own. `lm_head_bits`: see `default_quantization`;
+    `ranks`: the processes that share the model.
 
     Weights go from the mapped file into place, one tensor at a time. 16-bit ones are quantized on the way if
     the precision asks for it, those that another tool has quantized are brought into our format. Raises
@@ -356,13 +359,17 @@ def load_model(
         if precision in PRECISIONS:
             q = default_quantization(model, precision, lm_head_bits)
             reshape(model, q)
+    share = Share(model, ranks) if ranks != Ranks() else None
+    model = share.model(q or checkpoint.quantization) if share else model
     model = model.to_empty(device=device).requires_grad_(False).eval()
     if model.config.tied_embeddings and model.lm_head.scales is None:
         model.lm_head.weight = model.embed_tokens.weight
     model.frequencies = rope_frequencies(model.config).to(device)
-    fill_weights(model, checkpoint.directory, checkpoint.tensors, q)
+    fill_weights(model, checkpoint.directory, checkpoint.tensors, q, share)
     if checkpoint.quantization is not None and checkpoint.quantization.rotation:
         add_rotations(model, device)
+    if share:
+        share.join(model)
     if precision in PRECISIONS:
         set_precision(model, precision)
     announce(model.pack(), q)
@@ -370,9 +377,13 @@ def load_model(
 
 
 def fill_weights(
-    model: Transformer, directory: Path, checked: dict[str, Stored], q: Quantization | None
+    model: Transformer,
+    directory: Path,
+    checked: dict[str, Stored],
+    q: Quantization | None,
+    share: Share | None,
 ) -> None:
-    """Copy every checked tensor into its place, quantized on the way if `q` is given.
+    """Copy every checked tensor into its place, or its share, quantized on the way if `q` is given.
 
     What a tied model has twice must be the same.
     """
@@ -381,11 +392,11 @@ def fill_weights(
     for name, stored in checked.items():
         tensor = stored.read()
         if name == "lm_head.weight" and tied:
-            head = tensor
+            head = tensor if share is None else share.of(name, tensor)
         else:
             tensors = {name: tensor} if q is None else convert(name, tensor, q, linears, tied)
             for part, value in tensors.items():
-                places[part].copy_(value)
+                places[part].copy_(value if share is None else share.of(part, value))
     if head is not None and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
         raise BadInput(
             f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"

@@ -15,6 +15,7 @@ import math
 import operator
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -27,19 +28,20 @@ from typing import Any
 class Stopwatch:
     """Seconds since it was started, or since the last lap."""
 
-    def __init__(self):
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self.now = now
         self.start()
 
     def start(self) -> None:
-        self.since = time.perf_counter()
+        self.since = self.now()
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.since
+        return self.now() - self.since
 
     def lap(self) -> float:
         """The seconds so far. The next lap begins."""
-        now = time.perf_counter()
+        now = self.now()
         seconds, self.since = now - self.since, now
         return seconds
 
@@ -256,10 +258,10 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
     places: dict[str, Any] = {}
     for name, drafter in drafters.items():
         places |= {f"{name} {n}".strip(): (drafter, n) for n in drafter.draft_sizes()}
-    missing, begin = [key for key in places if key not in costs], time.perf_counter()
+    missing, watch = [key for key in places if key not in costs], Stopwatch(level.setup.runtime.now)
     level.state.active.fill_(True)  # a drafter may have nothing to do for rows that are not
     for repeat in range(6):
-        if repeat > 0 and time.perf_counter() - begin > 0.4 * len(missing):
+        if repeat > 0 and watch.seconds > 0.4 * len(missing):
             break
         for key in missing:
             times[key] = times.get(key, []) + time_steps(level, *places[key])
@@ -273,12 +275,12 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
 
 def time_steps(level: Any, drafter: Any, n: int) -> list[float]:
     """Seconds of some steps of n nodes. The first half warms the caches and does not count."""
-    times = []
+    times, watch = [], Stopwatch(level.setup.runtime.now)
     while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
         level.state.length.fill_(level.setup.slots // 2)
-        begin = time.perf_counter()
+        watch.start()
         draft = drafter.propose(level.state, n)
         draft.max_depth = level.drafter.max_depth(draft.tokens.shape[1])  # as it will be in use
         level.commit(draft)
-        times.append(time.perf_counter() - begin)
+        times.append(watch.seconds)
     return times[len(times) // 2 :]

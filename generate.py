@@ -84,6 +84,7 @@ from gpt_spec import (  # noqa: E402
 from heads import load_head, read_frequent_tokens, target_width  # noqa: E402
 from model import BadInput, Transformer  # noqa: E402
 from packing import lower_precisions, precision_of, share_weights  # noqa: E402
+from parallel import Ranks, connected  # noqa: E402
 from show import Output, Screen, draw_step, format_stats, stats_json  # noqa: E402
 from text import TextStream, Tokenizer, load_tokenizer  # noqa: E402
 
@@ -166,6 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     compiles = "none: call every operator from Python, which is slower"
     p.add_argument("--compile", choices=["none", "default"], default="default", help=compiles)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sums = "add up o_proj and down_proj in N parts, as N processes of torchrun do (default: as many as these)"
+    p.add_argument("--sum_parts", type=int, metavar="N", help=sums)
     checks = "measure the head of --method tree, in every way to read its file"
     p.add_argument("--check_head", action="store_true", help=checks)
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
@@ -224,7 +227,7 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Check what argparse does not. Raises BadInput, which names the flag."""
-    counts = ("batch_size", "speculate_k", "max_new_tokens", "num_samples")
+    counts = ("batch_size", "speculate_k", "max_new_tokens", "num_samples", "sum_parts")
     for name in (*counts, "tree_depth", "tree_topk", "min_draft_length", "draft_vocab_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -266,10 +269,10 @@ class Target:
     drafts: dict[str, Transformer] = field(default_factory=dict)  # draft models that were loaded, by path
 
 
-def load_target(args: argparse.Namespace) -> Target:
-    """The target of the flags, or the shipped one."""
+def load_target(args: argparse.Namespace, ranks: Ranks = Ranks()) -> Target:
+    """The target of the flags, or the shipped one. `ranks`: the processes that share it."""
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
-    model = load_model(directory, args.precision, args.device, lm_head_bits=args.lm_head_bits)
+    model = load_model(directory, args.precision, args.device, lm_head_bits=args.lm_head_bits, ranks=ranks)
     precision = precision_of(model)
     tokenizer = load_tokenizer(directory, model.config.max_context)
     stops = [] if args.ignore_eos else stop_ids(directory, tokenizer)
@@ -627,12 +630,12 @@ def read_costs(file: Path) -> dict[str, float]:
         return {}
 
 
-def warm_up(decoder: Decoder, precision: str) -> float:
+def warm_up(decoder: Decoder, precision: str, ranks: Ranks = Ranks()) -> float:
     """`Decoder.warm_up` with the costs of steps that were measured last, if that was within a day."""
     if not decoder.drafter.needs_costs:
         return decoder.warm_up()
     file = costs_file(decoder, precision)
-    costs = read_costs(file)
+    costs = ranks.tell(read_costs(file))
     known = len(costs)
     seconds = decoder.warm_up(costs)
     if len(costs) > known:
@@ -700,10 +703,16 @@ def report_errors(outputs: list[Output]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
+    with connected(args.device, args.sum_parts) as ranks:
+        return run_with(ranks, args)
+
+
+def run_with(ranks: Ranks, args: argparse.Namespace) -> int:
+    """`run`, in a process that knows the others."""
     check_arguments(args)
     load_kernels()
     structure = check_sampling(args)  # before a model is loaded
-    target = load_target(args)
+    target = load_target(args, ranks)
     method, drafter = build_drafter(args, target)
     config = target.model.config
     sampling = read_sampling(args, structure, target.tokenizer, config.vocab_size, target.stop_ids)
@@ -727,7 +736,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--batch_size {args.batch_size}: the caches cannot be allocated ({reason})") from None
     with naming_flags():
         decoder.controls.check(sampling, target.stop_ids)  # before anything is compiled
-    stats = Stats(compile_seconds=warm_up(decoder, target.precision))
+    stats = Stats(compile_seconds=warm_up(decoder, target.precision, ranks))
     if args.explain:
         print(Screen.legend(), file=sys.stderr, flush=True)
     with trace(args.profile):

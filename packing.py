@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from model import BadInput, CheckpointModule, Linear, Transformer
+from model import BadInput, CheckpointModule, LanguageHead, Linear, Transformer
 
 PRECISIONS = {"w8a16": (8, 16), "w8a8": (8, 8), "w4a16": (4, 16), "w4a8": (4, 8), "w4a4": (4, 4)}
 GROUP_SIZES = (128, 64, 32)  # that we make; also -1: one group for the whole row
@@ -167,7 +167,7 @@ def set_precision(model: CheckpointModule, precision: str) -> None:
     _, activation_bits = PRECISIONS[precision]
     for linear in model.modules():
         if isinstance(linear, Linear) and linear.scales is not None:
-            eight = linear.weight.dtype == torch.int8 or linear.float32_out
+            eight = linear.weight.dtype == torch.int8 or isinstance(linear, LanguageHead)
             linear.activation_bits = max(activation_bits, 8) if eight else activation_bits
 
 

@@ -74,6 +74,21 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
+def redirect(out: int, errors: int) -> None:
+    """Have what is printed from here on go to these descriptors."""
+    for stream, number, where in ((sys.stdout, 1, out), (sys.stderr, 2, errors)):
+        stream.flush()
+        os.dup2(where, number)
+
+
+class SharedInput:
+    """A standard input that one process reads for all; `tell` has the others know what it has read."""
+
+    def __init__(self, stream: Any, tell: Callable, reads: bool):
+        self.buffer, own = self, stream.buffer if reads else io.BytesIO()
+        self.read, self.readline = lambda: tell(own.read()), lambda: tell(own.readline())
+
+
 class Forgiving(io.FileIO):
     """A file whose writes never fail: what cannot be written is lost. A message is not worth a run."""
 

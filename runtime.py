@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class Runtime:
 
     compile: bool  # if not, every operator is called from Python
     device: torch.device
+    now: Callable[[], float] = time.perf_counter
 
     def compiled(self, function: Callable) -> Callable:
         """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a

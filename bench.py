@@ -19,6 +19,7 @@
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's and others'
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
     python bench.py peers --llama_cpp DIR    # next to llama.cpp; without DIR next to transformers and PyTorch
+    python bench.py processes   # a model in one process with two threads, and in two with a thread each
     python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
 
     # your own models and prompts
@@ -66,6 +67,7 @@ from benchmarks.linears import report_hadamard, report_kernels
 from benchmarks.machine import machine
 from benchmarks.methods import report_auto, report_methods
 from benchmarks.peers import report_peers
+from benchmarks.processes import report_processes
 from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
@@ -79,6 +81,7 @@ from eagle import TREE_DEPTH, TREE_TOPK
 from gpt_spec import MIN_DRAFT_LENGTH
 from model import BadInput
 from packing import PRECISIONS
+from parallel import Ranks, connected
 from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
@@ -87,8 +90,9 @@ REPORTS = {
     **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
-    **{"peers": report_peers, "sampling": report_sampling},
+    **{"peers": report_peers, "sampling": report_sampling, "processes": report_processes},
 }
+IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
 DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
@@ -190,6 +194,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lm_head_bits", metavar="4|8|16", help=bits)
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")
+    p.add_argument("--sum_parts", type=int, help=f"{', '.join(IN_PARTS)}: as in generate.py")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
@@ -235,8 +240,17 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     if args.report == "all":
         return run_study(args.results, args.list)
+    with connected(args.device, args.sum_parts) as ranks:
+        if ranks != Ranks() and args.report not in IN_PARTS:
+            raise BadInput(f"{args.report} runs in one process; {', '.join(IN_PARTS)} run in several, too")
+        return run_report(args, ranks)
+
+
+def run_report(args: argparse.Namespace, ranks: Ranks) -> int:
     load_kernels()
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "results")}
+    settings |= {"processes": ranks.count}
+    args.ranks, args.output = ranks, args.output if ranks.rank == 0 else None
     facts, early = {"report": args.report, "settings": settings} | machine(args.device), {}
     if args.report == "exact":  # the longest: its rows so far are of use when a time limit ends it
         early["save"] = lambda rows: write(args.output, facts | {"unfinished": True, "results": rows})

@@ -71,7 +71,7 @@ class Ranks:
         dist.all_gather_object(known, fact)
         for rank, other in enumerate(known):
             if other != known[0]:
-                raise BadInput(f"{name} is {known[0]} in rank 0, but {other} in rank {rank}")
+                raise BadInput(f"{name} are {known[0]} in rank 0, but {other} in rank {rank}")
 
 
 @contextmanager
@@ -137,23 +137,22 @@ class Share:
         group = c.intermediate_size // (1 if down is None else down.shape[1])
         heads = bounds(c.num_heads, ranks.parts, (size,))[own]
         inner = bounds(c.intermediate_size, ranks.parts, (group, 128, 64, 32, 16))[own]
-        if heads[-1] - heads[0] > size and (heads[0] % size or heads[-1] % size):
+        keys = [heads[0] // size, -(-heads[-1] // size)]
+        if keys[1] - keys[0] > 1 and (heads[0] % size or heads[-1] % size):
             raise BadInput(f"{c.num_heads} heads in groups of {size} cannot be {ranks.parts} parts")
         self.ranks, self.whole, self.tokens = ranks, whole, bounds(c.vocab_size, ranks.count)
+        # All inputs, those where its parts begin and end, and where its rows of matrices do.
         self.inputs = {"o_proj": c.num_heads * c.head_dim, "down_proj": c.intermediate_size}
-        # Those where its parts begin and end, and where its rows of matrices do.
         self.columns = {"o_proj": [c.head_dim * head for head in heads], "down_proj": inner}
-        keys = [heads[0] // size * c.head_dim, -(-heads[-1] // size) * c.head_dim]
-        tokens = self.tokens[ranks.rank : ranks.rank + 2]
-        self.rows = dict(zip(ROWS, (self.columns["o_proj"], keys, keys, inner, inner, tokens, tokens)))
-        counts = {"num_heads": heads[-1] - heads[0], "num_kv_heads": (keys[1] - keys[0]) // c.head_dim}
+        kv, tokens = [c.head_dim * key for key in keys], self.tokens[ranks.rank : ranks.rank + 2]
+        self.rows = dict(zip(ROWS, (self.columns["o_proj"], kv, kv, inner, inner, tokens, tokens)))
+        counts = {"num_heads": heads[-1] - heads[0], "num_kv_heads": keys[1] - keys[0]}
         self.config = replace(c, **counts, intermediate_size=inner[-1] - inner[0])
 
     def model(self, q: Quantization | None) -> Transformer:
         """Places for the weights of this process, on the meta device, quantized like `q`."""
-        rows = self.rows["lm_head"]
         with torch.device("meta"):
-            model = Transformer(replace(self.config, vocab_size=rows[-1] - rows[0]))
+            model = Transformer(replace(self.config, vocab_size=len(range(*self.rows["lm_head"]))))
         model, model.config = model.to(self.whole.norm.weight.dtype), self.config
         if q is not None:
             permuted = {path for path, linear in named_linears(self.whole) if linear.permutation is not None}

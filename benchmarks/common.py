@@ -44,6 +44,7 @@ from gpt_spec import Decoder, Request, cache_length
 from heads import load_head
 from model import BadInput, Transformer
 from packing import PRECISIONS
+from parallel import Ranks
 from sampling import Sampling
 from text import load_tokenizer, read_json
 
@@ -152,11 +153,17 @@ def chosen_paths(args: argparse.Namespace) -> Paths:
     return paths
 
 
-def load_parts(precision: str, paths: Paths, device: str = "cpu", lm_head_bits: int | None = None) -> Parts:
-    """`lm_head_bits`: of the target; None for the default."""
+def load_parts(
+    precision: str,
+    paths: Paths,
+    device: str = "cpu",
+    lm_head_bits: int | None = None,
+    ranks: Ranks = Ranks(),
+) -> Parts:
+    """`lm_head_bits`: of the target; None for the default. `ranks`: the processes that share the target."""
     flags = {"precision": precision, "draft_precision": None, "device": device, "ignore_eos": False}
     args = argparse.Namespace(checkpoint_path=paths.target, lm_head_bits=lm_head_bits, **flags)
-    target = load_target(args)
+    target = load_target(args, ranks)
     small = load_draft_model(str(paths.small), args, target) if paths.small else None
     heads = (partial(load_head, path) if path else None for path in (paths.head, paths.small_head))
     return Parts(target, small, *heads)

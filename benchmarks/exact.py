@@ -33,7 +33,7 @@ def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda
     """
     rows, prompts = {}, read_prompts(args.prompts)
     for precision in split(args.precisions):
-        target, compiled, uncompiled = exact_contestants(precision, args.device, head_bits(args, precision))
+        target, compiled, uncompiled = exact_contestants(precision, args)
         for temperature in (0.0, 1.0):
             kinds = {True: {} if args.uncompiled else compiled, False: {} if args.compiled else uncompiled}
             for compile, entries in kinds.items():
@@ -71,12 +71,10 @@ def decode_entry(
         return decode_all(decoder, prompts, tokens)
 
 
-def exact_contestants(
-    precision: str, device: str = "cpu", lm_head_bits: int | None = None
-) -> tuple[Transformer, dict, dict]:
+def exact_contestants(precision: str, args: argparse.Namespace) -> tuple[Transformer, dict, dict]:
     """The shipped target, and drafters with batch sizes by name, to run compiled and uncompiled. The first of
     each kind is the one that the others are compared with."""
-    parts = load_parts(precision, SHIPPED, device, lm_head_bits)
+    parts = load_parts(precision, SHIPPED, args.device, head_bits(args, precision), args.ranks)
     target, small = parts.target.model, parts.small
     inner = TreeDrafter(parts.small_head(small))
     flat = {

@@ -105,13 +105,13 @@ def report_methods(args: argparse.Namespace) -> dict:
 
 def methods_in(args: argparse.Namespace, paths: Paths, precision: str) -> dict[str, dict]:
     """Every method in one precision."""
-    parts = load_parts(precision, paths, args.device, head_bits(args, precision))
+    parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
     prompts = fitting_prompts(parts, args)
     print(f"{precision}, {len(prompts)} prompts", flush=True)
     decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
     over = BASE if precision == "bf16" else None
     if over is None and not is_quantized(paths.target):
-        reference, over = load_model(paths.target, "bf16", args.device), REFERENCE
+        reference, over = load_model(paths.target, "bf16", args.device, ranks=args.ranks), REFERENCE
         decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
     stop_ids = parts.target.stop_ids if args.prompt_file else ()
     return compare(decoders, prompts, args, stop_ids, over)
@@ -142,7 +142,7 @@ def report_auto(args: argparse.Namespace) -> dict:
         for precision in split(args.precisions):
             for batch_size in numbers(args.batch_sizes):
                 key = f"{name} {precision} batch {batch_size}"
-                parts = load_parts(precision, paths, args.device, head_bits(args, precision))
+                parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
                 results[key] = measure_auto(parts, batch_size, args)
                 print_auto(key, results[key])
     return results

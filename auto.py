@@ -174,7 +174,7 @@ class AutoDrafter(Drafter):
 
     def start(self, level: Level) -> None:
         super().start(level)
-        self.now = level.setup.runtime.now
+        self.watch = level.setup.runtime.stopwatch()
         for drafter in self.drafters.values():
             drafter.start(level)
             set_costs(drafter, dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
@@ -270,18 +270,18 @@ class AutoDrafter(Drafter):
 
     def change(self, state: State) -> None:
         """End a turn and begin the next."""
-        begin = self.now()
+        begin = self.watch.seconds
         if self.steps > 0:
             self.turns[self.current] += 1
         self.steps, self.tokens, self.cost = 0, 0.0, 0.0
         chosen, self.on_trial = self.choose_drafter(state)
-        chose = self.now()
+        chose = self.watch.seconds
         self.choosing = (chose - begin) / self.pace.clock.slowness
         if chosen != self.current:
             self.catch_up(state, chosen)
-            self.catching_up = (self.now() - chose) / self.pace.clock.slowness
+            self.catching_up = (self.watch.seconds - chose) / self.pace.clock.slowness
             self.feeding[chosen] = (self.feeding[chosen] + self.catching_up) / 2
-        self.overhead = self.now() - begin
+        self.overhead = self.watch.seconds - begin
 
     def propose(self, state: State, n: int | None = None) -> Draft:
         self.overhead = self.catching_up = 0.0

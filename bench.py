@@ -35,14 +35,6 @@ are in the folder benchmarks; this file has the command line and the settings of
 bytes or bf16, with scales and zeros) are divided by the seconds of a call or a step, and by the bytes per
 second of copying one large tensor, read and written both counted (`copy_bandwidth`, measured once per run).
 Weights are only read, which on a CPU is faster than copying: shares above 1 are possible there.
-
-On a GPU (--device cuda; scripts/gpu_pass.py runs a whole set) clocks are read when the device has finished.
-`kernels` times CUDA graphs of many calls with events. T(n) and the units of drafts are timed as whole calls,
-with the host's share; T(n) is also timed without it, as a graph. Tokens per second and speedups are right,
-since a step counts when the host has read it. But in the *texts* only the host sees how a step splits into
-drafting and verification. It goes on while the device still drafts, and it sees no split where a whole step
-is one graph. So `drafting_seconds` (then 0), `predicted` (then too high) and the seconds of `levels` are the
-host's.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
     places: dict[str, Any] = {}
     for name, drafter in drafters.items():
         places |= {f"{name} {n}".strip(): (drafter, n) for n in drafter.draft_sizes()}
-    missing, watch = [key for key in places if key not in costs], Stopwatch(level.setup.runtime.now)
+    missing, watch = [key for key in places if key not in costs], level.setup.runtime.stopwatch()
     level.state.active.fill_(True)  # a drafter may have nothing to do for rows that are not
     for repeat in range(6):
         if repeat > 0 and watch.seconds > 0.4 * len(missing):
@@ -275,7 +275,7 @@ def measure_costs(level: Any, costs: dict[str, float]) -> None:
 
 def time_steps(level: Any, drafter: Any, n: int) -> list[float]:
     """Seconds of some steps of n nodes. The first half warms the caches and does not count."""
-    times, watch = [], Stopwatch(level.setup.runtime.now)
+    times, watch = [], level.setup.runtime.stopwatch()
     while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
         level.state.length.fill_(level.setup.slots // 2)
         watch.start()

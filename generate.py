@@ -108,7 +108,7 @@ COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a
     *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "heads.py", "auto.py", "packing.py"),
     *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
     *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h", "operators.h"),
-    *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py"),
+    *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py", "parallel.py"),
 )
 
 

@@ -349,7 +349,7 @@ class Decoder(Level):
         check_kind("drafter", drafter, Drafter)  # not the model that it uses
         kernels.load()
         check_dynamic(model.config, self.max_length)
-        runtime = Runtime(compile, model.norm.weight.device, model.now)
+        runtime = Runtime(compile, model.norm.weight.device, model.clock)
         slots = self.max_length + drafter.slack
         if logprobs is not None and not 0 <= whole_number("logprobs", logprobs) <= model.config.vocab_size:
             raise BadInput(f"logprobs is {logprobs}; it must be 0 to {model.config.vocab_size}")
@@ -426,7 +426,7 @@ class Decoder(Level):
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
         self.controls.expect([self.setup.sampling, *(request.sampling for request in requests)])
         self.count_into(stats)
-        waiting, total, watch = deque(range(len(prompts))), Stopwatch(), Stopwatch(self.setup.runtime.now)
+        waiting, total, watch = deque(range(len(prompts))), Stopwatch(), self.setup.runtime.stopwatch()
         rows: list[Row | None] = [None] * self.setup.batch_size
         ahead: tuple[Step, list[Row | None]] | None = None  # a step that was begun, and for which texts
         while waiting or any(rows):
@@ -984,14 +984,10 @@ class HierarchicalDrafter(Drafter):
             inside.length.copy_(state.length)  # the target has written what it lacked
         elif (inside.length < state.length).any():
             self.catch_up(state)
-        active, drafted, watch = (
-            state.active.tolist(),
-            [0] * len(state.active),
-            Stopwatch(self.level.setup.runtime.now),
-        )
+        active, drafted = state.active.tolist(), [0] * len(state.active)
         while any(going := [a and count < self.min_draft_length for a, count in zip(active, drafted)]):
             inside.active.copy_(torch.tensor(going))
-            watch.start()
+            watch = self.level.setup.runtime.stopwatch()
             draft, verified = self.level.step()
             rows = [(result, result.accepted, len(result.tokens)) for result in compress(verified, going)]
             self.level.count_step(draft, rows, watch.lap())

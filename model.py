@@ -13,7 +13,6 @@ The two are separate arguments. In a chain they coincide. In a tree, siblings sh
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -384,9 +383,7 @@ class Transformer(CheckpointModule):
     """A Llama-family decoder. Weights come from `checkpoints.load_model`, or are random at first."""
 
     top = "model."
-    now = staticmethod(
-        time.perf_counter
-    )  # a clock; one that all processes of a model read alike (parallel.py)
+    clock: Any = None  # a function, where several processes share the model and must decide alike
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -180,7 +180,7 @@ class Share:
             self.ranks.agree("the sums of all norms of the checkpoint", norms)
             model.embed_tokens = SplitEmbedding(model.embed_tokens, self.tokens, self.ranks)
             model.lm_head = SplitHead(model.lm_head, self.tokens, self.ranks)
-            model.now = lambda: self.ranks.tell(time.perf_counter())
+            model.clock = lambda: self.ranks.tell(time.perf_counter())
 
 
 class Summed(nn.Module):

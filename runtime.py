@@ -37,7 +37,11 @@ class Runtime:
 
     compile: bool  # if not, every operator is called from Python
     device: torch.device
-    now: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] | None = None  # that all processes of a model read alike
+
+    def stopwatch(self) -> Stopwatch:
+        """For what is decided by time."""
+        return Stopwatch(self.clock or time.perf_counter)
 
     def compiled(self, function: Callable) -> Callable:
         """The function, compiled for every shape that it meets; itself where nothing is compiled. Of a

@@ -4,6 +4,14 @@
 
 The one idea: functions that are compared take turns, so that all of them meet the machine in the same state,
 and the median counts. A clock is read only when the device has finished.
+
+On a GPU (--device cuda; scripts/gpu_pass.py runs a whole set) clocks are read when the device has finished.
+`kernels` times CUDA graphs of many calls with events. T(n) and the units of drafts are timed as whole calls,
+with the host's share; T(n) is also timed without it, as a graph. Tokens per second and speedups are right,
+since a step counts when the host has read it. But in the *texts* only the host sees how a step splits into
+drafting and verification. It goes on while the device still drafts, and it sees no split where a whole step
+is one graph. So `drafting_seconds` (then 0), `predicted` (then too high) and the seconds of `levels` are the
+host's.
 """
 
 from __future__ import annotations

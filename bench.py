@@ -57,6 +57,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.acceptance import read_acceptance
 from benchmarks.common import split
 from benchmarks.cost import report_cost
 from benchmarks.decode import report_decode
@@ -70,8 +71,8 @@ from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
-from benchmarks.shapes import SHAPES
-from benchmarks.synthetic import read_acceptance, report_synthetic
+from benchmarks.shapes import REAL_SHAPES, SHAPES
+from benchmarks.synthetic import report_synthetic
 from benchmarks.timing import on_gpu
 from checkpoints import ALL_PRECISIONS, HEAD_FLAG
 from cli import OneLineParser, check_device, load_kernels
@@ -90,13 +91,16 @@ REPORTS = {
     **{"peers": report_peers, "sampling": report_sampling},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
+SAVED = ("exact", "kernels", "methods", "synthetic")  # long ones, written to --output as they go
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
 DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
     | {"acceptance": "eagle2-8b", "precision": "bf16"},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
-    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
-    "synthetic llama-3-70b": {"acceptance": "eagle2-70b"},
+    "methods": {"batch_sizes": "1"},
+    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64, "batch_sizes": "1"},
+    "synthetic llama-3-8b": {"acceptance": "eagle3-8b"},
+    "synthetic llama-3-70b": {"acceptance": "eagle3-70b"},
     "quality": {"precisions": EVERY_PRECISION},
     "exact": {"precisions": EVERY_PRECISION},
     "qspec_shape": {"shape": "llama-3.2-1b"},
@@ -169,7 +173,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help="depth of all trees")
     p.add_argument("--tree_topk", type=int, default=TREE_TOPK, help="nodes of a beam")
     p.add_argument("--tree_size", type=int, help="nodes of trees in a hierarchy (auto; synthetic 16)")
-    p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto, sampling: rows (auto 1,8; sampling 1,4)")
+    rows = "auto (1,8), methods, synthetic (1), sampling (1,4), qspec, qspec_shape (1,4,8,16)"
+    p.add_argument("--batch_sizes", help=f"rows, with commas: {rows}")
+    p.add_argument(
+        "--methods", help="methods, synthetic: which besides autoregressive, like lookup,tree (all)"
+    )
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
     p.add_argument("--tokens", type=int, default=PERPLEXITY_TOKENS, help="perplexity, quality: count so many")
@@ -193,7 +201,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
-    p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")
+    p.add_argument("--shapes", default=",".join(REAL_SHAPES), help="kernels, hadamard: which, with commas")
     p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
@@ -238,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
     load_kernels()
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "results")}
     facts, early = {"report": args.report, "settings": settings} | machine(args.device), {}
-    if args.report == "exact":  # the longest: its rows so far are of use when a time limit ends it
+    if args.report in SAVED:
         early["save"] = lambda rows: write(args.output, facts | {"unfinished": True, "results": rows})
     results = facts | {"results": REPORTS[args.report](args, **early)}
     write(args.output, results)

@@ -202,19 +202,41 @@ def compiles(args: argparse.Namespace) -> bool:
     return not args.uncompiled
 
 
-def in_each_precision(measure: Callable[[str], dict], args: argparse.Namespace) -> dict[str, dict]:
-    """What `measure` returns, for each of --precisions.
+def in_each_precision(
+    measure: Callable[..., dict],
+    args: argparse.Namespace,
+    batch_sizes: Iterable[int] | None = None,
+    save: Callable[[dict], None] = lambda results: None,
+) -> dict[str, dict]:
+    """What `measure` returns, for each of --precisions, and, if given, each of the batch sizes. `save` gets
+    all so far after each.
 
-    All models of a precision must be local to `measure`. Decoders and drafters refer to each other, so they
-    are collected here, before the models of the next precision are made: both together may not fit a GPU.
+    All models must be local to `measure`. Decoders and drafters refer to each other, so they are collected
+    here, before the next models are made: both together may not fit a GPU.
     """
     results = {}
     for precision in split(args.precisions):
-        results[precision] = measure(precision)
-        gc.collect()
-        if on_gpu(args.device):
-            torch.cuda.empty_cache()
+        for batch_size in batch_sizes or [None]:
+            name = precision if batch_size in (None, 1) else f"{precision}, batch {batch_size}"
+            results[name] = measure(precision, *([batch_size] if batch_sizes else []))
+            save(results)
+            gc.collect()
+            if on_gpu(args.device):
+                torch.cuda.empty_cache()
     return results
+
+
+def chosen_methods(methods: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Those of --methods, by the first words of their names, and `autoregressive`. Raises BadInput."""
+    if args.methods is None:
+        return methods
+    words = {name: name.replace(",", " ").split()[0] for name in methods}
+    unknown = set(split(args.methods)) - set(words.values())
+    if unknown:
+        raise BadInput(
+            f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(dict.fromkeys(words.values()))}"
+        )
+    return {name: m for name, m in methods.items() if words[name] in (BASE, *split(args.methods))}
 
 
 def build_decoders(
@@ -237,9 +259,11 @@ def build_decoders(
 
 
 def freeze(decoder: Decoder) -> Decoder:
-    """Put 200 tokens into its caches. From then on each repetition of a step does the same work."""
+    """Put 200 tokens into the caches of every row. From then on a step does the same work each time."""
     vocabulary = decoder.model.config.vocab_size
-    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], Request(decoder.setup.sampling, 0))
+    tokens = [3 + i % (vocabulary - 3) for i in range(200)]
+    for row in range(decoder.setup.batch_size):
+        decoder.prefill(row, tokens, Request(decoder.setup.sampling, row))
     decoder.state.active.fill_(False)
     return decoder
 

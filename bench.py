@@ -4,7 +4,8 @@
     python bench.py cost        # T(n): one target forward over n tokens, and what drafting costs
     python bench.py methods     # every method in three precisions: tokens/s, tokens per step, speedup
     python bench.py auto        # `auto` against every fixed method: models, precisions, batch sizes
-    python bench.py synthetic --shape llama-3-8b     # random weights, published acceptance
+    python bench.py synthetic --shape llama-3-8b --middle llama-3.2-1b    # random, published acceptance
+    python bench.py when        # where hierarchies begin to win over trees: computed, nothing is measured
     python bench.py quality     # what a precision costs: perplexity, agreement with bf16, GSM8K
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
@@ -36,12 +37,9 @@ second of copying one large tensor, read and written both counted (`copy_bandwid
 Weights are only read, which on a CPU is faster than copying: shares above 1 are possible there.
 
 On a GPU (--device cuda; scripts/gpu_pass.py runs a whole set) clocks are read when the device has finished.
-`kernels` times CUDA graphs of many calls with events. T(n) and the units of drafts are timed as whole calls,
-with the host's share; T(n) is also timed without it, as a graph. Tokens per second and speedups are right,
-since a step counts when the host has read it. But in the *texts* only the host sees how a step splits into
-drafting and verification. It goes on while the device still drafts, and it sees no split where a whole step
-is one graph. So `drafting_seconds` (then 0), `predicted` (then too high) and the seconds of `levels` are the
-host's.
+`kernels` times CUDA graphs of many calls; T(n) is timed as whole calls and, without the host, as a graph. In
+texts only the host sees how a step splits into drafting and verification, and no split where a whole step is
+one graph: `drafting_seconds` (then 0), `predicted` (then too high) and seconds of `levels` are the host's.
 """
 
 from __future__ import annotations
@@ -74,6 +72,7 @@ from benchmarks.sampling import report_sampling
 from benchmarks.shapes import REAL_SHAPES, SHAPES
 from benchmarks.synthetic import report_synthetic
 from benchmarks.timing import on_gpu
+from benchmarks.when import report_when
 from checkpoints import ALL_PRECISIONS, HEAD_FLAG
 from cli import OneLineParser, check_device, load_kernels
 from eagle import TREE_DEPTH, TREE_TOPK
@@ -88,7 +87,7 @@ REPORTS = {
     **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
-    **{"peers": report_peers, "sampling": report_sampling},
+    **{"peers": report_peers, "sampling": report_sampling, "when": report_when},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 SAVED = ("exact", "kernels", "methods", "synthetic")  # long ones, written to --output as they go
@@ -106,6 +105,7 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "qspec_shape": {"shape": "llama-3.2-1b"},
     "decode": {"shape": "llama-3.2-1b"},
     "peers": {"precision": "w4a8", "max_new_tokens": 64},
+    "when": {"acceptance": "eagle3-8b"},
     "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
 }
 STUDY = {  # file -> its report and settings: all tables and figures of the README
@@ -129,6 +129,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_rotation.json": "rotation",
     "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
     "cpu_sampling.json": "sampling",
+    "when.json": "when",
     "cpu_exact.json": "exact",
     "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
     "cpu_exact_uncompiled.json": "exact --uncompiled",

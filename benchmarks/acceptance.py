@@ -32,19 +32,19 @@ class Acceptance(NamedTuple):
         p = self.probabilities[min(depth, len(self.probabilities) - 1)]
         return p if rank == 0 else (1 - p) * self.breadth * (1 - self.breadth) ** (rank - 1)
 
-    def best_nodes(self, depth: int, topk: int) -> list[float]:
-        """The probabilities of the nodes of a tree as `TreeDrafter` grows it, the best first: of each depth
-        the k best nodes have children, the k best of each."""
+    def best_nodes(self, depth: int, topk: int) -> list[tuple[float, int]]:
+        """Probability and depth of the nodes of a tree as `TreeDrafter` grows it, the best first: of each
+        depth the k best nodes have children, the k best of each."""
         beam, pool = [1.0], []
         for d in range(depth):
             children = [p * self.of_child(d, rank) for p in beam for rank in range(topk)]
-            pool += children
+            pool += [(p, d + 1) for p in children]
             beam = nlargest(topk, children)
-        return sorted(pool, reverse=True)
+        return sorted(pool, key=lambda node: -node[0])
 
     def tokens_per_step(self, nodes: int, depth: int, topk: int = 1) -> float:
         """tau of trees of so many nodes, the root among them; with `topk` 1, of chains."""
-        return 1 + sum(self.best_nodes(depth, topk)[: nodes - 1])
+        return 1 + sum(p for p, _ in self.best_nodes(depth, topk)[: nodes - 1])
 
 
 def from_shares(shares: Iterable[float], source: str) -> Acceptance:
@@ -73,7 +73,10 @@ def with_breadth(chain: Acceptance, tau: float, shape: tuple[int, int, int], sou
 
 def from_mean(tau: float, shape: tuple[int, int, int], breadth: float, source: str) -> Acceptance:
     """One probability for all depths, with which trees of this shape yield tau tokens per step."""
-    make = lambda p: Acceptance((p,), source, breadth)  # noqa: E731
+
+    def make(p: float) -> Acceptance:
+        return Acceptance((p,), source, breadth)
+
     return fit(tau, make, lambda acceptance: acceptance.tokens_per_step(*shape))
 
 

@@ -71,7 +71,8 @@ def test_a_tree_never_loses_by_being_larger():
     assert all(preset.tokens_per_step(n, 6, 4) >= preset.tokens_per_step(n, 6) for n in range(2, 9))
     assert sum(preset.of_child(0, rank) for rank in range(50)) == pytest.approx(1)
     # By hand: 0.5 and 0.25 below the root, and two of each below these; two best nodes of a depth go on.
-    assert acceptance.Acceptance((0.5,), "", 0.5).best_nodes(2, 2) == [0.5, 0.25, 0.25, 0.125, 0.125, 0.0625]
+    nodes = [(0.5, 1), (0.25, 1), (0.25, 2), (0.125, 2), (0.125, 2), (0.0625, 2)]
+    assert acceptance.Acceptance((0.5,), "", 0.5).best_nodes(2, 2) == nodes
 
 
 def test_acceptance_by_name_and_by_list():

@@ -25,6 +25,7 @@
     # your own models and prompts
     python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
     python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
+    python bench.py quality --checkpoint_path DIR --prompt_file human_eval.jsonl.gz --run_code
 
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
 in one process, interleaved, and given as a ratio: ratios vary less with the load of the machine than absolute
@@ -56,7 +57,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.acceptance import read_acceptance
-from benchmarks.common import split
+from benchmarks.common import QUANTIZERS, split
 from benchmarks.cost import report_cost
 from benchmarks.decode import report_decode
 from benchmarks.drafts import report_confidence, report_hierarchical, report_noise, report_tree
@@ -70,6 +71,7 @@ from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
 from benchmarks.shapes import REAL_SHAPES, SHAPES
+from benchmarks.study import DEFAULTS, STUDY
 from benchmarks.synthetic import report_synthetic
 from benchmarks.timing import on_gpu
 from benchmarks.when import report_when
@@ -78,7 +80,6 @@ from cli import OneLineParser, check_device, load_kernels
 from eagle import TREE_DEPTH, TREE_TOPK
 from gpt_spec import MIN_DRAFT_LENGTH
 from model import BadInput
-from packing import PRECISIONS
 from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
@@ -90,51 +91,7 @@ REPORTS = {
     **{"peers": report_peers, "sampling": report_sampling, "when": report_when},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
-SAVED = ("exact", "kernels", "methods", "synthetic")  # long ones, written to --output as they go
-EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
-DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
-    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
-    | {"acceptance": "eagle2-8b", "precision": "bf16"},
-    "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
-    "methods": {"batch_sizes": "1"},
-    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64, "batch_sizes": "1"},
-    "synthetic llama-3-8b": {"acceptance": "eagle3-8b"},
-    "synthetic llama-3-70b": {"acceptance": "eagle3-70b"},
-    "quality": {"precisions": EVERY_PRECISION},
-    "exact": {"precisions": EVERY_PRECISION},
-    "qspec_shape": {"shape": "llama-3.2-1b"},
-    "decode": {"shape": "llama-3.2-1b"},
-    "peers": {"precision": "w4a8", "max_new_tokens": 64},
-    "when": {"acceptance": "eagle3-8b"},
-    "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
-}
-STUDY = {  # file -> its report and settings: all tables and figures of the README
-    "cpu_kernels.json": "kernels --repeats 5",
-    "cpu_decode_w4a16.json": "decode --precision w4a16 --max_new_tokens 100",
-    "cpu_decode_w4a8.json": "decode --precision w4a8 --max_new_tokens 100",
-    "cpu_cost.json": "cost",
-    "cpu_cost_1b.json": "cost --shape llama-3.2-1b",
-    "cpu_methods.json": "methods",
-    "cpu_auto.json": "auto",
-    "cpu_synthetic.json": "synthetic",
-    "cpu_quality.json": "quality",
-    "cpu_lm_head.json": "quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
-    "cpu_tree.json": "tree --prompts 14",
-    "cpu_hierarchical.json": "hierarchical --prompts 14",
-    "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",
-    "cpu_qspec_1b.json": "qspec_shape --shape llama-3.2-1b --repeats 3 --max_new_tokens 32",
-    "cpu_confidence.json": "confidence --prompts 12 --max_new_tokens 150",
-    "cpu_noise.json": "noise --max_new_tokens 100",
-    "cpu_perplexity.json": "perplexity",
-    "cpu_rotation.json": "rotation",
-    "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
-    "cpu_sampling.json": "sampling",
-    "when.json": "when",
-    "cpu_exact.json": "exact",
-    "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
-    "cpu_exact_uncompiled.json": "exact --uncompiled",
-    "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
-}
+SAVED = ("exact", "kernels", "methods", "quality", "synthetic")  # long ones, written to --output as they go
 
 
 def run_study(results: Path, only_list: bool) -> int:
@@ -204,6 +161,10 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")
     p.add_argument("--shapes", default=",".join(REAL_SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument(
+        "--quantizer", help=f"4-bit targets of methods, quality (several with ;): {', '.join(QUANTIZERS)}"
+    )
+    p.add_argument("--run_code", action="store_true", help="quality: of HumanEval, run what a model wrote")
     p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
@@ -221,6 +182,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         unknown = set(split(given)) - set(possible) if given is not None else ()
         if unknown:
             raise BadInput(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
+    quantizers = args.quantizer.split(";") if args.quantizer else []
+    if set(quantizers) - set(QUANTIZERS) or (args.report != "quality" and len(quantizers) > 1):
+        raise BadInput(f"--quantizer: {args.quantizer} is none of {'; '.join(QUANTIZERS)}")
     for flag in ("batch_sizes", "sizes"):
         text = getattr(args, flag)
         if not all(size.isdecimal() and 0 < int(size) <= 256 for size in split(text)):

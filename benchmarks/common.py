@@ -10,6 +10,7 @@ the drafters that it makes of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import gzip
 import json
@@ -63,6 +64,9 @@ class Prompt(NamedTuple):
     tokens: list[int]
     category: str = ""
     answer: str = ""  # the right one, if the file has it
+    text: str = ""
+    test: str = ""  # a program for what the text is continued with, if the file has it (HumanEval)
+    function: str = ""  # which that program calls
 
 
 def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
@@ -83,7 +87,8 @@ def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False
             tokens, entry = read_line(line, settings, tokenizer), json.loads(line)
         except BadInput as error:
             raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
-        prompts.append(Prompt(tokens, str(entry.get("category", "")), str(entry.get("answer", ""))))
+        names = ("category", "answer", "prompt", "test", "entry_point")
+        prompts.append(Prompt(tokens, *(str(entry.get(name, "")) for name in names)))
     return prompts
 
 
@@ -173,17 +178,44 @@ def shipped(precision: str) -> tuple[Transformer, Transformer]:
     return parts.target.model, parts.small
 
 
+QUANTIZERS = {  # flags of quantize.py by name
+    "rtn": [],
+    "rtn, zeros": ["--asymmetric"],
+    "hqq": ["--quantizer", "hqq"],
+    "gptq": ["--quantizer", "gptq"],
+    "rtn, rotated": ["--rotate"],
+    "hqq, rotated": ["--quantizer", "hqq", "--rotate"],
+    "gptq, rotated": ["--quantizer", "gptq", "--rotate"],
+}
+
+
 @contextmanager
 def quantized_target(flags: list[str]) -> Iterator[str]:
     """A temporary directory with the shipped target, quantized by quantize.py with these flags."""
     with tempfile.TemporaryDirectory() as scratch:
-        output = f"{scratch}/quantized"
-        quantize.run(
-            quantize.build_parser().parse_args(
-                ["--checkpoint_path", str(SHIPPED_TARGET), "--output", output, *flags]
-            )
-        )
-        yield output
+        yield write_quantized(SHIPPED_TARGET, flags, scratch)
+
+
+def write_quantized(checkpoint: str | Path, flags: list[str], folder: str) -> str:
+    """The directory in that folder."""
+    output = f"{folder}/quantized"
+    flags = ["--checkpoint_path", str(checkpoint), "--output", output, *flags]
+    quantize.run(quantize.build_parser().parse_args(flags))
+    return output
+
+
+@functools.cache
+def quantized_copy(checkpoint: str | Path, quantizer: str) -> tuple[str, tempfile.TemporaryDirectory]:
+    """A directory with a checkpoint in 4 bits, made once, and what removes it when the process ends."""
+    scratch = tempfile.TemporaryDirectory()
+    return write_quantized(checkpoint, QUANTIZERS[quantizer], scratch.name), scratch
+
+
+def quantized_by(quantizer: str | None, checkpoint: str | Path, precision: str) -> str | Path:
+    """The checkpoint as this quantizer leaves it in 4 bits; itself where only rounding is asked for."""
+    if quantizer in (None, "rtn") or PRECISIONS.get(precision, (16, 16))[0] != 4:
+        return checkpoint
+    return quantized_copy(checkpoint, quantizer)[0]
 
 
 def recording_only() -> AbstractContextManager:

@@ -32,6 +32,7 @@ from benchmarks.common import (
     in_each_precision,
     load_parts,
     numbers,
+    quantized_by,
     split,
     timed,
 )
@@ -71,17 +72,22 @@ def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
     if parts.head:
         head = parts.head(target)
         largest = min(60, 1 + args.tree_topk + (args.tree_depth - 1) * args.tree_topk**2)
-        drafters[f"tree of {largest}"] = TreeDrafter(head, largest, *shape)
+        for n in sorted({largest, min(16, largest)}, reverse=True):
+            drafters[f"tree of {n}"] = TreeDrafter(head, n, *shape)
         drafters["tree"] = TreeDrafter(head, None, *shape)
     if parts.small and parts.small_head:
         inner = TreeDrafter(parts.small_head(parts.small), args.tree_size, *shape)
         drafters["hierarchical"] = HierarchicalDrafter(parts.small, inner, args.min_draft_length)
     for i, lower in enumerate(lower_precisions(parts.target.precision)):
         twin = share_weights(target, lower)
-        if parts.head and i == 0:
-            own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
-            middle = HierarchicalDrafter(twin, own, args.min_draft_length, shares_cache=True)
-            drafters["hierarchical, own middle"] = middle
+        if i == 0:
+            inside = {"hierarchical, own middle, lookup": LookupDrafter(7)}
+            if parts.head:
+                own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
+                inside = {"hierarchical, own middle": own} | inside
+            for name, inner in inside.items():
+                middle = HierarchicalDrafter(twin, inner, args.min_draft_length, shares_cache=True)
+                drafters[name] = middle
         drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
     return drafters | {"auto": auto_drafter(parts, args)}
 
@@ -109,7 +115,8 @@ def report_methods(args: argparse.Namespace, save: Callable[[dict], None] = lamb
 
 def methods_in(args: argparse.Namespace, paths: Paths, precision: str, batch_size: int) -> dict[str, dict]:
     """The chosen methods in one precision."""
-    parts = load_parts(precision, paths, args.device, head_bits(args, precision))
+    quantized = quantized_by(args.quantizer, paths.target, precision)
+    parts = load_parts(precision, paths._replace(target=quantized), args.device, head_bits(args, precision))
     prompts = fitting_prompts(parts, args)
     print(f"{precision}, {len(prompts)} prompts, batch of {batch_size}", flush=True)
     drafters = chosen_methods(every_method(parts, args), args)

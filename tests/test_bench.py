@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import gzip
 import json
@@ -22,6 +23,7 @@ from benchmarks import (
     exact,
     linears,
     llama_cpp,
+    methods,
     peers,
     quality,
     sampling,
@@ -155,14 +157,14 @@ def test_last_number(text, number):
 def test_prompt_files_of_three_layouts(tmp_path):
     tokenizer = load_tokenizer(SHIPPED_TARGET)
     lines = [{"turns": ["a = 1", "later"], "category": "math"}, {"question": "b", "answer": "so\n#### 2"}]
-    text = "\n\n".join(map(json.dumps, [*lines, {"prompt": "c", "task_id": "HumanEval/0"}])) + "\n"
+    text = "\n\n".join(map(json.dumps, [*lines, {"prompt": "c", "test": "check", "entry_point": "f"}])) + "\n"
     (tmp_path / "plain.jsonl").write_text(text)
     (tmp_path / "small.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("plain.jsonl", "small.jsonl.gz"):
         first, second, third = common.read_prompt_file(tmp_path / name, tokenizer, 10)
-        assert first == (tokenizer.encode("a = 1"), "math", "")
-        assert second == (tokenizer.encode("b"), "", "so\n#### 2")
-        assert third == (tokenizer.encode("c"), "", "")
+        assert first[:3] == (tokenizer.encode("a = 1"), "math", "")
+        assert second[:3] == (tokenizer.encode("b"), "", "so\n#### 2")
+        assert third == (tokenizer.encode("c"), "", "", "c", "check", "f")
         assert common.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
 
 
@@ -183,6 +185,90 @@ def test_bad_prompt_files(tmp_path, name, content, reason):
         common.read_prompt_file(tmp_path / name, load_tokenizer(SHIPPED_TARGET), 10)
     with pytest.raises(BadInput, match="cannot be read"):
         common.read_prompt_file(tmp_path / "missing", None, 10)
+
+
+ADD = 'def add(a, b):\n    """The sum."""\n'
+TEST = "def check(f):\n    assert f(2, 3) == 5\n"
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("    return a + b\n\nprint(add(1, 2))", True),  # what follows the function is cut off
+        ("    return a - b\n", False),
+        ("    if a:\n        return a + b\n\n    return b\n", True),
+        ("Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nIt adds.", True),
+        ("```\ndef add(a, b):\n    return sqrt(a * a) + b\n```", True),  # sqrt is of the head of the prompt
+        ("```python\n    return a + b", True),  # a block that was cut off
+        ("I do not know", False),
+        ("    raise SystemExit(1)\n", False),
+        ("    while True: pass\n", False),
+        ("    with open('file', 'w') as f:\n        f.write('x')\n    return a + b\n", False),
+    ],
+)
+def test_a_program_is_right_if_its_test_passes(answer, right, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = common.Prompt([], text="from math import sqrt\n\n\n" + ADD, test=TEST, function="add")
+    assert quality.passes(quality.program_of(prompt, answer), seconds=2.0) == right
+    assert not any(tmp_path.iterdir())
+
+
+def write_lines(path, *entries: dict) -> str:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, capsys, held_out):
+    """In 4 bits as two quantizers leave them. The shipped model says something, and what is counted as right
+    is what it says in bf16."""
+    path, file = tmp_path / "quality.json", tmp_path / "problems.jsonl"
+    prompts, tokenizer = ["x = 17\ny = 1", "def add(a, b):\n    "], load_tokenizer(SHIPPED_TARGET)
+    decoder = Decoder(common.load_parts("bf16", common.SHIPPED).target.model, max_length=128, compile=False)
+    said = common.decode_all(decoder, [tokenizer.encode(prompt) for prompt in prompts], 24)
+    numbers = [quality.last_number(tokenizer.decode(text)) for text in said]
+    lines = [{"question": p, "answer": f"so\n#### {n}"} for p, n in zip(prompts, numbers)]
+    flags = ["--prompt_file", write_lines(file, *lines), "--precisions", "w4a16", "--tokens", "300"]
+    flags += ["--max_new_tokens", "24", "--uncompiled", "--output", str(path)]
+    assert bench.main(["quality", *flags, "--quantizer", "rtn;rtn, zeros"]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert list(rows) == ["bf16", "w4a16 rtn", "w4a16 rtn, zeros"]
+    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == 2
+    assert len({rows[name]["perplexity"] for name in rows}) == 3
+    for name, row in rows.items():
+        drafted = {"w4a4": {"solved": row["solved"], "different_texts": 0}}
+        assert row.get("qspec") == (drafted if "w4a16" in name else None)
+    task = {"prompt": ADD, "test": "def check(f):\n    assert callable(f)\n", "entry_point": "add"}
+    flags[1] = write_lines(file, task, task)
+    assert bench.main(["quality", *flags]) == 2 and "--run_code" in capsys.readouterr().err
+    assert bench.main(["quality", *flags, "--run_code"]) == 0
+    assert all(row["problems"] == 2 for row in json.loads(path.read_text())["results"].values())
+    flags[1] = write_lines(file, {"prompt": "x"})
+    assert bench.main(["quality", *flags]) == 2
+    assert "neither answers with #### and a number nor tests" in capsys.readouterr().err
+
+
+def test_methods_by_category_and_batch_size(tmp_path, monkeypatch, capsys):
+    """With a quantizer, in batches whose texts are of one category; everything that the table needs."""
+    monkeypatch.setattr(methods, "compare", functools.partial(methods.compare, effort=(1, 2)))
+    path, texts = tmp_path / "methods.json", ["import os\n", "class A:\n", "def f(x):\n"]
+    lines = [{"turns": [text], "category": name} for name in ("math", "qa") for text in texts]
+    flags = ["--prompt_file", write_lines(tmp_path / "spec.jsonl", *lines), "--precisions", "w4a16"]
+    flags += ["--batch_sizes", "1,2", "--methods", "lookup,tree,hierarchical,qspec", "--uncompiled"]
+    flags += ["--quantizer", "rtn, zeros", "--temperature", "0.8", "--prompts", "6", "--max_new_tokens", "12"]
+    flags += ["--checkpoint_path", str(common.SHIPPED_SMALL), "--output", str(path)]
+    assert bench.main(["methods", *flags, "--eagle_checkpoint_path", str(common.SMALL_HEAD)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["w4a16", "w4a16, batch 2"]
+    for rows in results.values():
+        assert list(rows) == [
+            *("autoregressive", "lookup K=3", "lookup K=7", "tree of 60", "tree of 16", "tree"),
+            *("hierarchical, own middle", "hierarchical, own middle, lookup"),
+            *("qspec w4a8 K=3", "qspec w4a4 K=3"),
+        ]
+        for row in rows.values():
+            assert list(row["categories"]) == ["math", "qa"] and row["different_texts"] == 0
+            assert row["predicted"] > 0 and "speedup_over_bf16" in row and row["verification_seconds"] > 0
+    assert [len(rows["tree"]["speeds"]) for rows in results.values()] == [6, 4]
 
 
 def test_the_study_makes_all_that_figures_are_drawn_from():
@@ -227,6 +313,9 @@ def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, mon
         (["cost", "--lm_head_bits", "4,8"], "--lm_head_bits: cost takes one number"),
         (["cost", "--lm_head_bits", "4", "--precisions", "w8a8"], "--lm_head_bits 4 is for 4-bit"),
         (["methods", "--prompts", "0"], "--prompts is 0"),
+        (["methods", "--methods", "trees"], "--methods: trees is none of autoregressive, lookup, sequential"),
+        (["methods", "--quantizer", "awq"], "--quantizer: awq is none of rtn; rtn, zeros; hqq"),
+        (["methods", "--quantizer", "rtn;gptq"], "--quantizer: rtn;gptq is none of"),
         (["methods", "--eagle_checkpoint_path", "x"], "need --checkpoint_path"),
         (["methods", "--checkpoint_path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["synthetic", "--acceptance", "2"], "--acceptance: '2'"),

@@ -57,7 +57,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.acceptance import read_acceptance
-from benchmarks.common import QUANTIZERS, split
+from benchmarks.common import QUANTIZERS, split, write_json
 from benchmarks.cost import report_cost
 from benchmarks.decode import report_decode
 from benchmarks.drafts import report_confidence, report_hierarchical, report_noise, report_tree
@@ -222,8 +222,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write(path: str | None, results: dict) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(Path(path), results)
 
 
 def main(argv: list[str] | None = None) -> int:

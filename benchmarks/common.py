@@ -52,6 +52,14 @@ HELD_OUT = MODELS / "held_out.jsonl"
 BASE = "autoregressive"  # what all methods are compared with
 
 
+def write_json(path: Path, results: dict) -> None:
+    """At once, so that nobody meets half of it, should this process be ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
 def split(text: str) -> list[str]:
     return text.split(",")
 

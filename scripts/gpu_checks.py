@@ -30,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
+from benchmarks.common import write_json  # noqa: E402
 from benchmarks.machine import kernels_in_use  # noqa: E402
 from benchmarks.shapes import SHAPES, linears_of, packed, random_rows  # noqa: E402
 from benchmarks.timing import finish, first_line  # noqa: E402
@@ -424,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(results: dict) -> None:
         if args.output:
-            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_json(args.output, results)
 
     configs = {shape: SHAPES[shape] for shape in args.shapes.split(",")}
     results = run_checks(configs, args.device, args.seconds, known, save)

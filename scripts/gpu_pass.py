@@ -1,7 +1,7 @@
 """gpu_pass.py: what an NVIDIA GPU has to say about gpt-spec, in as many minutes as there are.
 
     python scripts/gpu_pass.py --minutes 5 --output results                   # checks, exact, linears, step
-    python scripts/gpu_pass.py --minutes 9 --output results                   # and table, tiles
+    python scripts/gpu_pass.py --minutes 9 --output results                   # and table, batches, tiles
     python scripts/gpu_pass.py --parts checks,exact --output results          # only these parts
     python scripts/gpu_pass.py --device cpu --shapes tiny --output results    # to try it out, without a GPU
 
@@ -11,7 +11,8 @@ The parts, the most important first, each with a budget of its own:
     exact     texts of the shipped models: is each the autoregressive one?
     linears   the 4-bit linear next to PyTorch's and gemlite's, for 1 to 64 rows
     step      T(n) of the first shape as a CUDA graph, and its share of the copy bandwidth
-    table     methods on the last shape, with published acceptance, alone and in batches of 8
+    table     trees and the hierarchy on the last shape, with published acceptance
+    batches   QSpec on it, alone and in batches of 8
     tiles     other launch configurations of the 4-bit linear (gpu_tiles.py)
     tests, compiled    only if asked for: pytest -m gpu, and `exact` compiled by Inductor
 
@@ -45,7 +46,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import BASE  # noqa: E402
+from benchmarks.common import BASE, write_json  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.synthetic import SYNTHETIC  # noqa: E402
@@ -80,7 +81,7 @@ class Part(NamedTuple):
 
 
 def plan(shapes: list[str], device: str) -> list[Part]:
-    """All parts, the most important first. The first four fit into 5 minutes, the next two into 9."""
+    """All parts, the most important first. The first four kinds fit into 5 minutes, three more into 9."""
     where, first, last, fast = ["--device", device], shapes[0], shapes[-1], on_gpu(device)
     prompts, tokens = ("8", "64") if fast else ("1", "8")
     texts = ["--prompts", prompts, "--max_new_tokens", tokens]
@@ -90,8 +91,8 @@ def plan(shapes: list[str], device: str) -> list[Part]:
     linears = ["bench.py", "kernels", *all_shapes, "--contestants", CONTESTANTS, "--repeats", "3", *where]
     one = ["--precisions", "w4a16", *where]
     step = ["bench.py", "cost", "--shape", first, "--sizes", SIZES, "--repeats", "2", *one]
-    table = ["bench.py", "synthetic", "--shape", last, *one, *texts, "--methods", "tree,hierarchical,qspec"]
-    table += ["--batch_sizes", "1,8" if fast else "1,2"]
+    table = ["bench.py", "synthetic", "--shape", last, *one, *texts, "--methods"]
+    rows = ["--batch_sizes", "1,8" if fast else "1,2"]
     tiles = ["scripts/gpu_tiles.py", *all_shapes]
     return [
         *(Part(f"checks {shape}", [*checks, shape], 80, f"gpu_checks_{shape}.json") for shape in shapes),
@@ -101,8 +102,9 @@ def plan(shapes: list[str], device: str) -> list[Part]:
         ),
         Part("linears", linears, 60, "gpu_linears.json"),
         Part(f"step {first}", step, 65, "gpu_step.json"),
-        Part(f"table {last}", table, 160, "gpu_table.json", least=60),
-        *([Part("tiles", tiles, 90, "gpu_tiles.json")] if fast else []),
+        Part(f"table {last}", [*table, "tree,hierarchical"], 115, "gpu_table.json", least=60),
+        Part(f"batches {last}", [*table, "qspec", *rows], 70, "gpu_batches.json", least=50),
+        *([Part("tiles", tiles, 60, "gpu_tiles.json")] if fast else []),
         Part("tests", ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"], 200),
         Part("compiled", [*exact, "w4a16,w4a8", "--compiled"], 300, "gpu_exact_compiled.json", least=60),
     ]
@@ -181,7 +183,7 @@ def batches(parts: list[Part]) -> list[list[Part]]:
 
 def broken_operations(outcomes: dict[str, dict]) -> dict[str, str]:
     """The first errors of kernels that raise one, by operation."""
-    checks = [check for results in found(outcomes, "checks").values() for check in results["checks"]]
+    checks = [check for results in found(outcomes, "checks").values() for check in results.get("checks", [])]
     return {check["operation"]: check["reason"] for check in reversed(checks) if check["reason"]}
 
 
@@ -204,7 +206,7 @@ def run_all(parts: list[Part], minutes: float, folder: Path, settings: dict[str,
     def add(name: str, outcome: dict[str, Any]) -> None:
         outcomes[name] = outcome
         report = settings | {"parts": outcomes, "table": table(outcomes)}
-        (folder / "gpu_pass.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "gpu_pass.json", report)
 
     for batch in batches(parts):
         left, broken = deadline - time.monotonic(), broken_operations(outcomes)
@@ -241,13 +243,7 @@ def table(outcomes: dict[str, dict]) -> list[str]:
     for make in makers:
         try:
             lines += make(outcomes)
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # of a part that broke off
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a part that broke off
             lines.append(f"{make.__name__}: the results are incomplete: {error!r}")
     return lines
 
@@ -320,7 +316,8 @@ def linear_lines(outcomes: dict[str, dict]) -> list[str]:
     for shape, entries in linears_by_shape(outcomes).items():
         [bandwidth] = [r["results"]["copy_bandwidth"] for r in found(outcomes, "linears").values()]
         rows = [entry["linears"] for entry in entries]
-        seconds = layer_seconds(rows)
+        seconds, missing = layer_seconds(rows), 4 - len(entries)
+        shape += f" ({missing} missing)" if missing else ""
         for ours, peer in PEERS:
             if ours in seconds and peer in seconds:
                 ratios = {n: seconds[peer][n] / t for n, t in seconds[ours].items()}
@@ -364,7 +361,8 @@ def step_lines(outcomes: dict[str, dict]) -> list[str]:
 
 def method_lines(outcomes: dict[str, dict]) -> list[str]:
     lines = []
-    for shape, results in found(outcomes, "table").items():
+    parts = [*found(outcomes, "table").items(), *found(outcomes, "batches").items()]
+    for shape, results in parts:
         for group, rows in results["results"].items():
             speeds = {name: row["speedup"][1] for name, row in rows.items() if name != BASE}
             cells = "  ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())

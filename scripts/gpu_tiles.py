@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_checks import difference  # noqa: E402
 
 import kernels  # noqa: E402
+from benchmarks.common import write_json  # noqa: E402
 from benchmarks.linears import LARGER_THAN_CACHE, Entry  # noqa: E402
 from benchmarks.shapes import SHAPES, linears_of, random_rows  # noqa: E402
 from benchmarks.timing import finish, first_line, interleave_on_device, on_gpu  # noqa: E402
@@ -115,7 +116,7 @@ def main() -> int:
             results[name] = measure_tiles(*size, "cuda", deadline)
             print_tiles(name, results[name])
             if args.output:
-                args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                write_json(args.output, results)
     print(json.dumps(results))
     return 0
 

@@ -151,7 +151,7 @@ def load_cuda() -> bool:
         return False
     try:
         import kernels_cuda  # not above: it needs Triton, which comes with PyTorch for GPUs only
-    except ImportError as error:
+    except Exception as error:  # another Triton may refuse anything in it
         print(f"kernels_cuda.py cannot be loaded, running on the slow reference: {error}", file=sys.stderr)
         return False
     kernels_cuda.register(library)

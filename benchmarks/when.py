@@ -40,6 +40,7 @@ CHAINS = (0.72, 0.85, 0.95)  # q, of which the first is that of `sequential`
 HEADS = (0.05, 0.3)  # d: about that of a GPU, and of a CPU
 STEEPNESS = [2 ** (i / 8) for i in range(33)]  # T(30), 1 to 16
 LENGTHS = range(2, 16)  # L
+MIDDLES = (0.05, 0.1, 0.2, 0.4, 0.8)  # m for which speedups are given
 
 
 def straight(steepness: float) -> Curve:
@@ -138,6 +139,14 @@ class Choice(NamedTuple):
         most = max((tokens / least - verification) / steps for tokens, steps, verification in costs)
         return most if most > 0 else None
 
+    def point(self, steepness: float) -> dict[str, Any]:
+        """The border at this T(30), and the speedups over no speculation around it."""
+        curve = straight(steepness)
+        place = {"steepness": steepness, "middle": self.border(curve)}
+        speeds = {"best tree": self.tree(curve), "largest tree": self.trees[-1].speed(curve)}
+        hierarchies = {str(middle): self.hierarchy(middle, curve) for middle in MIDDLES}
+        return place | speeds | {"hierarchy by middle": hierarchies}
+
 
 def choices(head: Acceptance, cost: float, accepted: float, depth: int, topk: int) -> Choice:
     largest = 1 + topk + (depth - 1) * topk**2
@@ -194,9 +203,8 @@ def report_when(args: argparse.Namespace) -> dict:
     for cost in HEADS:
         for q in CHAINS:
             choice = choices(head, cost, q, *shape)
-            borders[f"d = {cost}, q = {q}"] = {"head": cost, "chain": q} | {
-                "points": [[s, choice.border(straight(s))] for s in STEEPNESS]
-            }
+            points = [choice.point(s) for s in STEEPNESS]
+            borders[f"d = {cost}, q = {q}"] = {"head": cost, "chain": q, "points": points}
     machines = machine_rows(args.results, head, shape)
     print_when(borders, machines)
     return {"head": head._asdict(), "borders": borders, "machines": machines}
@@ -207,7 +215,7 @@ def print_when(borders: dict[str, dict], machines: dict[str, dict]) -> None:
     print("the most that a step of the middle may cost, in T(1), by T(30) / T(1)")
     print(f"{'':20}" + "".join(f"{s:8.0f}" for s in shown))
     for name, row in borders.items():
-        cells = (middle for s, middle in row["points"] if s in shown)
+        cells = (point["middle"] for point in row["points"] if point["steepness"] in shown)
         print(f"{name:20}" + "".join("   never" if m is None else f"{m:8.3f}" for m in cells))
     print(f"\n{'':56}T(30)   middle   head   tree   hierarchy at q = {', '.join(map(str, CHAINS))}")
     for name, row in machines.items():

@@ -129,7 +129,8 @@ def read_when(results: dict, name: str) -> Table:
     table: Table = {}
     for border, row in results["borders"].items():
         fixed = {key: quartiles(row[key]) for key in ("head", "chain")}
-        points = {str(s): {"steepness": quartiles(s), "middle": quartiles(m)} for s, m in row["points"] if m}
+        points = {str(p["steepness"]): p for p in row["points"] if p["middle"]}
+        points = {s: {key: quartiles(p[key]) for key in ("steepness", "middle")} for s, p in points.items()}
         table[border] = {point: values | fixed for point, values in points.items()}
     if not any(table.values()):
         raise ValueError("no border")

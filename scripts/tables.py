@@ -119,7 +119,7 @@ def when_table(results: dict) -> Lines:
     shown = ["1", "2", "4", "8", "16"]
     rows = []
     for name, row in results["borders"].items():
-        points = {f"{steepness:g}": middle for steepness, middle in row["points"]}
+        points = {f"{point['steepness']:g}": point["middle"] for point in row["points"]}
         rows.append([name, *(f"{points[s]:.3f}" if points[s] else "never" for s in shown)])
     yield (
         "The most that a step of the middle may cost, in T(1) of the target, for the hierarchy to be faster "

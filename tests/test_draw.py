@@ -39,7 +39,8 @@ def write_results(folder) -> None:
     verdicts = {"against_best_fixed": verdict, "against_autoregressive": verdict, "chosen": {"tree": 3}}
     auto = {f"python-7m {p} batch 1": {"methods": methods[p]} | verdicts for p in PRECISIONS}
     synthetic = {p: {name: row(1.5) | {"note": "drawn"} for name in names} for p in PRECISIONS}
-    border = {"head": 0.05, "chain": 0.72, "points": [[s, s / 10] for s in (1, 2, 4, 8)] + [[16, None]]}
+    points = [{"steepness": s, "middle": s / 10 if s < 16 else None} for s in (1, 2, 4, 8, 16)]
+    border = {"head": 0.05, "chain": 0.72, "points": points}
     place = {"steepness": 1.16, "middle": 0.19, "head": 0.05, "tree": 3.1, "hierarchy": {"0.72": 2.2}}
     machines = {f"gpu_cost_70b w4a16, {kind}": place for kind in ("in w4a8", "of the small model")}
     for name, results in {

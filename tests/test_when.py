@@ -82,9 +82,16 @@ def test_the_report_has_borders_and_machines(tmp_path, capsys):
     assert list(row["hierarchy"].values()) == sorted(row["hierarchy"].values()) and row["tree"] > 1
     committed = json.loads((ROOT / "benchmarks" / "results" / "when.json").read_text())["results"]
     for name, border in committed["borders"].items():
-        assert [m for _, m in border["points"]] == pytest.approx(
-            [m for _, m in results["borders"][name]["points"]]
-        )
+        again = results["borders"][name]["points"]
+        for key in ("steepness", "middle", "best tree", "largest tree"):
+            assert [p[key] for p in border["points"]] == pytest.approx([p[key] for p in again])
+        for (
+            point
+        ) in again:  # a cheaper middle is never slower, and the border is between those that win and lose
+            speeds = {float(m): speed for m, speed in point["hierarchy by middle"].items()}
+            assert list(speeds.values()) == sorted(speeds.values(), reverse=True)
+            least, most = max(1.0, point["best tree"]), point["middle"] or 0.0
+            assert all((speed >= least) == (m <= most) for m, speed in speeds.items())
     (tmp_path / "c.json").write_text("{")
     assert bench.main(["when", "--results", str(tmp_path)]) == 2
     assert "c.json is no file of bench.py" in capsys.readouterr().err

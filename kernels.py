@@ -321,11 +321,11 @@ OPERATIONS = {  # name -> signature, reference, and what a result looks like
     ),
 }
 library = torch.library.Library("gpt_spec", "DEF")
-for name, (signature, reference, fake) in OPERATIONS.items():
-    for twin in (name, f"{name}_reference"):  # the second one has no other body
-        library.define(twin + signature)
-        library.impl(twin, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"gpt_spec::{twin}", fake)
+for _name, (_signature, _body, _fake) in OPERATIONS.items():
+    for _twin in (_name, f"{_name}_reference"):  # the second one has no other body
+        library.define(_twin + _signature)
+        library.impl(_twin, _body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gpt_spec::{_twin}", _fake)
 
 
 def operator(name: str, form: str = "") -> Callable:
@@ -342,9 +342,8 @@ def form_of(
     if scales is None:
         return "linear bf16" + ", turned" * turned
     eight, groups = weight.dtype == torch.int8, scales.shape[0 if weight.dtype == torch.int32 else 1]
-    name = f"linear w{8 if eight else 4}a{bits}" + f", groups of {inputs // groups}" * (
-        groups > 1 or not eight
-    )
+    grouped = f", groups of {inputs // groups}" if groups > 1 or not eight else ""
+    name = f"linear w{8 if eight else 4}a{bits}{grouped}"
     return name + ", zeros" * (zeros is not None) + ", turned" * turned
 
 

@@ -1,7 +1,7 @@
 """synthetic.py: speculation for models without their trained weights.
 
-    python bench.py synthetic --shape llama-3-8b --middle llama-3.2-1b --precisions w4a16
-    python bench.py synthetic --shape llama-3-70b --precisions w4a16 --batch_sizes 1,8 --methods tree,qspec
+    python bench.py synthetic --shape llama-3-8b --middle llama-3.2-1b
+    python bench.py synthetic --shape llama-3-70b --batch_sizes 1,8 --methods tree,qspec
 
 The one idea: the speedup depends on costs and on acceptance. The costs are real, those of random weights in
 the right shape. The acceptance is drawn at published rates.

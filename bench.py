@@ -4,7 +4,8 @@
     python bench.py cost        # T(n): one target forward over n tokens, and what drafting costs
     python bench.py methods     # every method in three precisions: tokens/s, tokens per step, speedup
     python bench.py auto        # `auto` against every fixed method: models, precisions, batch sizes
-    python bench.py synthetic --shape llama-3-8b     # random weights, published acceptance
+    python bench.py synthetic --shape llama-3-8b --middle llama-3.2-1b    # random, published acceptance
+    python bench.py when        # where hierarchies begin to win over trees: computed, nothing is measured
     python bench.py quality     # what a precision costs: perplexity, agreement with bf16, GSM8K
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
@@ -25,6 +26,7 @@
     # your own models and prompts
     python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
     python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
+    python bench.py quality --checkpoint_path DIR --prompt_file human_eval.jsonl.gz --run_code
 
 The one idea: speedup = tau * T(1) / (drafting + T(n)), where tau is tokens per step. Everything is measured
 in one process, interleaved, and given as a ratio: ratios vary less with the load of the machine than absolute
@@ -50,7 +52,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import split
+from benchmarks.acceptance import read_acceptance
+from benchmarks.common import QUANTIZERS, split, write_json
 from benchmarks.cost import report_cost
 from benchmarks.decode import report_decode
 from benchmarks.drafts import report_confidence, report_hierarchical, report_noise, report_tree
@@ -64,15 +67,16 @@ from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
-from benchmarks.shapes import SHAPES
-from benchmarks.synthetic import read_acceptance, report_synthetic
+from benchmarks.shapes import REAL_SHAPES, SHAPES
+from benchmarks.study import DEFAULTS, STUDY
+from benchmarks.synthetic import report_synthetic
 from benchmarks.timing import on_gpu
+from benchmarks.when import report_when
 from checkpoints import ALL_PRECISIONS, HEAD_FLAG
 from cli import OneLineParser, check_device, load_kernels
 from eagle import TREE_DEPTH, TREE_TOPK
 from gpt_spec import MIN_DRAFT_LENGTH
 from model import BadInput
-from packing import PRECISIONS
 from parallel import Ranks, connected
 from quantize import PERPLEXITY_TOKENS
 
@@ -83,49 +87,11 @@ REPORTS = {
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
     **{"peers": report_peers, "sampling": report_sampling, "processes": report_processes},
+    "when": report_when,
 }
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
-EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
-DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
-    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
-    | {"acceptance": "eagle2-8b", "precision": "bf16"},
-    "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
-    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64},
-    "synthetic llama-3-70b": {"acceptance": "eagle2-70b"},
-    "quality": {"precisions": EVERY_PRECISION},
-    "exact": {"precisions": EVERY_PRECISION},
-    "qspec_shape": {"shape": "llama-3.2-1b"},
-    "decode": {"shape": "llama-3.2-1b"},
-    "peers": {"precision": "w4a8", "max_new_tokens": 64},
-    "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
-}
-STUDY = {  # file -> its report and settings: all tables and figures of the README
-    "cpu_kernels.json": "kernels --repeats 5",
-    "cpu_decode_w4a16.json": "decode --precision w4a16 --max_new_tokens 100",
-    "cpu_decode_w4a8.json": "decode --precision w4a8 --max_new_tokens 100",
-    "cpu_cost.json": "cost",
-    "cpu_cost_1b.json": "cost --shape llama-3.2-1b",
-    "cpu_methods.json": "methods",
-    "cpu_auto.json": "auto",
-    "cpu_synthetic.json": "synthetic",
-    "cpu_quality.json": "quality",
-    "cpu_lm_head.json": "quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
-    "cpu_tree.json": "tree --prompts 14",
-    "cpu_hierarchical.json": "hierarchical --prompts 14",
-    "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",
-    "cpu_qspec_1b.json": "qspec_shape --shape llama-3.2-1b --repeats 3 --max_new_tokens 32",
-    "cpu_confidence.json": "confidence --prompts 12 --max_new_tokens 150",
-    "cpu_noise.json": "noise --max_new_tokens 100",
-    "cpu_perplexity.json": "perplexity",
-    "cpu_rotation.json": "rotation",
-    "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
-    "cpu_sampling.json": "sampling",
-    "cpu_exact.json": "exact",
-    "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
-    "cpu_exact_uncompiled.json": "exact --uncompiled",
-    "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
-}
+SAVED = ("exact", "kernels", "methods", "quality", "synthetic")  # long ones, written to --output as they go
 
 
 def run_study(results: Path, only_list: bool) -> int:
@@ -165,7 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tree_depth", type=int, default=TREE_DEPTH, help="depth of all trees")
     p.add_argument("--tree_topk", type=int, default=TREE_TOPK, help="nodes of a beam")
     p.add_argument("--tree_size", type=int, help="nodes of trees in a hierarchy (auto; synthetic 16)")
-    p.add_argument("--batch_sizes", help="qspec, qspec_shape, auto, sampling: rows (auto 1,8; sampling 1,4)")
+    rows = "auto (1,8), methods, synthetic (1), sampling (1,4), qspec, qspec_shape (1,4,8,16)"
+    p.add_argument("--batch_sizes", help=f"rows, with commas: {rows}")
+    p.add_argument(
+        "--methods", help="methods, synthetic: which besides autoregressive, like lookup,tree (all)"
+    )
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
     p.add_argument("--tokens", type=int, default=PERPLEXITY_TOKENS, help="perplexity, quality: count so many")
@@ -190,7 +160,12 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
-    p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")
+    p.add_argument("--shapes", default=",".join(REAL_SHAPES), help="kernels, hadamard: which, with commas")
+    p.add_argument(
+        "--quantizer", help=f"4-bit targets of methods, quality (several with ;): {', '.join(QUANTIZERS)}"
+    )
+    p.add_argument("--run_code", action="store_true", help="quality: of HumanEval, run what a model wrote")
     p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
@@ -208,6 +183,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         unknown = set(split(given)) - set(possible) if given is not None else ()
         if unknown:
             raise BadInput(f"--{flag}: {', '.join(unknown)} is none of {', '.join(possible)}")
+    quantizers = args.quantizer.split(";") if args.quantizer else []
+    if set(quantizers) - set(QUANTIZERS) or (args.report != "quality" and len(quantizers) > 1):
+        raise BadInput(f"--quantizer: {args.quantizer} is none of {'; '.join(QUANTIZERS)}")
     for flag in ("batch_sizes", "sizes"):
         text = getattr(args, flag)
         if not all(size.isdecimal() and 0 < int(size) <= 256 for size in split(text)):
@@ -244,7 +222,7 @@ def run_report(args: argparse.Namespace, ranks: Ranks) -> int:
     settings |= {"processes": ranks.count}
     args.ranks, args.output = ranks, args.output if ranks.rank == 0 else None
     facts, early = {"report": args.report, "settings": settings} | machine(args.device), {}
-    if args.report == "exact":  # the longest: its rows so far are of use when a time limit ends it
+    if args.report in SAVED:
         early["save"] = lambda rows: write(args.output, facts | {"unfinished": True, "results": rows})
     results = facts | {"results": REPORTS[args.report](args, **early)}
     write(args.output, results)
@@ -254,8 +232,7 @@ def run_report(args: argparse.Namespace, ranks: Ranks) -> int:
 
 def write(path: str | None, results: dict) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(Path(path), results)
 
 
 def main(argv: list[str] | None = None) -> int:

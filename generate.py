@@ -607,7 +607,8 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
     cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {platform.node()}"
     sources = [Path(__file__).with_name(name).stat().st_mtime_ns for name in COSTS_SOURCES]
-    what = [machine, torch.__version__, kernels.PATH, torch.get_num_threads(), sources, precision]
+    bodies = [kernels.PATH, sorted(kernels.ON_REFERENCE)]
+    what = [machine, torch.__version__, bodies, torch.get_num_threads(), sources, precision]
     what += [
         decoder.model.config,
         weight_bytes([decoder.model]),

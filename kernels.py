@@ -17,7 +17,8 @@
 Each has one signature and up to three bodies: `reference`, in reference.py, plain PyTorch, which the tests
 compare the others with; `cpu`, in kernels.cpp, attention.cpp and sampling.cpp, compiled when needed; and
 `cuda`, in kernels_cuda.py, in Triton. GPT_SPEC_KERNELS=reference|portable|avx2|avx512 chooses the CPU body
-instead of the best that the machine has; reference means the GPU, too.
+instead of the best that the machine has; reference means the GPU, too. GPT_SPEC_REFERENCE=attention;pick
+puts single operations on their references, on both, for a kernel that does not work on some machine.
 
 The one idea of all bodies but the reference: row i of a result is the same bits however many rows ride along,
 because every sum has one order, that of the inputs or of the positions. With it, verifying sixty-four tokens
@@ -30,11 +31,13 @@ import atexit
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,6 +100,8 @@ def best_path() -> str:
 
 
 PATH = os.environ.get("GPT_SPEC_KERNELS") or best_path()
+ON_REFERENCE = frozenset(filter(None, os.environ.get("GPT_SPEC_REFERENCE", "").split(";")))
+FORM = r"linear (bf16|w[48]a(16|8|4))(, groups of \d+)?(, zeros)?(, turned)?"  # of `form_of`
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,10 +115,14 @@ def load() -> bool:
     place?
 
     Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
-    because there is no compiler, which is said once. ValueError for a path that this machine does not have.
+    because there is no compiler, which is said once. ValueError for a path that this machine does not have,
+    or for an operation in GPT_SPEC_REFERENCE that there is none of.
     """
     if PATH not in (*FLAGS, "reference"):
         raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}; it must be reference, {', '.join(FLAGS)} or unset")
+    unknown = [n for n in ON_REFERENCE if n not in OPERATIONS and not re.fullmatch(FORM, n)]
+    if unknown:
+        raise ValueError(f"GPT_SPEC_REFERENCE: {unknown[0]!r} is none of {', '.join(OPERATIONS)}")
     if PATH == "reference":
         return False
     load_cuda()
@@ -142,7 +151,7 @@ def load_cuda() -> bool:
         return False
     try:
         import kernels_cuda  # not above: it needs Triton, which comes with PyTorch for GPUs only
-    except ImportError as error:
+    except Exception as error:  # another Triton may refuse anything in it
         print(f"kernels_cuda.py cannot be loaded, running on the slow reference: {error}", file=sys.stderr)
         return False
     kernels_cuda.register(library)
@@ -240,94 +249,102 @@ def can_pack(weight: Tensor, scales: Tensor | None = None) -> bool:
 # loaded, the reference runs.
 # --------------------------------------------------------------------------------------------------
 
-library = torch.library.Library("gpt_spec", "DEF")
-library.define(
-    "linear(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual,"
-    " Tensor? norm, float eps, bool gated, Tensor? rotation, int power, int stride, Tensor? permutation,"
-    " int out_features, int activation_bits, bool float32_out) -> Tensor"
-)
-library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-library.define("rotate(Tensor x, Tensor matrix, int power, int stride) -> Tensor")
-library.define("pick(Tensor logits, Tensor positions, Tensor seed, Tensor settings) -> Tensor")
-library.define("gumbel(Tensor seed, Tensor positions, int size) -> Tensor")
-library.define(
-    "penalize(Tensor logits, Tensor tokens, Tensor sees, Tensor counts, Tensor penalties, Tensor bias,"
-    " Tensor? mask) -> Tensor"
-)
-library.define("logsumexp(Tensor logits) -> Tensor")
-library.define("top_k(Tensor x, int k) -> (Tensor, Tensor)")
-library.define("rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
-library.define("store(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor slots) -> ()")
-library.define("attention(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor")
-library.define("move(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()")
-library.impl("move", move_reference, "CompositeExplicitAutograd")
-library.impl("linear", linear_reference, "CompositeExplicitAutograd")
-library.impl("rms_norm", rms_norm_reference, "CompositeExplicitAutograd")
-library.impl("rotate", rotate_reference, "CompositeExplicitAutograd")
-library.impl("pick", pick_reference, "CompositeExplicitAutograd")
-library.impl("gumbel", gumbel_reference, "CompositeExplicitAutograd")
-library.impl("penalize", penalize_reference, "CompositeExplicitAutograd")
-library.impl("logsumexp", logsumexp_reference, "CompositeExplicitAutograd")
-library.impl("top_k", top_k_reference, "CompositeExplicitAutograd")
-library.impl("rope", rope_reference, "CompositeExplicitAutograd")
-library.impl("store", store_reference, "CompositeExplicitAutograd")
-library.impl("attention", attention_reference, "CompositeExplicitAutograd")
+
+def like_first(x, *others):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("gpt_spec::linear")
-def _(x, *others):
+def like_linear(x, *others):
     *_, out_features, _activation_bits, float32_out = others  # the rest does not matter to shape and dtype
     return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32 if float32_out else x.dtype)
 
 
-@torch.library.register_fake("gpt_spec::rms_norm")
-def _(x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+OPERATIONS = {  # name -> signature, reference, and what a result looks like
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor? residual,"
+        " Tensor? norm, float eps, bool gated, Tensor? rotation, int power, int stride, Tensor? permutation,"
+        " int out_features, int activation_bits, bool float32_out) -> Tensor",
+        linear_reference,
+        like_linear,
+    ),
+    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm_reference, like_first),
+    "rotate": (
+        "(Tensor x, Tensor matrix, int power, int stride) -> Tensor",
+        rotate_reference,
+        like_first,
+    ),
+    "pick": (
+        "(Tensor logits, Tensor positions, Tensor seed, Tensor settings) -> Tensor",
+        pick_reference,
+        lambda logits, positions, *others: like_first(positions),
+    ),
+    "gumbel": (
+        "(Tensor seed, Tensor positions, int size) -> Tensor",
+        gumbel_reference,
+        lambda seed, places, size: places.new_empty(*places.shape, size, dtype=torch.float32),
+    ),
+    "penalize": (
+        "(Tensor logits, Tensor tokens, Tensor sees, Tensor counts, Tensor penalties, Tensor bias,"
+        " Tensor? mask) -> Tensor",
+        penalize_reference,
+        like_first,
+    ),
+    "logsumexp": (
+        "(Tensor logits) -> Tensor",
+        logsumexp_reference,
+        lambda logits: logits.new_empty(*logits.shape[:-1], 1, dtype=torch.float64),
+    ),
+    "top_k": (
+        "(Tensor x, int k) -> (Tensor, Tensor)",
+        top_k_reference,
+        lambda x, k: tuple(x.new_empty(*x.shape[:-1], k, dtype=d) for d in (x.dtype, torch.int64)),
+    ),
+    "rope": (
+        "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+        rope_reference,
+        lambda q, k, cos, sin: (like_first(q), like_first(k)),
+    ),
+    "store": (
+        "(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor slots) -> ()",
+        store_reference,
+        lambda *arguments: None,
+    ),
+    "attention": (
+        "(Tensor q, Tensor keys, Tensor values, Tensor ancestors, Tensor length) -> Tensor",
+        attention_reference,
+        like_first,
+    ),
+    "move": (
+        "(Tensor(a!)[] caches, Tensor path, Tensor length) -> ()",
+        move_reference,
+        lambda *arguments: None,
+    ),
+}
+library = torch.library.Library("gpt_spec", "DEF")
+for _name, (_signature, _body, _fake) in OPERATIONS.items():
+    for _twin in (_name, f"{_name}_reference"):  # the second one has no other body
+        library.define(_twin + _signature)
+        library.impl(_twin, _body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gpt_spec::{_twin}", _fake)
 
 
-@torch.library.register_fake("gpt_spec::rotate")
-def _(x, matrix, power, stride):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def operator(name: str, form: str = "") -> Callable:
+    """The operator of this name; its reference, if GPT_SPEC_REFERENCE has its name or this form of it."""
+    slow = name in ON_REFERENCE or form in ON_REFERENCE
+    return getattr(torch.ops.gpt_spec, f"{name}_reference" if slow else name)
 
 
-@torch.library.register_fake("gpt_spec::pick")
-def _(logits, positions, seed, settings):
-    return torch.empty_like(positions, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("gpt_spec::penalize")
-def _(logits, *others):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("gpt_spec::logsumexp")
-def _(logits):
-    return logits.new_empty(*logits.shape[:-1], 1, dtype=torch.float64)
-
-
-@torch.library.register_fake("gpt_spec::gumbel")
-def _(seed, positions, size):
-    return positions.new_empty(*positions.shape, size, dtype=torch.float32)
-
-
-@torch.library.register_fake("gpt_spec::top_k")
-def _(x, k):
-    return x.new_empty(*x.shape[:-1], k), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
-
-
-@torch.library.register_fake("gpt_spec::rope")
-def _(q, k, cos, sin):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-
-
-@torch.library.register_fake("gpt_spec::store")
-def _(keys, values, k, v, slots):
-    return None
-
-
-@torch.library.register_fake("gpt_spec::attention")
-def _(q, keys, values, ancestors, length):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def form_of(
+    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, turned: bool, inputs: int, bits: int
+) -> str:
+    """What the kernels of `linear` tell apart. `turned`: are inputs rotated or reordered? `bits`: of
+    activations."""
+    if scales is None:
+        return "linear bf16" + ", turned" * turned
+    eight, groups = weight.dtype == torch.int8, scales.shape[0 if weight.dtype == torch.int32 else 1]
+    grouped = f", groups of {inputs // groups}" if groups > 1 or not eight else ""
+    name = f"linear w{8 if eight else 4}a{bits}{grouped}"
+    return name + ", zeros" * (zeros is not None) + ", turned" * turned
 
 
 def linear(
@@ -365,7 +382,9 @@ def linear(
         out_features = len(weight)
     packed = weight.dim() == 4 or weight.dtype == torch.int32
     in_rows = x.device.type == "cuda" and uses_kernels(x, weight)  # other weights lie there as on disk
-    body = torch.ops.gpt_spec.linear if packed or in_rows else linear_reference
+    turned, inputs = bool(rotation) or permutation is not None, x.shape[-1] // (2 if gated else 1)
+    form = form_of(weight, scales, zeros, turned, inputs, activation_bits) if ON_REFERENCE else ""
+    body = operator("linear", form) if packed or in_rows else linear_reference
     extras = (bias, residual, norm, eps, gated, *(rotation or (None, 1, 1)), permutation)
     extras += (out_features, activation_bits, float32_out)
     return body(x, weight, scales, zeros, *extras)
@@ -374,7 +393,7 @@ def linear(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., size], weight: [size]."""
     if uses_kernels(x, weight):
-        return torch.ops.gpt_spec.rms_norm(x, weight, eps)
+        return operator("rms_norm")(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -385,7 +404,7 @@ def rotate(x: Tensor, matrix: Tensor, power: int, stride: int = 1) -> Tensor:
     `matrix` [K, K], a Hadamard matrix, and that of Sylvester of the order `power`, a power of two, over the
     root of K * power. K is 1 or a multiple of 4. float32 or bf16.
     """
-    return torch.ops.gpt_spec.rotate(x, matrix, power, stride)
+    return operator("rotate")(x, matrix, power, stride)
 
 
 def pick(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> Tensor:
@@ -399,14 +418,14 @@ def pick(logits: Tensor, positions: Tensor, seed: Tensor, settings: Tensor) -> T
     of these the fewest that hold top_p of their probability. Of equal logits the one with the lower id counts
     as larger, and NaN as -inf. All bodies give the same tokens.
     """
-    return torch.ops.gpt_spec.pick(logits, positions, seed, settings)
+    return operator("pick")(logits, positions, seed, settings)
 
 
 def gumbel(seed: Tensor, positions: Tensor, size: int) -> Tensor:
     """The noise of `pick`, float32 [B, n, size]: a function of seed int64 [B], position int64 [B, n] and
     token. All bodies give the same bits.
     """
-    return torch.ops.gpt_spec.gumbel(seed, positions, size)
+    return operator("gumbel")(seed, positions, size)
 
 
 def penalize(
@@ -425,13 +444,13 @@ def penalize(
     penalties: float32 [B, 3]: repetition, presence, frequency; bias: float32 [B, V]; mask: int32 [B, n,
     words], whose bit t % 32 of word t // 32 allows token t. All bodies give the same bits.
     """
-    return torch.ops.gpt_spec.penalize(logits, tokens, sees, counts, penalties, bias, mask)
+    return operator("penalize")(logits, tokens, sees, counts, penalties, bias, mask)
 
 
 def logsumexp(logits: Tensor) -> Tensor:
     """Logarithm of the sum of exponentials, float32 [B, n, V] -> float64 [B, n, 1]; all bodies give the same
     bits."""
-    return torch.ops.gpt_spec.logsumexp(logits)
+    return operator("logsumexp")(logits)
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -440,7 +459,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Unlike `torch.topk` it says which of equal numbers comes first: the one with the lower place. NaN counts
     as -inf.
     """
-    return torch.ops.gpt_spec.top_k(x, k)
+    return operator("top_k")(x, k)
 
 
 def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
@@ -449,7 +468,7 @@ def move_slots(caches: list[Tensor], path: Tensor, length: Tensor) -> None:
     path: int64 [B, n], of which a beginning increases and counts; what is behind it may become anything.
     length: int64 [B].
     """
-    torch.ops.gpt_spec.move(caches, path, length)
+    operator("move")(caches, path, length)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,13 +477,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     if len(cos) != len(q):
         cos, sin = (angle.expand(len(q), -1, -1, -1) for angle in (cos, sin))
-    body = rope_reference if q.requires_grad else torch.ops.gpt_spec.rope  # which cannot be trained through
+    body = rope_reference if q.requires_grad else operator("rope")  # which cannot be trained through
     return body(q, k, cos, sin)
 
 
 def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """k, v [B, n, G, D] to slots int64 [B, n] of keys, values [B, slots, G, D], which lie alike."""
-    torch.ops.gpt_spec.store(keys, values, k, v, slots)
+    operator("store")(keys, values, k, v, slots)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length: Tensor) -> Tensor:
@@ -475,4 +494,4 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tensor, length
     length + m - 1 a query sees beyond that (itself included; parents come before children). Returns
     [B, n, H, D]. float32 or bf16; one operator, so that a compiled graph need not know the lengths.
     """
-    return torch.ops.gpt_spec.attention(q, keys, values, ancestors, length)
+    return operator("attention")(q, keys, values, ancestors, length)

@@ -69,6 +69,14 @@ def pack_words(weight: Tensor) -> Tensor:
     return torch.cat(words)
 
 
+def unpack_words(words: Tensor, scales: Tensor, zeros: Tensor | None, inputs: int) -> tuple:
+    """What `pack_words` and `pack_scales` made for the GPU, in rows again."""
+    pair = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device)[:, None]
+    q = words.view(len(words), -1, 1, WORDS) >> pair  # [out, chunks, 4, 16]
+    weight = (q & 15 | q >> 12 & 240).flatten(1)[:, : inputs // 2].byte()  # [out, in / 2]
+    return weight, scales.T, None if zeros is None else zeros.T
+
+
 def pack(weight: Tensor) -> Tensor:
     """A weight in rows -> in blocks [out / 64, steps, 64, 2 bf16 or 4 bytes], out rounded up with zeros; a
     4-bit one on the GPU, as `pack_words` says.
@@ -184,6 +192,8 @@ def linear_reference(
     """What `linear` computes, in plain PyTorch."""
     dtype = x.dtype
     x = prepare_reference(x, norm, eps, gated, rotation, power, stride, permutation)
+    if weight.dtype == torch.int32:
+        weight, scales, zeros = unpack_words(weight, scales, zeros, x.shape[-1])
     matrix = dequantize(weight, scales, zeros)[:out_features]
     if activation_bits < 16:
         q, scale = quantize_activations(x, activation_bits, scales.shape[1])
@@ -253,14 +263,11 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, ancestors: Tens
 
     A row of the batch at a time, so that none pays for the length of another or reads beyond its own.
     """
-    n, m, out = q.shape[1], ancestors.shape[-1], torch.empty_like(q)
+    m, out = ancestors.shape[-1], torch.empty_like(q)
     for b, past in enumerate(length.tolist()):
-        valid = past + m
-        seen = ancestors.new_ones(n, valid)
-        seen[:, past:] = ancestors[b]
-        row = (
-            tensor[b : b + 1].transpose(1, 2) for tensor in (q, keys[:, :valid], values[:, :valid])
-        )  # [1, heads, ., D]
+        tensors = (q, keys[:, : past + m], values[:, : past + m])
+        row = (tensor[b : b + 1].transpose(1, 2) for tensor in tensors)  # [1, heads, ., D]
+        seen = F.pad(ancestors[b], (past, 0), value=True)  # [n, past + m]
         attended = F.scaled_dot_product_attention(*row, attn_mask=seen, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)  # [H, n, D] -> [n, H, D]
     return out
@@ -316,10 +323,8 @@ def gumbel_reference(seed: Tensor, positions: Tensor, size: int) -> Tensor:
     block = torch.arange(-(-size // NOISE_BLOCK), device=positions.device)
     bits = mix(mix((block + mix(a ^ 0x2C1B3C6D)) & LOW_32) ^ mix(b ^ 0x297A2D39))  # [B, n, blocks]
     winner = mix((bits + 0x9E3779B9) & LOW_32) % NOISE_BLOCK + block * NOISE_BLOCK
-    earliest, winner = (
-        t.repeat_interleave(NOISE_BLOCK, dim=-1)[..., :size]
-        for t in (exponential(bits) / NOISE_BLOCK, winner)
-    )  # [B, n, size] each
+    both = (exponential(bits) / NOISE_BLOCK, winner)
+    earliest, winner = (t.repeat_interleave(NOISE_BLOCK, dim=-1)[..., :size] for t in both)  # [B, n, size]
     later = earliest + exponential(mix(mix((token + a) & LOW_32) ^ b))
     return -log_reference(torch.where(token == winner, earliest, later)).float()
 

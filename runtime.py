@@ -68,8 +68,10 @@ class Runtime:
 
     @property
     def records(self) -> bool:
-        """Do CUDA graphs launch the parts of a step? Not with `--compile none`, nor on a CPU."""
-        return self.compile and self.device.type == "cuda" and kernels.load_cuda()
+        """Do CUDA graphs launch the parts of a step? Not with `--compile none`, nor on a CPU, nor with single
+        operations on references, which may ask the host."""
+        cuda = self.compile and self.device.type == "cuda" and kernels.load_cuda()
+        return cuda and not kernels.ON_REFERENCE
 
     def recorded(self, function: Callable) -> Callable:
         """The function as CUDA graphs or tapes; itself where nothing is recorded. Of a method, what

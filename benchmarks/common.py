@@ -10,6 +10,7 @@ the drafters that it makes of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import gzip
 import json
@@ -52,6 +53,14 @@ HELD_OUT = MODELS / "held_out.jsonl"
 BASE = "autoregressive"  # what all methods are compared with
 
 
+def write_json(path: Path, results: dict) -> None:
+    """At once, so that nobody meets half of it, should this process be ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
 def split(text: str) -> list[str]:
     return text.split(",")
 
@@ -64,6 +73,9 @@ class Prompt(NamedTuple):
     tokens: list[int]
     category: str = ""
     answer: str = ""  # the right one, if the file has it
+    text: str = ""
+    test: str = ""  # a program for what the text is continued with, if the file has it (HumanEval)
+    function: str = ""  # which that program calls
 
 
 def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
@@ -84,7 +96,8 @@ def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False
             tokens, entry = read_line(line, settings, tokenizer), json.loads(line)
         except BadInput as error:
             raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
-        prompts.append(Prompt(tokens, str(entry.get("category", "")), str(entry.get("answer", ""))))
+        names = ("category", "answer", "prompt", "test", "entry_point")
+        prompts.append(Prompt(tokens, *(str(entry.get(name, "")) for name in names)))
     return prompts
 
 
@@ -180,17 +193,44 @@ def shipped(precision: str) -> tuple[Transformer, Transformer]:
     return parts.target.model, parts.small
 
 
+QUANTIZERS = {  # flags of quantize.py by name
+    "rtn": [],
+    "rtn, zeros": ["--asymmetric"],
+    "hqq": ["--quantizer", "hqq"],
+    "gptq": ["--quantizer", "gptq"],
+    "rtn, rotated": ["--rotate"],
+    "hqq, rotated": ["--quantizer", "hqq", "--rotate"],
+    "gptq, rotated": ["--quantizer", "gptq", "--rotate"],
+}
+
+
 @contextmanager
 def quantized_target(flags: list[str]) -> Iterator[str]:
     """A temporary directory with the shipped target, quantized by quantize.py with these flags."""
     with tempfile.TemporaryDirectory() as scratch:
-        output = f"{scratch}/quantized"
-        quantize.run(
-            quantize.build_parser().parse_args(
-                ["--checkpoint_path", str(SHIPPED_TARGET), "--output", output, *flags]
-            )
-        )
-        yield output
+        yield write_quantized(SHIPPED_TARGET, flags, scratch)
+
+
+def write_quantized(checkpoint: str | Path, flags: list[str], folder: str) -> str:
+    """The directory in that folder."""
+    output = f"{folder}/quantized"
+    flags = ["--checkpoint_path", str(checkpoint), "--output", output, *flags]
+    quantize.run(quantize.build_parser().parse_args(flags))
+    return output
+
+
+@functools.cache
+def quantized_copy(checkpoint: str | Path, quantizer: str) -> tuple[str, tempfile.TemporaryDirectory]:
+    """A directory with a checkpoint in 4 bits, made once, and what removes it when the process ends."""
+    scratch = tempfile.TemporaryDirectory()
+    return write_quantized(checkpoint, QUANTIZERS[quantizer], scratch.name), scratch
+
+
+def quantized_by(quantizer: str | None, checkpoint: str | Path, precision: str) -> str | Path:
+    """The checkpoint as this quantizer leaves it in 4 bits; itself where only rounding is asked for."""
+    if quantizer in (None, "rtn") or PRECISIONS.get(precision, (16, 16))[0] != 4:
+        return checkpoint
+    return quantized_copy(checkpoint, quantizer)[0]
 
 
 def recording_only() -> AbstractContextManager:
@@ -209,19 +249,41 @@ def compiles(args: argparse.Namespace) -> bool:
     return not args.uncompiled
 
 
-def in_each_precision(measure: Callable[[str], dict], args: argparse.Namespace) -> dict[str, dict]:
-    """What `measure` returns, for each of --precisions.
+def in_each_precision(
+    measure: Callable[..., dict],
+    args: argparse.Namespace,
+    batch_sizes: Iterable[int] | None = None,
+    save: Callable[[dict], None] = lambda results: None,
+) -> dict[str, dict]:
+    """What `measure` returns, for each of --precisions, and, if given, each of the batch sizes. `save` gets
+    all so far after each.
 
-    All models of a precision must be local to `measure`. Decoders and drafters refer to each other, so they
-    are collected here, before the models of the next precision are made: both together may not fit a GPU.
+    All models must be local to `measure`. Decoders and drafters refer to each other, so they are collected
+    here, before the next models are made: both together may not fit a GPU.
     """
     results = {}
     for precision in split(args.precisions):
-        results[precision] = measure(precision)
-        gc.collect()
-        if on_gpu(args.device):
-            torch.cuda.empty_cache()
+        for batch_size in batch_sizes or [None]:
+            name = precision if batch_size in (None, 1) else f"{precision}, batch {batch_size}"
+            results[name] = measure(precision, *([batch_size] if batch_sizes else []))
+            save(results)
+            gc.collect()
+            if on_gpu(args.device):
+                torch.cuda.empty_cache()
     return results
+
+
+def chosen_methods(methods: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Those of --methods, by the first words of their names, and `autoregressive`. Raises BadInput."""
+    if args.methods is None:
+        return methods
+    words = {name: name.replace(",", " ").split()[0] for name in methods}
+    unknown = set(split(args.methods)) - set(words.values())
+    if unknown:
+        raise BadInput(
+            f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(dict.fromkeys(words.values()))}"
+        )
+    return {name: m for name, m in methods.items() if words[name] in (BASE, *split(args.methods))}
 
 
 def build_decoders(
@@ -244,9 +306,11 @@ def build_decoders(
 
 
 def freeze(decoder: Decoder) -> Decoder:
-    """Put 200 tokens into its caches. From then on each repetition of a step does the same work."""
+    """Put 200 tokens into the caches of every row. From then on a step does the same work each time."""
     vocabulary = decoder.model.config.vocab_size
-    decoder.prefill(0, [3 + i % (vocabulary - 3) for i in range(200)], Request(decoder.setup.sampling, 0))
+    tokens = [3 + i % (vocabulary - 3) for i in range(200)]
+    for row in range(decoder.setup.batch_size):
+        decoder.prefill(row, tokens, Request(decoder.setup.sampling, row))
     decoder.state.active.fill_(False)
     return decoder
 

@@ -41,8 +41,10 @@ def compare(
     over: str | None = None,
     effort: tuple[int, int] = (20, 10),
     note: str = "",
+    batch_size: int = 1,
 ) -> dict[str, dict]:
-    """Every decoder on the same prompts, taking turns. The others are compared with the first.
+    """Every decoder on the same prompts, taking turns, each with `batch_size` rows, which take so many
+    prompts of a category at once. The others are compared with the first.
 
     Per decoder: tokens per step (tau), seconds of drafting in a step (of `auto`, with catching up), T(n)
     averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the prompts'
@@ -56,25 +58,27 @@ def compare(
     """
     base, cost = next(iter(decoders)), measure_verification(decoders, *effort)
     totals, runs, used = {name: Stats() for name in decoders}, {name: [] for name in decoders}, []
-    for turn, prompt in enumerate(prompts):
+    for turn, group in enumerate(groups_of(prompts, batch_size)):
+        tokens = [prompt.tokens for prompt in group]
         once = {
-            name: timed(decoders[name], [prompt.tokens], args.max_new_tokens, totals[name], stop_ids)
+            name: timed(decoders[name], tokens, args.max_new_tokens, totals[name], stop_ids)
             for name in rotate_names(list(decoders), turn)
         }
         if all(run.tokens for run in once.values()):  # a text of one token takes no step
-            used.append(prompt)
+            used.append(group[0].category)
             for name, run in once.items():
                 runs[name].append(run)
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
-    rows, first = {}, sum(run.seconds for run in runs[base]) / sum(run.steps for run in runs[base])
+    rows, first = {}, totals[base].decode_seconds * batch_size / totals[base].row_forwards
     if on_gpu(decoders[base].setup.runtime.device):
         print("drafting is what the host sees of it, without waiting for the GPU; predicted follows from it")
     slowness = first / cost[base][1]
     for name in decoders:
         if name == base or name != over:
             seconds = {n: slowness * apart for n, apart in cost[name].items()}
-            rows[name] = summarize(totals[name], runs[name], runs[base], seconds, first)
+            steps = totals[name].row_forwards / batch_size
+            rows[name] = summarize(totals[name], runs[name], runs[base], seconds, first, steps)
             rows[name] |= by_category(used, runs[name], runs[base])
             different = {"different_texts": count_different(runs[name], runs[base])}
             rows[name] |= {"note": note} if note else different
@@ -96,11 +100,11 @@ def count_different(ours: list[Run], theirs: list[Run]) -> int:
 
 
 def summarize(
-    stats: Stats, runs: list[Run], base: list[Run], cost: dict[int, float], first: float
+    stats: Stats, runs: list[Run], base: list[Run], cost: dict[int, float], first: float, steps: float
 ) -> dict[str, Any]:
-    """A row of `compare`; `cost`: seconds by number of nodes, `first`: T(1)."""
-    steps, ratios = stats.target_forwards, speed_ratios(runs, base)
-    verification = sum(cost[n] * count for n, count in stats.nodes_histogram.items()) / steps
+    """A row of `compare`; `cost`: seconds by number of nodes, `first`: T(1), `steps`: of all rows at once."""
+    ratios = speed_ratios(runs, base)
+    verification = sum(cost[n] * count for n, count in stats.nodes_histogram.items()) / stats.target_forwards
     drafting = stats.drafting_seconds / steps if stats.drafted_tokens else 0.0
     return {
         "tokens_per_step": stats.tokens_per_step,
@@ -123,11 +127,19 @@ def summarize(
     } | ({"steps_by_drafter": stats.drafter_histogram} if stats.drafter_histogram else {})
 
 
-def by_category(prompts: list[Prompt], runs: list[Run], base: list[Run]) -> dict[str, dict]:
-    """A few of these numbers for every category of prompts, if there are several."""
+def groups_of(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """So many prompts each, of one category. What a category has left over makes a smaller group."""
+    categories = dict.fromkeys(prompt.category for prompt in prompts)
+    same = [[prompt for prompt in prompts if prompt.category == category] for category in categories]
+    return [some[i : i + size] for some in same for i in range(0, len(some), size)]
+
+
+def by_category(categories: list[str], runs: list[Run], base: list[Run]) -> dict[str, dict]:
+    """A few of these numbers for every category of prompts, if there are several. `categories`: of the
+    runs."""
     rows = {}
-    for category in dict.fromkeys(prompt.category for prompt in prompts):
-        chosen = [i for i, prompt in enumerate(prompts) if prompt.category == category]
+    for category in dict.fromkeys(categories):
+        chosen = [i for i, each in enumerate(categories) if each == category]
         mine, theirs = [runs[i] for i in chosen], [base[i] for i in chosen]
         rows[category or "other"] = {
             "tokens_per_step": sum(run.tokens for run in mine) / sum(run.steps for run in mine),

@@ -36,6 +36,7 @@ from benchmarks.timing import (
 from packing import PRECISIONS, best_group
 from rotation import hadamard
 
+MOST_COPIES = 256  # of a tiny weight, which stays in the cache
 LARGER_THAN_CACHE = {"cpu": 200e6, "cuda": 1e9}  # bytes of the weights that take turns
 Multiply = Callable[[Tensor, Any], Tensor]  # x [n, in] and a weight -> [n, out]
 Contestant = tuple[Any, Multiply]  # its weight, and how to multiply with it
@@ -131,7 +132,7 @@ def make_entries(
             failed[name] = first_line(error)
             continue
         size = sum(t.nbytes for t in tensors_of(weight))
-        count = int(LARGER_THAN_CACHE[torch.device(device).type] / size)
+        count = min(int(LARGER_THAN_CACHE[torch.device(device).type] / size), MOST_COPIES)
         entries[name] = Entry([weight, *(copy.deepcopy(weight) for _ in range(count))], multiply, size)
     return entries, failed
 
@@ -166,11 +167,13 @@ def measure_linear(
     return rows, failed
 
 
-def report_kernels(args: argparse.Namespace) -> dict:
+def report_kernels(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """Every linear of real models, n = 1 to 64, with nothing before or after it: time, T(n) / T(1), and
-    shares of the bandwidth with which its bytes can be read and of the copy bandwidth: see bench.py."""
+    shares of the bandwidth with which its bytes can be read and of the copy bandwidth: see bench.py. `save`
+    is given the results after each linear."""
     kernels.load()
-    results, bandwidth = {}, copy_bandwidth(args.device)
+    bandwidth = copy_bandwidth(args.device)
+    results: dict[str, Any] = {"copy_bandwidth": bandwidth}
     print(f"copying {bandwidth / 1e9:.1f} GB/s")
     for shape in split(args.shapes):
         for name, (out, inputs) in linears_of(SHAPES[shape]).items():
@@ -180,9 +183,10 @@ def report_kernels(args: argparse.Namespace) -> dict:
             results[f"{shape} {name}"] = {"out": out, "in": inputs, "linears": rows}
             results[f"{shape} {name}"] |= {"failed": failed} if failed else {}
             print_linear(f"{shape} {name}", results[f"{shape} {name}"])
+            save(results)
     results["overhead_seconds"] = call_overhead(args.device)
     print(f"\na call of the smallest linear takes {results['overhead_seconds'] * 1e6:.1f} microseconds")
-    return results | {"copy_bandwidth": bandwidth}
+    return results
 
 
 def print_linear(name: str, result: dict) -> None:

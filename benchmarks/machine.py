@@ -36,10 +36,11 @@ def machine(device: str) -> dict:
 
 
 def kernels_in_use(device: str) -> str:
-    """Which bodies the operations run in: triton, a CPU path, or the reference."""
-    if on_gpu(device):
-        return "triton" if kernels.load_cuda() else "reference"
-    return kernels.PATH if kernels.load() else "reference"
+    """Which bodies the operations run in: triton, a CPU path, or the reference, and which run in another."""
+    loaded = kernels.load_cuda() if on_gpu(device) else kernels.load()
+    bodies = ("triton" if on_gpu(device) else kernels.PATH) if loaded else "reference"
+    slow = " and ".join(sorted(kernels.ON_REFERENCE))
+    return f"{bodies}, but the reference for {slow}" if slow else bodies
 
 
 def triton_version() -> str | None:

@@ -9,6 +9,7 @@ The one idea: all drafters are made of the same `Parts`, so the methods differ i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,12 +25,14 @@ from benchmarks.common import (
     Parts,
     Paths,
     build_decoders,
+    chosen_methods,
     chosen_paths,
     fitting_prompts,
     head_bits,
     in_each_precision,
     load_parts,
     numbers,
+    quantized_by,
     split,
     timed,
 )
@@ -69,17 +72,22 @@ def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
     if parts.head:
         head = parts.head(target)
         largest = min(60, 1 + args.tree_topk + (args.tree_depth - 1) * args.tree_topk**2)
-        drafters[f"tree of {largest}"] = TreeDrafter(head, largest, *shape)
+        for n in sorted({largest, min(16, largest)}, reverse=True):
+            drafters[f"tree of {n}"] = TreeDrafter(head, n, *shape)
         drafters["tree"] = TreeDrafter(head, None, *shape)
     if parts.small and parts.small_head:
         inner = TreeDrafter(parts.small_head(parts.small), args.tree_size, *shape)
         drafters["hierarchical"] = HierarchicalDrafter(parts.small, inner, args.min_draft_length)
     for i, lower in enumerate(lower_precisions(parts.target.precision)):
         twin = share_weights(target, lower)
-        if parts.head and i == 0:
-            own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
-            middle = HierarchicalDrafter(twin, own, args.min_draft_length, shares_cache=True)
-            drafters["hierarchical, own middle"] = middle
+        if i == 0:
+            inside = {"hierarchical, own middle, lookup": LookupDrafter(7)}
+            if parts.head:
+                own = TreeDrafter(parts.head(twin), args.tree_size, *shape)
+                inside = {"hierarchical, own middle": own} | inside
+            for name, inner in inside.items():
+                middle = HierarchicalDrafter(twin, inner, args.min_draft_length, shares_cache=True)
+                drafters[name] = middle
         drafters[f"qspec {lower} K=3"] = SequentialDrafter(twin, 3, shares_cache=True)
     return drafters | {"auto": auto_drafter(parts, args)}
 
@@ -97,24 +105,29 @@ def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
     return AutoDrafter(drafters)
 
 
-def report_methods(args: argparse.Namespace) -> dict:
-    """Every method in every precision on the same prompts, and next to them `autoregressive` of the bf16
-    target: see `compare`. Texts of --prompt_file end where the model ends them, others at the budget."""
-    return in_each_precision(partial(methods_in, args, chosen_paths(args)), args)
+def report_methods(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
+    """Every method in every precision and batch size on the same prompts, and next to them `autoregressive`
+    of the bf16 target: see `compare`. Texts of --prompt_file end where the model ends them, others at the
+    budget. `save` is given all rows so far."""
+    measure = partial(methods_in, args, chosen_paths(args))
+    return in_each_precision(measure, args, numbers(args.batch_sizes), save)
 
 
-def methods_in(args: argparse.Namespace, paths: Paths, precision: str) -> dict[str, dict]:
-    """Every method in one precision."""
-    parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
+def methods_in(args: argparse.Namespace, paths: Paths, precision: str, batch_size: int) -> dict[str, dict]:
+    """The chosen methods in one precision."""
+    quantized = quantized_by(args.quantizer, paths.target, precision)
+    settings = (args.device, head_bits(args, precision), args.ranks)
+    parts = load_parts(precision, paths._replace(target=quantized), *settings)
     prompts = fitting_prompts(parts, args)
-    print(f"{precision}, {len(prompts)} prompts", flush=True)
-    decoders = build_decoders(parts.target.model, every_method(parts, args), prompts, args)
+    print(f"{precision}, {len(prompts)} prompts, batch of {batch_size}", flush=True)
+    drafters = chosen_methods(every_method(parts, args), args)
+    decoders = build_decoders(parts.target.model, drafters, prompts, args, batch_size)
     over = BASE if precision == "bf16" else None
     if over is None and not is_quantized(paths.target):
         reference, over = load_model(paths.target, "bf16", args.device, ranks=args.ranks), REFERENCE
-        decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args)
+        decoders |= build_decoders(reference, {REFERENCE: Drafter()}, prompts, args, batch_size)
     stop_ids = parts.target.stop_ids if args.prompt_file else ()
-    return compare(decoders, prompts, args, stop_ids, over)
+    return compare(decoders, prompts, args, stop_ids, over, batch_size=batch_size)
 
 
 def is_quantized(path: str | Path) -> bool:

@@ -1,7 +1,9 @@
 """quality.py: what a precision or a quantizer costs in quality.
 
     python bench.py quality
-    python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400
+    python bench.py quality --checkpoint_path DIR --prompt_file gsm8k_test.jsonl --max_new_tokens 400 \\
+        --precisions w4a16,w4a4 --quantizer "rtn;gptq;gptq, rotated"
+    python bench.py quality --checkpoint_path DIR --prompt_file human_eval.jsonl.gz --run_code
     python bench.py perplexity
 
 The one idea: every precision is measured on the same held-out text as bf16, by loss and by the greedy choices
@@ -13,64 +15,92 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    QUANTIZERS,
     Parts,
     Paths,
+    Prompt,
     build_decoders,
     chosen_paths,
     decode_all,
     fitting_prompts,
     load_parts,
     numbers,
+    quantized_by,
     quantized_target,
     split,
 )
 from benchmarks.shapes import weights_of_a_step
 from checkpoints import ALL_PRECISIONS, SHIPPED_TARGET, find_checkpoint, load_model, weight_bytes
 from drafts import Drafter
+from gpt_spec import SequentialDrafter
 from model import BadInput, Transformer
-from packing import PRECISIONS
+from packing import PRECISIONS, lower_precisions, share_weights
 from quantize import held_out_tokens, mean_loss
 
 
-def report_quality(args: argparse.Namespace) -> dict:
+def report_quality(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """What each precision costs: perplexity, and the share of held-out positions where its greedy choice is
-    that of bf16; with --prompt_file of problems and answers (GSM8K), how many it solves, too.
+    that of bf16; with --prompt_file of problems (GSM8K, HumanEval), how many it solves, alone and as the
+    target of QSpec in `w4a4`, too.
 
-    Every precision quantizes the same checkpoint by itself, rounding to nearest; with --lm_head_bits, once
-    for each of these numbers.
+    Every precision quantizes the same checkpoint by itself; 4-bit ones with --quantizer, once for each of
+    these names, otherwise rounding to nearest; with --lm_head_bits, once for each of these numbers. `save` is
+    given all rows so far.
     """
     paths, results = chosen_paths(args), {}
-    width = 17 if args.lm_head_bits else 6
     directory = find_checkpoint(str(paths.target))
     texts, reference = held_out_tokens(directory), None
-    chosen_bits = numbers(args.lm_head_bits) if args.lm_head_bits else [None]
-    for precision, bits in dict.fromkeys([("bf16", None), *product(split(args.precisions), chosen_bits)]):
-        bits = bits if precision in PRECISIONS else None
-        parts = load_parts(precision, Paths(directory), args.device, bits)
+    for name, precision, quantizer, bits in configurations(args):
+        checkpoint = quantized_by(quantizer, directory, precision)
+        parts = load_parts(precision, Paths(checkpoint), args.device, bits)
         model = parts.target.model
         choices = greedy_choices(model, texts, args.tokens)
         reference = choices if reference is None else reference
         row = {"perplexity": math.exp(mean_loss(model, texts, args.tokens))}
         row |= {"agreement": (choices == reference).float().mean().item(), "positions": len(choices)}
-        row |= count_solved(parts, args) if args.prompt_file else {}
+        row |= measure_accuracy(parts, args) if args.prompt_file else {}
         row["step_bytes"] = sum(p.nbytes for p in weights_of_a_step(model))
-        name = f"{precision}, lm_head {bits}" if bits else precision
         results[name] = row
-        more = f"   {row['step_bytes'] / 1e6:.1f} MB a step"
-        more += f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
-        print(
-            f"{name:{width}} perplexity {row['perplexity']:.3f}   greedy choice that of bf16 in "
-            f"{row['agreement']:.2%} of {row['positions']} positions{more}",
-            flush=True,
-        )
+        print_quality(name, row)
+        save(results)
     return results
+
+
+def configurations(args: argparse.Namespace) -> list[tuple[str, str, str | None, int | None]]:
+    """Name, precision, quantizer and bits of lm_head of every row; bf16 is the first."""
+    rows = {"bf16": ("bf16", None, None)}
+    quantizers = args.quantizer.split(";") if args.quantizer else [None]
+    chosen_bits = numbers(args.lm_head_bits) if args.lm_head_bits else [None]
+    for precision, quantizer, bits in product(split(args.precisions), quantizers, chosen_bits):
+        quantizer = quantizer if PRECISIONS.get(precision, (16, 16))[0] == 4 else None
+        bits = bits if precision in PRECISIONS else None
+        name = precision + (f" {quantizer}" if quantizer else "") + (f", lm_head {bits}" if bits else "")
+        rows[name] = (precision, quantizer, bits)
+    return [(name, *row) for name, row in rows.items()]
+
+
+def print_quality(name: str, row: dict[str, Any]) -> None:
+    more = f"   {row['step_bytes'] / 1e6:.1f} MB a step"
+    more += f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
+    for drafts, other in row.get("qspec", {}).items():
+        more += f", {other['solved']} with drafts in {drafts} ({other['different_texts']} other texts)"
+    print(
+        f"{name:17} perplexity {row['perplexity']:.3f}   greedy choice that of bf16 in "
+        f"{row['agreement']:.2%} of {row['positions']} positions{more}",
+        flush=True,
+    )
 
 
 @torch.no_grad()
@@ -85,19 +115,75 @@ def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> T
     return torch.cat(choices)
 
 
-def count_solved(parts: Parts, args: argparse.Namespace) -> dict[str, int]:
-    """How many problems of --prompt_file are decoded, greedily, to the number behind the #### of their
-    answer. The last number of the text counts."""
+def measure_accuracy(parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
+    """How many problems of --prompt_file are solved, decoding greedily; and where the same weights in `w4a4`
+    can draft, what QSpec makes of it: the same texts, so the same number."""
     prompts = fitting_prompts(parts, args)
-    if not all("####" in prompt.answer for prompt in prompts):
-        raise BadInput(f"--prompt_file: {args.prompt_file} has no answers with #### and a number")
+    if not all("####" in p.answer for p in prompts) and not all(p.test for p in prompts):
+        raise BadInput(
+            f"--prompt_file: {args.prompt_file} has neither answers with #### and a number nor tests"
+        )
+    if prompts[0].test and not args.run_code:
+        raise BadInput(
+            "--prompt_file: to know what solves HumanEval is to run what a model wrote: --run_code"
+        )
+    target = parts.target.model
+    drafters: dict[str, Drafter] = {"": Drafter()}
+    if "w4a4" in lower_precisions(parts.target.precision):
+        drafters["w4a4"] = SequentialDrafter(
+            share_weights(target, "w4a4"), args.speculate_k, shares_cache=True
+        )
     args = argparse.Namespace(**vars(args) | {"temperature": 0.0})
-    [decoder] = build_decoders(parts.target.model, {"": Drafter()}, prompts, args, 4).values()
-    ids = [prompt.tokens for prompt in prompts]
-    texts = decode_all(decoder, ids, args.max_new_tokens, stop_ids=parts.target.stop_ids)
-    answers = [last_number(parts.target.tokenizer.decode(text)) for text in texts]
-    right = [last_number(prompt.answer.split("####")[-1]) for prompt in prompts]
-    return {"problems": len(prompts), "solved": sum(a == b for a, b in zip(answers, right))}
+    ids, texts = [prompt.tokens for prompt in prompts], {}
+    for name, decoder in build_decoders(target, drafters, prompts, args, 4).items():
+        texts[name] = decode_all(decoder, ids, args.max_new_tokens, stop_ids=parts.target.stop_ids)
+    solved = {name: count_solved(prompts, mine, parts.target.tokenizer) for name, mine in texts.items()}
+    other = sum(a != b for a, b in zip(texts[""], texts.get("w4a4", texts[""])))
+    qspec = {"w4a4": {"solved": solved["w4a4"], "different_texts": other}} if "w4a4" in solved else {}
+    return {"problems": len(prompts), "solved": solved[""]} | ({"qspec": qspec} if qspec else {})
+
+
+def count_solved(prompts: list[Prompt], texts: list[list[int]], tokenizer: Any) -> int:
+    """Texts whose last number is the one behind the #### of the answer, or whose program passes its test."""
+    both = (
+        (tokenizer.decode(p.tokens), tokenizer.decode([*p.tokens, *text])) for p, text in zip(prompts, texts)
+    )
+    answers = [whole[len(before) :] for before, whole in both]  # alone they might lose their first blank
+    return sum(
+        passes(program_of(prompt, answer))
+        if prompt.test
+        else last_number(answer) == last_number(prompt.answer.split("####")[-1])
+        for prompt, answer in zip(prompts, answers)
+    )
+
+
+def program_of(prompt: Prompt, answer: str) -> str:
+    """What a model wrote to a prompt of HumanEval, and the test of it, as one program.
+
+    A model that chats writes a block of code, perhaps with the whole function; others go on with the prompt,
+    and end where something begins that is not part of the function.
+    """
+    blocks = re.findall(r"```(?:python|py)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    code = blocks[0] if blocks else re.split(r"\n(?=[^\s])", "\n" + answer, maxsplit=1)[0][1:]
+    head, name = prompt.text, f"def {prompt.function}("
+    if name in code:
+        head = head[: head.find(name)]  # imports, and functions that it may call
+    return f"{head}{code}\n{prompt.test}\ncheck({prompt.function})\n"
+
+
+def passes(program: str, seconds: float = 10.0) -> bool:
+    """Does it end without an error? In a process of its own with limits of time and memory, in an empty
+    folder. These are against accidents, not against malice."""
+    limits = (
+        "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**31, 2**31)); r.setrlimit(r.RLIMIT_FSIZE, (0, 0))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-I", "-c", f"{limits}\nexec({program!r}, {{'__name__': 'solution'}})"]
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        try:
+            return subprocess.run(command, cwd=folder, env={}, timeout=seconds, **quiet).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 def last_number(text: str) -> str:
@@ -105,17 +191,6 @@ def last_number(text: str) -> str:
     found = re.findall(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?", text)
     number = found[-1].replace(",", "") if found else ""
     return number.rstrip("0").rstrip(".") if "." in number else number
-
-
-QUANTIZERS = {  # flags of quantize.py by name
-    "rtn": [],
-    "rtn, zeros": ["--asymmetric"],
-    "hqq": ["--quantizer", "hqq"],
-    "gptq": ["--quantizer", "gptq"],
-    "rtn, rotated": ["--rotate"],
-    "hqq, rotated": ["--quantizer", "hqq", "--rotate"],
-    "gptq, rotated": ["--quantizer", "gptq", "--rotate"],
-}
 
 
 def report_perplexity(args: argparse.Namespace) -> dict:

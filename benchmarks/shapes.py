@@ -25,7 +25,9 @@ SHAPES = {
     ),
     "llama-3-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
     "llama-3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=5e5),
+    "tiny": ModelConfig(512, 256, 512, 2, 4, 2, 64, 1024),  # to try a command out
 }
+REAL_SHAPES = ("llama-3.2-1b", "llama-3-8b", "llama-3-70b")
 SMALLER = {"llama-3-70b": SHAPES["llama-3-8b"], "llama-3-8b": SHAPES["llama-3.2-1b"]}  # of one vocabulary
 
 

@@ -1,7 +1,7 @@
 """synthetic.py: speculation for models without their trained weights.
 
-    python bench.py synthetic --shape llama-3-8b
-    python bench.py synthetic --shape llama-3-70b --acceptance eagle3-70b
+    python bench.py synthetic --shape llama-3-8b --middle llama-3.2-1b
+    python bench.py synthetic --shape llama-3-70b --batch_sizes 1,8 --methods tree,qspec
 
 The one idea: the speedup depends on costs and on acceptance. The costs are real, those of random weights in
 the right shape. The acceptance is drawn at published rates.
@@ -10,16 +10,25 @@ the right shape. The acceptance is drawn at published rates.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.common import Parts, Prompt, compiles, head_bits, in_each_precision, split
+from benchmarks.acceptance import PRESETS, Acceptance, read_acceptance
+from benchmarks.common import (
+    BASE,
+    Parts,
+    Prompt,
+    chosen_methods,
+    compiles,
+    head_bits,
+    in_each_precision,
+    numbers,
+)
 from benchmarks.compare import compare
 from benchmarks.shapes import SHAPES, SMALLER, random_parts
 from drafts import Draft, Drafter
@@ -30,107 +39,48 @@ from packing import lower_precisions, share_weights
 from sampling import Nodes
 
 SYNTHETIC = "synthetic acceptance, random weights"
-
-
-class Acceptance(NamedTuple):
-    """The probability that a draft token is accepted if all above it were, by depth. The last one holds
-    for all deeper ones."""
-
-    probabilities: tuple[float, ...]
-    source: str
-
-    def tokens_per_step(self, depth: int) -> float:
-        """tau of drafts of this depth."""
-        total, reached = 1.0, 1.0
-        for i in range(depth):
-            reached *= self.probabilities[min(i, len(self.probabilities) - 1)]
-            total += reached
-        return total
-
-
-def from_shares(shares: Iterable[float], source: str) -> Acceptance:
-    """`shares` of the steps that accepted at least 1, 2, ... tokens."""
-    shares = [1.0, *shares]
-    return Acceptance(tuple(b / a for a, b in zip(shares, shares[1:])), source)
-
-
-def from_mean(tau: float, depth: int, source: str) -> Acceptance:
-    """The constant probability with which drafts of this depth yield tau tokens per step, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = Acceptance((middle,), "").tokens_per_step(depth) < tau
-        low, high = (middle, high) if below else (low, middle)
-    return Acceptance((low,) * depth, source)
-
-
-EAGLE_TABLE = "EAGLE-3 paper (arXiv 2503.01840), Table 1, MT-bench, T=0, only the mean is published"
-PRESETS = {
-    "eagle3-8b": from_shares(
-        (0.74, 0.54, 0.41, 0.31, 0.23, 0.17, 0.13),
-        "vLLM issue #26191: Llama-3.1-8B-Instruct, yuhuili/EAGLE3-LLaMA3.1-Instruct-8B, chain, K=7, "
-        "MT-bench, T=0",
-    ),
-    "eagle3-redhat-8b": from_shares(
-        (0.7296, 0.5208, 0.3545),
-        "vLLM tests/v1/spec_decode/test_acceptance_length.py at 029ba375, chain, MT-bench, T=0",
-    ),
-    "eagle2-8b": from_mean(4.05, 6, f"{EAGLE_TABLE}: Llama-3.1-8B, EAGLE-2, tau 4.05, as if of depth 6"),
-    "eagle2-70b": from_mean(3.67, 6, f"{EAGLE_TABLE}: Llama-3.3-70B, EAGLE-2, tau 3.67, as if of depth 6"),
-    "eagle3-70b": from_mean(5.63, 8, f"{EAGLE_TABLE}: Llama-3.3-70B, EAGLE-3, tau 5.63, as if of depth 8"),
-    "sequential": Acceptance(
-        (0.72,),
-        "one user's aggregate for Llama-3.3-70B with a 3B drafter, Hugging Face Nexusflow/Athene-V2-Chat "
-        "discussion 6: weak evidence, no numbers by position are published",
-    ),
-    "qspec": Acceptance((0.96,), "w4a4 drafts of an 8 B model, measured independently"),
-}
-
-
-def read_acceptance(text: str, flag: str) -> Acceptance:
-    """The name of a preset, or a list of probabilities like 0.8,0.7. Raises BadInput."""
-    if text in PRESETS:
-        return PRESETS[text]
-    try:
-        probabilities = tuple(float(part) for part in split(text))
-        if not all(0 <= p <= 1 for p in probabilities):
-            raise ValueError
-    except ValueError:
-        names = ", ".join(PRESETS)
-        raise BadInput(f"{flag}: {text!r} is neither a list like 0.8,0.7 nor one of {names}") from None
-    return Acceptance(probabilities, f"{flag} {text}")
+RANKS = 16  # of children; later ones are as the last
 
 
 class Synthetic:
     """Makes the acceptance of a level random. The model's own choice is computed, at its real cost, and then
-    replaced: after each node that has children by the token of the first, which is the best,
-    with the probability of its depth, else by one that no node carries.
-
-    The draw is a function of seed, `salt` and position. Only first children are ever accepted, so a tree
-    gains nothing by its breadth: the probabilities must be those of some child being right.
-    """
+    replaced: after each node that has children by one of them, with the probability of its depth and rank,
+    else by a token that no node carries. The draw is a function of seed, `salt` and position."""
 
     def __init__(self, acceptance: Acceptance, salt: int, *args, **options):
         self.salt = salt
         super().__init__(*args, **options)
-        self.probabilities = torch.tensor(acceptance.probabilities, device=self.state.length.device)
+        self.odds = odds_of(acceptance, self.state.length.device)
 
     def pick(self, logits: Tensor, positions: Tensor, nodes: Nodes, mask: Tensor | None) -> Tensor:
         """int64 [B, n]; `positions` [B, n] are those of the tokens picked, each one behind its node."""
-        choice, tokens, state = super().pick(logits, positions, nodes, mask), nodes.tokens, self.state
-        parent, n = nodes.parent, tokens.shape[1]
-        node = torch.arange(n, device=choice.device)
-        is_child = parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
-        first = torch.where(is_child, node, n).amin(dim=2)  # [B, n]; n where there is none
-        guess = tokens.gather(1, first.clamp(max=n - 1))
-        unused = unused_token(tokens)[:, None]
-        taken = (choice[..., None] == tokens[:, None]).any(dim=2)
-        other = torch.where(taken, unused, choice)
-        depth = (positions - 1 - state.length[:, None]).clamp(max=len(self.probabilities) - 1)
+        choice, tokens, parent = super().pick(logits, positions, nodes, mask), nodes.tokens, nodes.parent
+        node, state = torch.arange(tokens.shape[1], device=choice.device), self.state
         noise = kernels.gumbel(state.seed + self.salt, positions, 1)[..., 0]  # [B, n]
         drawn = (-(-noise).exp()).exp()  # uniform
-        replaced = torch.where(drawn < self.probabilities[depth], guess, other)
-        return torch.where(first < n, replaced, choice)
+        above = parent.clamp(min=0)
+        depth = (positions - 1 - state.length[:, None]).clamp(min=0).gather(1, above)  # of the parents
+        older = (parent[..., None] == parent[:, None]) & (node < node[:, None])  # [B, n, n]: siblings
+        rank = older.sum(dim=2).clamp(max=self.odds.shape[1] - 1)  # [B, n]
+        odds = self.odds[depth.clamp(max=len(self.odds) - 1), rank]
+        begin = (older * odds[:, None]).sum(dim=2)  # [B, n]: where a node's part of 0 to 1 is
+        drawn = drawn.gather(1, above)
+        is_right = (drawn >= begin) & (drawn < begin + odds)
+        is_child = parent[:, None] == node[:, None]  # [B, n, n]: is the last one a child of the other?
+        right = is_child & is_right[:, None]
+        guess = tokens.gather(1, right.int().argmax(dim=2))
+        taken = (choice[..., None] == tokens[:, None]).any(dim=2)
+        other = torch.where(taken, unused_token(tokens)[:, None], choice)
+        replaced = torch.where(right.any(dim=2), guess, other)
+        return torch.where(is_child.any(dim=2), replaced, choice)
+
+
+def odds_of(acceptance: Acceptance, device: torch.device) -> Tensor:
+    """Probabilities of the children of a node, float32 [depths, ranks]."""
+    depths = range(max(len(acceptance.probabilities), 1))
+    return torch.tensor(
+        [[acceptance.of_child(d, rank) for rank in range(RANKS)] for d in depths], device=device
+    )
 
 
 def unused_token(tokens: Tensor) -> Tensor:
@@ -161,19 +111,25 @@ class SyntheticHierarchy(HierarchicalDrafter):
         return SyntheticLevel(self.acceptance, 2**41, *shared)
 
 
-class SureTree(TreeDrafter):
-    """A tree with a path of full depth, made by a random head.
+class SyntheticTree(TreeDrafter):
+    """A tree of a random head, grown by the odds of its acceptance: as sure of itself as it is right."""
 
-    Such a head gives all tokens about the same probability, so the best nodes are all near the root. With
-    logits this sharp the first children form a path of full depth, as in trees of trained heads.
-    """
+    def __init__(self, acceptance: Acceptance, *args):
+        self.acceptance = acceptance
+        super().__init__(*args)
 
     def start(self, level: Level) -> None:
+        self.length, self.odds = level.state.length, odds_of(self.acceptance, level.state.length.device)
         super().start(level)
-        self.trust = 100.0
+
+    def children(self, features: Tensor, position: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, scores = super().children(features, position, *others)
+        depth = (position - self.length - 1).clamp(0, len(self.odds) - 1)  # [B]
+        odds = self.odds[depth, : self.topk].clamp(min=1e-9).log()  # [B, k]
+        return tokens, odds[:, None].expand_as(scores)
 
     def learn(self, draft: Draft, verified: list, seconds: float) -> None:
-        Drafter.learn(self, draft, verified, seconds)
+        Drafter.learn(self, draft, verified, seconds)  # its trust has nothing to do with its odds
 
 
 def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple[Drafter, list[Acceptance]]]:
@@ -181,47 +137,52 @@ def synthetic_methods(parts: Parts, args: argparse.Namespace) -> dict[str, tuple
     heads = read_acceptance(args.acceptance, "--acceptance")
     chains = read_acceptance(args.middle_acceptance, "--middle_acceptance")
     target, small, shape = parts.target.model, parts.small, (args.tree_depth, args.tree_topk)
-    head, inner = parts.head(target), SureTree(parts.small_head(small), args.tree_size or 16, *shape)
-    methods = {
-        "autoregressive": (Drafter(), [chains]),
-        "sequential K=3": (SequentialDrafter(small, 3), [chains]),
-        "tree of 60": (SureTree(head, 60, *shape), [heads]),
-        "tree of 16": (SureTree(head, 16, *shape), [heads]),
-        "hierarchical": (SyntheticHierarchy(heads, small, inner, args.min_draft_length), [chains, heads]),
-    }
+    head, own = parts.head(target), parts.small_head(small)
+    inner = SyntheticTree(heads, own, args.tree_size or 16, *shape)
+    largest = min(60, 1 + args.tree_topk + (args.tree_depth - 1) * args.tree_topk**2)
+    trees = {f"tree of {n}": n for n in (largest, 16) if n <= largest} | {"tree": None}
+    methods = {BASE: (Drafter(), [chains]), "sequential K=3": (SequentialDrafter(small, 3), [chains])}
+    methods |= {name: (SyntheticTree(heads, head, n, *shape), [heads]) for name, n in trees.items()}
+    hierarchy = SyntheticHierarchy(heads, small, inner, args.min_draft_length)
+    methods["hierarchical"] = (hierarchy, [chains, heads])
     for lower in lower_precisions(parts.target.precision)[-1:]:
         twin = share_weights(target, lower)
         methods[f"qspec {lower} K=3"] = (SequentialDrafter(twin, 3, shares_cache=True), [PRESETS["qspec"]])
-    return methods
+    return chosen_methods(methods, args)
 
 
-def report_synthetic(args: argparse.Namespace) -> dict:
+def report_synthetic(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """What speculation would gain on this machine with models that are not here: real forwards of target,
-    middle model and head of --shape, with drawn acceptance. See `Synthetic` and `compare`.
+    middle model and head of --shape and --middle, with drawn acceptance. See `Synthetic` and `compare`.
 
-    The middle model is the next smaller shape, or the first 4 layers of the smallest. For compilation see
-    `compiles`.
+    By default the middle model is the next smaller shape, or the first 4 layers of the smallest. For
+    compilation see `compiles`. `save` is given all rows so far after each precision and batch.
     """
-    results = in_each_precision(partial(synthetic_in, args), args)
+    batches = numbers(args.batch_sizes)
+    results = in_each_precision(partial(synthetic_in, args), args, batches, save)
     levels = [level for rows in results.values() for row in rows.values() for level in row["acceptance"]]
     for source in dict.fromkeys(level["source"] for level in levels):
         print(f"{SYNTHETIC}: {source}")
     return results
 
 
-def synthetic_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
-    """The rows of one precision."""
+def synthetic_in(args: argparse.Namespace, precision: str, batch_size: int) -> dict[str, dict]:
+    """The rows of one precision and batch size."""
     target, generator = SHAPES[args.shape], torch.Generator().manual_seed(0)
-    small = SMALLER.get(args.shape, replace(target, num_layers=4))
-    ids = torch.randint(3, target.vocab_size, (args.prompts, 32), generator=generator).tolist()
+    small = SHAPES[args.middle] if args.middle else SMALLER.get(args.shape, replace(target, num_layers=4))
+    if small.vocab_size != target.vocab_size:
+        raise BadInput(f"--middle: {args.middle} has another vocabulary than {args.shape}")
+    count = max(args.prompts, batch_size)  # no row of a batch is empty
+    ids = torch.randint(3, target.vocab_size, (count, 32), generator=generator).tolist()
     parts = random_parts(target, small, precision, args.device, head_bits(args, precision))
     methods, decoders = synthetic_methods(parts, args), {}
     for name, (drafter, acceptance) in methods.items():
-        settings = {"max_length": 512, "compile": compiles(args)}
+        settings = {"max_length": 512, "batch_size": batch_size, "compile": compiles(args)}
         decoders[name] = SyntheticDecoder(acceptance[0], 2**40, parts.target.model, drafter, **settings)
         decoders[name].warm_up()
-    print(f"{args.shape} {precision}: {SYNTHETIC}")
-    rows = compare(decoders, [Prompt(tokens) for tokens in ids], args, effort=(5, 2), note=SYNTHETIC)
+    print(f"{args.shape} {precision}, batch of {batch_size}: {SYNTHETIC}")
+    prompts = [Prompt(tokens) for tokens in ids]
+    rows = compare(decoders, prompts, args, effort=(5, 2), note=SYNTHETIC, batch_size=batch_size)
     for name, (_, acceptance) in methods.items():
         rows[name]["acceptance"] = [level._asdict() for level in acceptance]
     return rows

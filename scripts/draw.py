@@ -23,7 +23,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 try:
-    import matplotlib
+    import matplotlib.ticker
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,6 +67,7 @@ SOURCES = {
     "cpu_methods.json": "python bench.py methods",
     "cpu_auto.json": "python bench.py auto",
     "cpu_synthetic.json": "python bench.py synthetic",
+    "when.json": "python bench.py when",
 }
 QUANTITIES = {
     "cpu_methods.json": ("speedup", "speedup_over_bf16", "predicted"),
@@ -86,6 +87,7 @@ def read_results(path: Path) -> Results:
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
         read = read_methods if path.name in QUANTITIES else read_cost
+        read = read_when if path.name == "when.json" else read
         return Results(path.name, read(file["results"], path.name), describe(file))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, SOURCES[path.name], error) from None
@@ -120,6 +122,22 @@ def read_methods(results: dict, name: str) -> Table:
     if not method_names(table):
         raise ValueError(f"no method besides {BASE}")
     return in_order(table)
+
+
+def read_when(results: dict, name: str) -> Table:
+    """border or machine -> point or place -> quantity; points without a border are left out"""
+    table: Table = {}
+    for border, row in results["borders"].items():
+        fixed = {key: quartiles(row[key]) for key in ("head", "chain")}
+        points = {str(p["steepness"]): p for p in row["points"] if p["middle"]}
+        points = {s: {key: quartiles(p[key]) for key in ("steepness", "middle")} for s, p in points.items()}
+        table[border] = {point: values | fixed for point, values in points.items()}
+    if not any(table.values()):
+        raise ValueError("no border")
+    for machine, row in results["machines"].items():
+        place = {key: quartiles(row[key]) for key in ("steepness", "middle", "head")}
+        table[machine] = {"": place}
+    return table
 
 
 def quartiles(value: float | list[float]) -> Quartiles:
@@ -353,6 +371,52 @@ def draw_synthetic(results: Results) -> Figure:
     return figure
 
 
+def draw_when(results: Results) -> Figure:
+    """Borders by what a depth of the head costs, a panel each; machines in the panel that is nearer."""
+    borders = [[*rows.values()] for rows in results.table.values() if rows and "" not in rows]
+    places = {name: rows[""] for name, rows in results.table.items() if "" in rows}
+    heads = sorted({rows[0]["head"][1] for rows in borders})
+    caption = "Filled: costs of a smaller model in the middle; hollow: of the target itself in fewer bits"
+    figure, axes = new_figure([caption, f"computed from measured costs, {results.caption}"], 4.6, len(heads))
+    for ax, head in zip(axes, heads):
+        lines = [rows for rows in borders if rows[0]["head"][1] == head]
+        for line, rows in zip(("-", "--", ":"), lines):
+            xs, ys = ([row[key][1] for row in rows] for key in ("steepness", "middle"))
+            ax.plot(xs, ys, line, color="black", label=f"q = {rows[0]['chain'][1]}")
+        distance = {name: {h: abs(math.log(p["head"][1] / h)) for h in heads} for name, p in places.items()}
+        draw_places(ax, {n: p for n, p in places.items() if min(heads, key=distance[n].get) == head})
+        ax.set_title(f"a depth of the head costs {head:g} T(1)")
+        ax.set(xscale="log", yscale="log", xlabel="T(30) / T(1) of the target", xticks=(1, 2, 4, 8, 16))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        ax.grid()
+    axes[0].set_ylabel("a step of the middle, in T(1) of the target")
+    handles, labels = axes[0].get_legend_handles_labels()
+    handles += [Line2D([], [], color=look_of(p).color, marker=look_of(p).marker, ls="") for p in CHOSEN]
+    title = "Below its line a hierarchy is faster than the best tree\n"
+    title += "(q: the share of the middle's tokens that the target accepts)"
+    figure.legend(handles, [*labels, *CHOSEN], loc="outside upper center", ncols=6, title=title)
+    return figure
+
+
+CHOSEN = ("bf16", "w4a16", "w4a8")  # precisions of the machines
+
+
+def draw_places(ax: Axes, places: dict[str, dict[str, Quartiles]]) -> None:
+    """Measured machines by precision, those of each file with one label."""
+    labels: dict[str, tuple[float, float]] = {}
+    for name, place in places.items():
+        small, point = name.endswith("small model"), (place["steepness"][1], place["middle"][1])
+        file, precision = name.split(",")[0].rsplit(" ", 1)
+        look = look_of(precision)
+        ax.plot(*point, look.marker, color=look.color, mfc=look.color if small else "none", ms=6)
+        label = file.replace("_cost", "").replace("_", " ")
+        labels[label] = point if small else labels.get(label, point)
+    for label, point in labels.items():
+        ax.annotate(label, point, xytext=(7, -3), textcoords="offset points")
+
+
 FIGURES: dict[str, tuple[Callable[..., Figure | None], list[str]]] = {
     "cost": (draw_cost, ["cpu_cost.json", "cpu_cost_1b.json"]),
     "methods": (draw_methods, ["cpu_methods.json"]),
@@ -360,6 +424,7 @@ FIGURES: dict[str, tuple[Callable[..., Figure | None], list[str]]] = {
     "auto": (draw_auto, ["cpu_auto.json"]),
     "specmquant": (draw_specmquant, ["cpu_methods.json"]),
     "synthetic": (draw_synthetic, ["cpu_synthetic.json"]),
+    "when": (draw_when, ["when.json"]),
 }
 
 

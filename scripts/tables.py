@@ -114,12 +114,40 @@ def quality_table(results: dict) -> Lines:
     yield markdown(columns + sizes * ["MB that a step reads"] + solved * ["solved"], rows)
 
 
+def when_table(results: dict) -> Lines:
+    """Borders at whole T(30), and every machine."""
+    shown = ["1", "2", "4", "8", "16"]
+    rows = []
+    for name, row in results["borders"].items():
+        points = {f"{point['steepness']:g}": point["middle"] for point in row["points"]}
+        rows.append([name, *(f"{points[s]:.3f}" if points[s] else "never" for s in shown)])
+    yield (
+        "The most that a step of the middle may cost, in T(1) of the target, for the hierarchy to be faster "
+        "than the best tree and than no speculation. q is the share of the middle's tokens that the target "
+        "accepts, d what a depth of a head costs in T(1) of its model:"
+    )
+    yield markdown(["", *(f"T(30) / T(1) = {s}" for s in shown)], rows)
+    chains = list(next(iter(results["machines"].values()))["hierarchy"])
+    rows = [
+        [
+            name,
+            *(f"{row[key]:.2f}" for key in ("steepness", "middle", "head", "tree")),
+            *map("{:.2f}".format, row["hierarchy"].values()),
+        ]
+        for name, row in results["machines"].items()
+    ]
+    yield "Measured costs, and the speedups that the same model predicts from them and from their own T(n):"
+    columns = ["T(30) / T(1)", "middle", "d", "best tree", *(f"hierarchy, q = {q}" for q in chains)]
+    yield markdown(["costs of, middle", *columns], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], Lines]]] = {
     "cpu_auto.json": ("Who is chosen by `auto`, and is it right?", auto_table),
     "cpu_methods.json": ("Every method in every precision, the shipped models", methods_table),
     "cpu_cost.json": ("What a step costs, the shipped models", cost_table),
     "cpu_cost_1b.json": ("What a step costs, the shape of Llama-3.2-1B, random weights", cost_table),
     "cpu_synthetic.json": ("Synthetic acceptance, random weights", methods_table),
+    "when.json": ("When does a hierarchy win? Computed from the cost model", when_table),
     "cpu_quality.json": ("What a precision costs in quality, the shipped target", quality_table),
     "cpu_lm_head.json": ("What fewer bits of `lm_head` cost in quality, the shipped target", quality_table),
 }

@@ -1,6 +1,8 @@
 """The study: what it reads, what it draws, and the files that the figures are made of. Nothing is timed."""
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import gzip
 import json
@@ -15,11 +17,13 @@ from conftest import ROOT, guessing_head, noisy_copy, random_model, random_promp
 
 import bench
 from benchmarks import (
+    acceptance,
     common,
     cost,
     exact,
     linears,
     llama_cpp,
+    methods,
     peers,
     quality,
     sampling,
@@ -45,22 +49,40 @@ TINY = ModelConfig(256, 128, 256, 2, 2, 1, 64, 1024)
 
 
 @pytest.mark.parametrize(
-    "name, tau, depth",
-    [("eagle3-8b", 3.53, 7), ("eagle3-redhat-8b", 2.6049, 3), ("eagle2-8b", 4.05, 6), ("eagle2-70b", 3.67, 6)]
-    + [("eagle3-70b", 5.63, 8), ("sequential", 1 + 0.72 + 0.72**2, 2), ("qspec", 1.96, 1)],
+    "name, tau, nodes, depth, topk",
+    [("eagle3-8b", 3.53, 8, 7, 1), ("eagle3-8b", 5.37, 60, 8, 10), ("eagle3-redhat-8b", 2.6049, 4, 3, 1)]
+    + [("eagle2-8b", 4.05, 60, 6, 10), ("eagle2-70b", 3.67, 60, 6, 10), ("eagle3-70b", 2.771, 4, 3, 1)]
+    + [
+        ("eagle3-70b", 5.63, 60, 8, 10),
+        ("sequential", 1 + 0.72 + 0.72**2, 3, 2, 1),
+        ("qspec", 1.96, 2, 1, 1),
+    ],
 )
-def test_presets_give_the_tokens_per_step_they_claim(name, tau, depth):
-    preset = synthetic.PRESETS[name]
-    assert preset.tokens_per_step(depth) == pytest.approx(tau, abs=1e-6)
+def test_presets_give_the_tokens_per_step_they_claim(name, tau, nodes, depth, topk):
+    """Chains and the one tree of which something is published."""
+    preset = acceptance.PRESETS[name]
+    assert preset.tokens_per_step(nodes, depth, topk) == pytest.approx(tau, abs=1e-6)
     assert all(0 < p < 1 for p in preset.probabilities) and preset.source
 
 
+def test_a_tree_never_loses_by_being_larger():
+    """And its chain is the worst tree of any size; of a node at most one child is right."""
+    preset = acceptance.PRESETS["eagle3-8b"]
+    taus = [preset.tokens_per_step(n, 6, 4) for n in (2, 4, 8, 16, 32, 60)]
+    assert taus == sorted(taus) and taus[-1] > taus[2] + 1
+    assert all(preset.tokens_per_step(n, 6, 4) >= preset.tokens_per_step(n, 6) for n in range(2, 9))
+    assert sum(preset.of_child(0, rank) for rank in range(50)) == pytest.approx(1)
+    # By hand: 0.5 and 0.25 below the root, and two of each below these; two best nodes of a depth go on.
+    nodes = [(0.5, 1), (0.25, 1), (0.25, 2), (0.125, 2), (0.125, 2), (0.0625, 2)]
+    assert acceptance.Acceptance((0.5,), "", 0.5).best_nodes(2, 2) == nodes
+
+
 def test_acceptance_by_name_and_by_list():
-    assert synthetic.read_acceptance("qspec", "--acceptance") is synthetic.PRESETS["qspec"]
-    assert synthetic.read_acceptance("0.8,0.7", "--acceptance").probabilities == (0.8, 0.7)
+    assert acceptance.read_acceptance("qspec", "--acceptance") is acceptance.PRESETS["qspec"]
+    assert acceptance.read_acceptance("0.8,0.7", "--acceptance").probabilities == (0.8, 0.7)
     for wrong in ("0.8,x", "1.5", "", "eagle9"):
         with pytest.raises(BadInput, match="--acceptance"):
-            synthetic.read_acceptance(wrong, "--acceptance")
+            acceptance.read_acceptance(wrong, "--acceptance")
 
 
 def conditional(stats: Stats, depth: int) -> list[float]:
@@ -69,33 +91,48 @@ def conditional(stats: Stats, depth: int) -> list[float]:
     return [b / a for a, b in zip(shares, shares[1:])]
 
 
-def decode_synthetic(drafter, probabilities: tuple[float, ...], target) -> Stats:
-    acceptance, stats = synthetic.Acceptance(probabilities, "test"), Stats()
-    options = {"max_length": 512, "batch_size": 8, "compile": False}
-    decoder = synthetic.SyntheticDecoder(acceptance, 2**40, target, drafter, **options)
+def odds(*probabilities: float, breadth: float = 0.0) -> acceptance.Acceptance:
+    return acceptance.Acceptance(probabilities, "test", breadth)
+
+
+def decode_synthetic(drafter, accepted: acceptance.Acceptance, target) -> Stats:
+    stats, options = Stats(), {"max_length": 512, "batch_size": 8, "compile": False}
+    decoder = synthetic.SyntheticDecoder(accepted, 2**40, target, drafter, **options)
     common.decode_all(decoder, random_prompts(list(range(5, 21))), 150, stats)
     return stats
 
 
 def test_chains_are_accepted_at_the_rates_given():
     target = random_model()
-    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), (0.9, 0.7, 0.4), target)
+    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), odds(0.9, 0.7, 0.4), target)
     assert conditional(stats, 3) == pytest.approx([0.9, 0.7, 0.4], abs=0.06)
 
 
 @pytest.mark.parametrize("nodes", [8, 16])
 def test_trees_are_accepted_at_the_rates_given(nodes):
     target = random_model()
-    tree = synthetic.SureTree(guessing_head(target), nodes, 4, 4)
-    stats = decode_synthetic(tree, (0.9, 0.7, 0.8), target)  # the last one holds for the fourth, too
+    of_it = odds(0.9, 0.7, 0.8)  # the last one holds for the fourth, too
+    tree = synthetic.SyntheticTree(of_it, guessing_head(target), nodes, 4, 4)
+    stats = decode_synthetic(tree, of_it, target)
     assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.8, 0.8], abs=0.07)
+
+
+@pytest.mark.parametrize("nodes", [6, 20])
+def test_trees_gain_by_breadth_as_much_as_is_computed(nodes):
+    """Tokens per step of decoded texts, what the trees themselves expected, and the formula."""
+    target, of_it = random_model(), odds(0.6, 0.5, breadth=0.5)
+    tree = synthetic.SyntheticTree(of_it, guessing_head(target), nodes, 4, 4)
+    stats = decode_synthetic(tree, of_it, target)
+    computed = of_it.tokens_per_step(nodes, 4, 4)
+    assert 1 + stats.expected_accepted_tokens / stats.target_forwards == pytest.approx(computed, abs=0.03)
+    assert stats.tokens_per_step == pytest.approx(computed, rel=0.05)
 
 
 def test_hierarchies_are_accepted_at_the_rates_given_on_both_levels():
     target, middle = random_model(), random_model(seed=1, num_layers=1)
-    inside = synthetic.Acceptance((0.8, 0.6), "test")
-    tree = synthetic.SureTree(guessing_head(middle), 8, 3, 3)
-    stats = decode_synthetic(synthetic.SyntheticHierarchy(inside, middle, tree, 4), (0.9, 0.7), target)
+    inside = odds(0.8, 0.6)
+    tree = synthetic.SyntheticTree(inside, guessing_head(middle), 8, 3, 3)
+    stats = decode_synthetic(synthetic.SyntheticHierarchy(inside, middle, tree, 4), odds(0.9, 0.7), target)
     assert conditional(stats, 4) == pytest.approx([0.9, 0.7, 0.7, 0.7], abs=0.07)
     assert conditional(stats.inside, 3) == pytest.approx([0.8, 0.6, 0.6], abs=0.07)
 
@@ -103,7 +140,7 @@ def test_hierarchies_are_accepted_at_the_rates_given_on_both_levels():
 @pytest.mark.parametrize("p, expected", [(1.0, 3.0), (0.0, 0.0)])
 def test_certain_acceptance_is_certain(p, expected):
     target = random_model()
-    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), (p,), target)
+    stats = decode_synthetic(SequentialDrafter(noisy_copy(target), 3), odds(p), target)
     accepted = [i for i, steps in enumerate(stats.accepted_histogram) if steps]
     assert accepted[-1] == expected and stats.tokens_per_step == pytest.approx(1 + expected, abs=0.15)
 
@@ -120,14 +157,14 @@ def test_last_number(text, number):
 def test_prompt_files_of_three_layouts(tmp_path):
     tokenizer = load_tokenizer(SHIPPED_TARGET)
     lines = [{"turns": ["a = 1", "later"], "category": "math"}, {"question": "b", "answer": "so\n#### 2"}]
-    text = "\n\n".join(map(json.dumps, [*lines, {"prompt": "c", "task_id": "HumanEval/0"}])) + "\n"
+    text = "\n\n".join(map(json.dumps, [*lines, {"prompt": "c", "test": "check", "entry_point": "f"}])) + "\n"
     (tmp_path / "plain.jsonl").write_text(text)
     (tmp_path / "small.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("plain.jsonl", "small.jsonl.gz"):
         first, second, third = common.read_prompt_file(tmp_path / name, tokenizer, 10)
-        assert first == (tokenizer.encode("a = 1"), "math", "")
-        assert second == (tokenizer.encode("b"), "", "so\n#### 2")
-        assert third == (tokenizer.encode("c"), "", "")
+        assert first[:3] == (tokenizer.encode("a = 1"), "math", "")
+        assert second[:3] == (tokenizer.encode("b"), "", "so\n#### 2")
+        assert third == (tokenizer.encode("c"), "", "", "c", "check", "f")
         assert common.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
 
 
@@ -148,6 +185,90 @@ def test_bad_prompt_files(tmp_path, name, content, reason):
         common.read_prompt_file(tmp_path / name, load_tokenizer(SHIPPED_TARGET), 10)
     with pytest.raises(BadInput, match="cannot be read"):
         common.read_prompt_file(tmp_path / "missing", None, 10)
+
+
+ADD = 'def add(a, b):\n    """The sum."""\n'
+TEST = "def check(f):\n    assert f(2, 3) == 5\n"
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("    return a + b\n\nprint(add(1, 2))", True),  # what follows the function is cut off
+        ("    return a - b\n", False),
+        ("    if a:\n        return a + b\n\n    return b\n", True),
+        ("Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nIt adds.", True),
+        ("```\ndef add(a, b):\n    return sqrt(a * a) + b\n```", True),  # sqrt is of the head of the prompt
+        ("```python\n    return a + b", True),  # a block that was cut off
+        ("I do not know", False),
+        ("    raise SystemExit(1)\n", False),
+        ("    while True: pass\n", False),
+        ("    with open('file', 'w') as f:\n        f.write('x')\n    return a + b\n", False),
+    ],
+)
+def test_a_program_is_right_if_its_test_passes(answer, right, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = common.Prompt([], text="from math import sqrt\n\n\n" + ADD, test=TEST, function="add")
+    assert quality.passes(quality.program_of(prompt, answer), seconds=2.0) == right
+    assert not any(tmp_path.iterdir())
+
+
+def write_lines(path, *entries: dict) -> str:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, capsys, held_out):
+    """In 4 bits as two quantizers leave them. The shipped model says something, and what is counted as right
+    is what it says in bf16."""
+    path, file = tmp_path / "quality.json", tmp_path / "problems.jsonl"
+    prompts, tokenizer = ["x = 17\ny = 1", "def add(a, b):\n    "], load_tokenizer(SHIPPED_TARGET)
+    decoder = Decoder(common.load_parts("bf16", common.SHIPPED).target.model, max_length=128, compile=False)
+    said = common.decode_all(decoder, [tokenizer.encode(prompt) for prompt in prompts], 24)
+    numbers = [quality.last_number(tokenizer.decode(text)) for text in said]
+    lines = [{"question": p, "answer": f"so\n#### {n}"} for p, n in zip(prompts, numbers)]
+    flags = ["--prompt_file", write_lines(file, *lines), "--precisions", "w4a16", "--tokens", "300"]
+    flags += ["--max_new_tokens", "24", "--uncompiled", "--output", str(path)]
+    assert bench.main(["quality", *flags, "--quantizer", "rtn;rtn, zeros"]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert list(rows) == ["bf16", "w4a16 rtn", "w4a16 rtn, zeros"]
+    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == 2
+    assert len({rows[name]["perplexity"] for name in rows}) == 3
+    for name, row in rows.items():
+        drafted = {"w4a4": {"solved": row["solved"], "different_texts": 0}}
+        assert row.get("qspec") == (drafted if "w4a16" in name else None)
+    task = {"prompt": ADD, "test": "def check(f):\n    assert callable(f)\n", "entry_point": "add"}
+    flags[1] = write_lines(file, task, task)
+    assert bench.main(["quality", *flags]) == 2 and "--run_code" in capsys.readouterr().err
+    assert bench.main(["quality", *flags, "--run_code"]) == 0
+    assert all(row["problems"] == 2 for row in json.loads(path.read_text())["results"].values())
+    flags[1] = write_lines(file, {"prompt": "x"})
+    assert bench.main(["quality", *flags]) == 2
+    assert "neither answers with #### and a number nor tests" in capsys.readouterr().err
+
+
+def test_methods_by_category_and_batch_size(tmp_path, monkeypatch, capsys):
+    """With a quantizer, in batches whose texts are of one category; everything that the table needs."""
+    monkeypatch.setattr(methods, "compare", functools.partial(methods.compare, effort=(1, 2)))
+    path, texts = tmp_path / "methods.json", ["import os\n", "class A:\n", "def f(x):\n"]
+    lines = [{"turns": [text], "category": name} for name in ("math", "qa") for text in texts]
+    flags = ["--prompt_file", write_lines(tmp_path / "spec.jsonl", *lines), "--precisions", "w4a16"]
+    flags += ["--batch_sizes", "1,2", "--methods", "lookup,tree,hierarchical,qspec", "--uncompiled"]
+    flags += ["--quantizer", "rtn, zeros", "--temperature", "0.8", "--prompts", "6", "--max_new_tokens", "12"]
+    flags += ["--checkpoint_path", str(common.SHIPPED_SMALL), "--output", str(path)]
+    assert bench.main(["methods", *flags, "--eagle_checkpoint_path", str(common.SMALL_HEAD)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["w4a16", "w4a16, batch 2"]
+    for rows in results.values():
+        assert list(rows) == [
+            *("autoregressive", "lookup K=3", "lookup K=7", "tree of 60", "tree of 16", "tree"),
+            *("hierarchical, own middle", "hierarchical, own middle, lookup"),
+            *("qspec w4a8 K=3", "qspec w4a4 K=3"),
+        ]
+        for row in rows.values():
+            assert list(row["categories"]) == ["math", "qa"] and row["different_texts"] == 0
+            assert row["predicted"] > 0 and "speedup_over_bf16" in row and row["verification_seconds"] > 0
+    assert [len(rows["tree"]["speeds"]) for rows in results.values()] == [6, 4]
 
 
 def test_the_study_makes_all_that_figures_are_drawn_from():
@@ -192,6 +313,9 @@ def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, mon
         (["cost", "--lm_head_bits", "4,8"], "--lm_head_bits: cost takes one number"),
         (["cost", "--lm_head_bits", "4", "--precisions", "w8a8"], "--lm_head_bits 4 is for 4-bit"),
         (["methods", "--prompts", "0"], "--prompts is 0"),
+        (["methods", "--methods", "trees"], "--methods: trees is none of autoregressive, lookup, sequential"),
+        (["methods", "--quantizer", "awq"], "--quantizer: awq is none of rtn; rtn, zeros; hqq"),
+        (["methods", "--quantizer", "rtn;gptq"], "--quantizer: rtn;gptq is none of"),
         (["methods", "--eagle_checkpoint_path", "x"], "need --checkpoint_path"),
         (["methods", "--checkpoint_path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["synthetic", "--acceptance", "2"], "--acceptance: '2'"),
@@ -253,11 +377,32 @@ def test_synthetic_rows_are_drawn_and_marked(tiny_shape, tmp_path, capsys):
     flags = ["--shape", "tiny", "--precisions", "w4a8", "--prompts", "1", "--max_new_tokens", "12"]
     assert bench.main(["synthetic", *flags, "--output", str(path)]) == 0
     rows = json.loads(path.read_text())["results"]["w4a8"]
-    assert {"hierarchical", "tree of 60", "tree of 16", "qspec w4a4 K=3"} < set(rows)
+    assert {"hierarchical", "tree of 60", "tree of 16", "tree", "qspec w4a4 K=3"} < set(rows)
     assert all(row["note"] == synthetic.SYNTHETIC and row["acceptance"] for row in rows.values())
     assert list(draw.read_results(path).table) == ["w4a8"]
     table = capsys.readouterr().out.splitlines()
     assert sum(synthetic.SYNTHETIC in line for line in table) > len(rows)
+
+
+def test_a_middle_model_and_batches_by_name(tiny_shape, tmp_path, monkeypatch, capsys):
+    """Rows of each batch size, of the chosen methods, written as they come; a middle of another size."""
+    monkeypatch.setitem(shapes.SHAPES, "smaller", dataclasses.replace(TINY, num_layers=1))
+    path, made = tmp_path / "synthetic.json", []
+    true = synthetic.random_parts
+    monkeypatch.setattr(synthetic, "random_parts", lambda *given: made.append(given[1]) or true(*given))
+    flags = ["--shape", "tiny", "--middle", "smaller", "--precisions", "w4a16", "--prompts", "1"]
+    flags += ["--max_new_tokens", "8", "--batch_sizes", "1,3", "--methods", "tree,qspec"]
+    assert bench.main(["synthetic", *flags, "--output", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["w4a16", "w4a16, batch 3"] and [c.num_layers for c in made] == [1, 1]
+    for rows in results.values():
+        names = ["autoregressive", "tree of 60", "tree of 16", "tree", "qspec w4a4 K=3"]
+        assert list(rows) == names and rows["autoregressive"]["predicted"] == pytest.approx(1)
+    assert bench.main(["synthetic", *flags, "--methods", "trie"]) == 2
+    assert "--methods: trie is none of autoregressive, sequential" in capsys.readouterr().err
+    monkeypatch.setitem(shapes.SHAPES, "smaller", dataclasses.replace(TINY, vocab_size=512))
+    assert bench.main(["synthetic", *flags]) == 2
+    assert "--middle: smaller has another vocabulary than tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("report, module", [("cost", cost), ("synthetic", synthetic)])

@@ -24,7 +24,7 @@ import packing
 import sampling_cuda
 from drafts import extend
 from model import KVCache, Linear
-from reference import SEEN
+from reference import SEEN, unpack_words
 from rotation import paley
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +107,11 @@ def test_words_are_unpacked_again(inputs):
     numbers = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(1)
     k = torch.arange(inputs)
     word, nibble = k // 128 * 16 + k % 32 // 2, k % 128 // 32 + 4 * (k % 2)
-    assert torch.equal((kernels.pack_words(rows)[:, word] >> (4 * nibble)) & 15, numbers.int())
+    words = kernels.pack_words(rows)
+    assert torch.equal((words[:, word] >> (4 * nibble)) & 15, numbers.int())
+    scales = torch.rand(70, inputs // 32)
+    again, *others = unpack_words(words, scales.T, scales.T, inputs)
+    assert torch.equal(again, rows) and all(torch.equal(one, scales) for one in others)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -119,6 +123,7 @@ def test_linear_4bit(bits, symmetric, inputs, group):
     plan = kernels_cuda.Tiles(64, split, warps=4, stages=3)
     reference = kernels.linear_reference(x, *rows, None, None, *EXTRAS, out, bits, True)
     ours = kernels_cuda.linear(x, *words, None, None, *EXTRAS, out, bits, True, plan=plan)
+    assert torch.equal(kernels.linear_reference(x, *words, None, None, *EXTRAS, out, bits, True), reference)
     assert ours.dtype == torch.float32 and close(ours, reference, 5e-3 if bits == 16 else 2e-3)
 
 
@@ -273,10 +278,15 @@ def test_a_graph_of_rope_and_store_takes_other_tokens(batch, n):
 
 
 def test_all_operators_but_one_have_a_body_here():
+    """And each has a twin, whose only body is the reference."""
     schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
-    defined = {name[10:] for name in schemas if name.startswith("gpt_spec::")}
+    defined, operations = (
+        {name[10:] for name in schemas if name.startswith("gpt_spec::")},
+        set(kernels.OPERATIONS),
+    )
+    assert defined == operations | {f"{name}_reference" for name in operations}
     bodies = {body.__name__ for body in (*kernels_cuda.OPERATIONS, *sampling_cuda.OPERATIONS)}
-    assert bodies < defined and defined - bodies == {"penalize"}
+    assert bodies < operations and operations - bodies == {"penalize"}
 
 
 RULES = [  # temperature, top_k, top_p, min_p

@@ -39,7 +39,12 @@ def write_results(folder) -> None:
     verdicts = {"against_best_fixed": verdict, "against_autoregressive": verdict, "chosen": {"tree": 3}}
     auto = {f"python-7m {p} batch 1": {"methods": methods[p]} | verdicts for p in PRECISIONS}
     synthetic = {p: {name: row(1.5) | {"note": "drawn"} for name in names} for p in PRECISIONS}
+    points = [{"steepness": s, "middle": s / 10 if s < 16 else None} for s in (1, 2, 4, 8, 16)]
+    border = {"head": 0.05, "chain": 0.72, "points": points}
+    place = {"steepness": 1.16, "middle": 0.19, "head": 0.05, "tree": 3.1, "hierarchy": {"0.72": 2.2}}
+    machines = {f"gpu_cost_70b w4a16, {kind}": place for kind in ("in w4a8", "of the small model")}
     for name, results in {
+        "when.json": {"borders": {"d = 0.05, q = 0.72": border}, "machines": machines},
         "cpu_cost.json": cost,
         "cpu_cost_1b.json": cost,
         "cpu_methods.json": methods,
@@ -63,7 +68,7 @@ def test_every_figure_is_drawn(monkeypatch, tmp_path, capsys):
     write_results(tmp_path)
     assert run(monkeypatch, "--results", tmp_path, "--output", tmp_path / "figures") == 0
     files = {path.stem: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert set(files) == {"cost", "methods", "predicted", "auto", "specmquant", "synthetic"}
+    assert set(files) == {"cost", "methods", "predicted", "auto", "specmquant", "synthetic", "when"}
     for content in files.values():
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 100_000
     (tmp_path / "cpu_auto.json").unlink()
@@ -104,6 +109,8 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
         "| tree | 2.00 | 0.50 | 1.00 | 500 | 1.31 | 1.25 (1.15 to 1.35) | 1.25 | 10 ms |",
         "| python-7m bf16 batch 1 | 1.75 (1.65 to 1.85) | hierarchical, 1.50 | 0.91 (IQR 0.03), **not",
         "| `bf16` | 20.79 | 100.00% |",
+        "| d = 0.05, q = 0.72 | 0.100 | 0.200 | 0.400 | 0.800 | never |",
+        "| gpu_cost_70b w4a16, of the small model | 1.16 | 0.19 | 0.05 | 3.10 | 2.20 |",
         "Every row: drawn.",
         "Predicted and measured differ by 5.0%",
     ):

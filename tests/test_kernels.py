@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -670,11 +671,47 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path):
     assert "running on the slow reference: there is no C++ compiler g++" in ran.stderr
 
 
-def test_a_path_that_does_not_exist_is_named():
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [("GPT_SPEC_KERNELS", "avx1024", " is 'avx1024'; it must be")]
+    + [("GPT_SPEC_REFERENCE", f"pick;{x}", f": '{x}' is none of") for x in ("attend", "linear w3a16")],
+)
+def test_bodies_that_do_not_exist_are_named(name, value, reason):
     command = [sys.executable, "generate.py", "--max_new_tokens", "1"]
-    environment = os.environ | {"GPT_SPEC_KERNELS": "avx1024"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert ran.returncode == 2 and ran.stderr.startswith("error: GPT_SPEC_KERNELS is 'avx1024'; it must be")
+    ran = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2 and ran.stderr.startswith(f"error: {name}{reason}")
+
+
+@NEEDS_EQUAL_ROWS
+def test_single_operations_on_their_references(monkeypatch):
+    """Of linears, one form and not another of the same weight."""
+    kernels.load()
+    x = torch.randn(5, 256).bfloat16()
+    *weights, _ = random_weights("w4a16", 192, 256, 128)
+    settings = {"out_features": 192, "float32_out": True}
+    linears = [partial(kernels.linear, x, *packed(*weights), activation_bits=b, **settings) for b in (16, 8)]
+    usual = [linear() for linear in linears]
+    monkeypatch.setattr(kernels, "ON_REFERENCE", frozenset({"linear w4a8, groups of 128", "rms_norm"}))
+    slow = [linear() for linear in linears]
+    assert torch.equal(slow[0], usual[0]) and not torch.equal(slow[1], usual[1])
+    extras = (None, None, None, 0.0, False, None, 1, 1, None, 192, 8, True)
+    assert torch.equal(slow[1], kernels.linear_reference(x, *weights, *extras))
+    twins = [kernels.operator(name) for name in ("rms_norm", "rope")]
+    assert twins == [torch.ops.gpt_spec.rms_norm_reference, torch.ops.gpt_spec.rope]
+
+
+def test_forms_of_linears_have_names():
+    """Those that GPT_SPEC_REFERENCE understands."""
+    for form, groups in (
+        ("bf16", ""),
+        ("w8a8", ""),
+        ("w4a4", ", groups of 32"),
+        ("w4a16 asymmetric", ", groups of 32"),
+    ):
+        weight, scales, zeros, bits = random_weights(form, 64, 96, 32)
+        name = kernels.form_of(weight, scales, zeros, form == "w4a4", 96, bits)
+        words = "linear " + form.split()[0] + groups + (", zeros" if zeros is not None else "")
+        assert name == words + (", turned" if form == "w4a4" else "") and re.fullmatch(kernels.FORM, name)
 
 
 # ---- whole forwards --------------------------------------------------------------------------------------

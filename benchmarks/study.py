@@ -1,0 +1,53 @@
+"""study.py: the settings of the study: defaults of every report, and the command of every result file.
+
+    python bench.py all --list
+
+The one idea: a number in a table has its command here, and nowhere else.
+"""
+
+from packing import PRECISIONS
+
+EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
+DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
+    "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
+    | {"acceptance": "eagle2-8b", "precision": "bf16"},
+    "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
+    "methods": {"batch_sizes": "1"},
+    "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64, "batch_sizes": "1"},
+    "synthetic llama-3-8b": {"acceptance": "eagle3-8b", "precisions": "w4a16"},
+    "synthetic llama-3-70b": {"acceptance": "eagle3-70b", "precisions": "w4a16"},
+    "quality": {"precisions": EVERY_PRECISION},
+    "exact": {"precisions": EVERY_PRECISION},
+    "qspec_shape": {"shape": "llama-3.2-1b"},
+    "decode": {"shape": "llama-3.2-1b"},
+    "peers": {"precision": "w4a8", "max_new_tokens": 64},
+    "when": {"acceptance": "eagle3-8b"},
+    "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
+}
+STUDY = {  # file -> its report and settings: all tables and figures of the README
+    "cpu_kernels.json": "kernels --repeats 5",
+    "cpu_decode_w4a16.json": "decode --precision w4a16 --max_new_tokens 100",
+    "cpu_decode_w4a8.json": "decode --precision w4a8 --max_new_tokens 100",
+    "cpu_cost.json": "cost",
+    "cpu_cost_1b.json": "cost --shape llama-3.2-1b",
+    "cpu_methods.json": "methods",
+    "cpu_auto.json": "auto",
+    "cpu_synthetic.json": "synthetic",
+    "cpu_quality.json": "quality",
+    "cpu_lm_head.json": "quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
+    "cpu_tree.json": "tree --prompts 14",
+    "cpu_hierarchical.json": "hierarchical --prompts 14",
+    "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",
+    "cpu_qspec_1b.json": "qspec_shape --shape llama-3.2-1b --repeats 3 --max_new_tokens 32",
+    "cpu_confidence.json": "confidence --prompts 12 --max_new_tokens 150",
+    "cpu_noise.json": "noise --max_new_tokens 100",
+    "cpu_perplexity.json": "perplexity",
+    "cpu_rotation.json": "rotation",
+    "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
+    "cpu_sampling.json": "sampling",
+    "when.json": "when",
+    "cpu_exact.json": "exact",
+    "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",
+    "cpu_exact_uncompiled.json": "exact --uncompiled",
+    "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
+}

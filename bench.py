@@ -194,9 +194,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput(f"--lm_head_bits: {args.report} takes one number, not {args.lm_head_bits}")
     if "1" not in split(args.sizes):
         raise BadInput(f"--sizes: {args.sizes} has no 1, with which the others are compared")
-    for flag, least in (("prompts", 1), ("max_new_tokens", 2), ("repeats", 1), ("tokens", 1)):
-        if getattr(args, flag) < least:
-            raise BadInput(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
+    least = {"prompts": 1, "max_new_tokens": 2, "repeats": 1, "tokens": 1, "sum_parts": 1}
+    for flag, value in ((flag, getattr(args, flag)) for flag in least):
+        if value is not None and value < least[flag]:
+            raise BadInput(f"--{flag} is {value}; it must be at least {least[flag]}")
     check_device(args.device)
     if on_gpu(args.device) and args.report not in ON_GPU:
         raise BadInput(f"--device: {args.report} runs on the CPU; on a GPU do {', '.join(ON_GPU)}")
@@ -207,13 +208,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_arguments(args)
-    if args.report == "all":
-        return run_study(args.results, args.list)
     with connected(args.device, args.sum_parts) as ranks:
+        check_arguments(args)
         if ranks != Ranks() and args.report not in IN_PARTS:
-            raise BadInput(f"{args.report} runs in one process; {', '.join(IN_PARTS)} run in several, too")
-        return run_report(args, ranks)
+            others = f"{', '.join(IN_PARTS)} run in several, or with --sum_parts"
+            raise BadInput(f"{args.report} runs in one process; {others}")
+        return run_study(args.results, args.list) if args.report == "all" else run_report(args, ranks)
 
 
 def run_report(args: argparse.Namespace, ranks: Ranks) -> int:

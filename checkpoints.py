@@ -13,6 +13,7 @@ into its place, and weights are never held twice.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from packing import (
     reshape,
     set_precision,
 )
-from parallel import Ranks, Share
+from parallel import ROWS, Ranks, Share
 from published import drop_scales, find_layout, refuse_foreign, translate
 from rotation import add_rotations
 from text import Tokenizer, load_tokenizer, read_json
@@ -359,7 +360,10 @@ def load_model(
         if precision in PRECISIONS:
             q = default_quantization(model, precision, lm_head_bits)
             reshape(model, q)
-    share = Share(model, ranks) if ranks != Ranks() else None
+    share = None
+    if ranks != Ranks():
+        check_split(checkpoint)
+        share = Share(model, ranks)
     model = share.model(q or checkpoint.quantization) if share else model
     model = model.to_empty(device=device).requires_grad_(False).eval()
     if model.config.tied_embeddings and model.lm_head.scales is None:
@@ -374,6 +378,16 @@ def load_model(
         set_precision(model, precision)
     announce(model.pack(), q)
     return model
+
+
+def check_split(checkpoint: Checkpoint) -> None:
+    """Raise BadInput for weights that several processes, or --sum_parts, cannot share."""
+    wanted = ("o_proj.permutation", "down_proj.permutation")
+    wrong = next((name for name in checkpoint.tensors if name.endswith(wanted)), None)
+    q = checkpoint.quantization
+    if wrong or (q is not None and q.rotation):
+        what = f"{wrong} is there: act-order" if wrong else "the model is rotated"
+        raise BadInput(f"{checkpoint.directory}: {what}, which mixes what several processes or parts split")
 
 
 def fill_weights(
@@ -391,16 +405,32 @@ def fill_weights(
     tied = model.config.tied_embeddings
     for name, stored in checked.items():
         tensor = stored.read()
+        by_rows = share is not None and name.split(".")[-2] in ROWS  # cut before it is quantized
+        tensor = share.of(name, tensor) if by_rows else tensor
         if name == "lm_head.weight" and tied:
-            head = tensor if share is None else share.of(name, tensor)
+            head = tensor
         else:
             tensors = {name: tensor} if q is None else convert(name, tensor, q, linears, tied)
             for part, value in tensors.items():
-                places[part].copy_(value if share is None else share.of(part, value))
+                places[part].copy_(value if share is None or by_rows else share.of(part, value))
     if head is not None and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
         raise BadInput(
             f"{directory}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings"
         )
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of the files of a checkpoint, of large ones their sizes and some of what is in them."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*")):
+        if path.suffix in (".json", ".safetensors", ".model", ".bin"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for place in range(0, size, max(size // 8, 1 << 20)):
+                    file.seek(place)
+                    digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 def announce(model: Transformer, q: Quantization | None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser that raises BadInput, where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":  # of several processes, that one says it (parallel.py)
+            sys.exit(2)
         raise BadInput(f"{message} (python {self.prog} --help lists the flags)")
 
 

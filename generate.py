@@ -50,6 +50,7 @@ from checkpoints import (  # noqa: E402
     SHIPPED_TARGET,
     SMALL_HEAD,
     find_checkpoint,
+    fingerprint,
     load_model,
     stop_ids,
     weight_bytes,
@@ -531,6 +532,8 @@ def interact(decoder: Decoder, target: Target, args: argparse.Namespace, stats: 
             output = Output(history.ask(line.decode("utf-8")), stream)
             decode_all(decoder, [output], args, target.stop_ids, stats, reuse=True)
         except KeyboardInterrupt:  # ends this answer, not the conversation
+            if target.model.clock is not None:  # other processes are in another step
+                raise
             print()
             if output is None:  # nothing was asked yet
                 continue
@@ -635,7 +638,7 @@ def warm_up(decoder: Decoder, precision: str, ranks: Ranks = Ranks()) -> float:
     """`Decoder.warm_up` with the costs of steps that were measured last, if that was within a day."""
     if not decoder.drafter.needs_costs:
         return decoder.warm_up()
-    file = costs_file(decoder, precision)
+    file = costs_file(decoder, f"{precision} {ranks.parts} {ranks.count}")
     costs = ranks.tell(read_costs(file))
     known = len(costs)
     seconds = decoder.warm_up(costs)
@@ -673,15 +676,8 @@ def show_head(args: argparse.Namespace, target: Target, drafter: Drafter, output
     """`--check_head`: see check_head.py -> the exit status."""
     if not isinstance(drafter, TreeDrafter):
         raise BadInput("--check_head is about the head of --method tree: --eagle_checkpoint_path")
-    for name in (
-        "interactive",
-        "explain",
-        "profile",
-        "draft_vocab_size",
-        "tree_size",
-        "tree_depth",
-        "tree_topk",
-    ):
+    chosen = ("interactive", "explain", "profile", "draft_vocab_size", "tree_size", "tree_depth", "tree_topk")
+    for name in (*chosen, "temperature"):
         if getattr(args, name):
             raise BadInput(f"--{name}: --check_head drafts chains of its own, and prints nothing else")
     prompts = [output.prompt_ids for output in outputs if output.error is None]
@@ -704,8 +700,21 @@ def report_errors(outputs: list[Output]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
-    with connected(args.device, args.sum_parts) as ranks:
+    with connected(args.device, args.sum_parts, args.interactive) as ranks:
+        if ranks.group:
+            ranks.agree(facts(args))
         return run_with(ranks, args)
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What all processes of a model must have in common."""
+    paths = {name: value for name, value in vars(args).items() if name.endswith("checkpoint_path") and value}
+    files = {
+        f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
+    }
+    sources = [Path(__file__).with_name(name).read_bytes() for name in COSTS_SOURCES]
+    ours = {"gpt-spec": hashlib.sha256(b"".join(sources)).hexdigest()[:16], "GPT_SPEC_KERNELS": kernels.PATH}
+    return {"torch": torch.__version__} | ours | vars(args) | files
 
 
 def run_with(ranks: Ranks, args: argparse.Namespace) -> int:
@@ -740,7 +749,7 @@ def run_with(ranks: Ranks, args: argparse.Namespace) -> int:
     stats = Stats(compile_seconds=warm_up(decoder, target.precision, ranks))
     if args.explain:
         print(Screen.legend(), file=sys.stderr, flush=True)
-    with trace(args.profile):
+    with trace(args.profile if ranks.rank == 0 else None):
         if args.interactive:
             interact(decoder, target, args, stats)
         else:

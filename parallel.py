@@ -7,8 +7,7 @@ Every process (its number is its rank) has some heads, and some rows of gate, up
 sums in o_proj and down_proj are made in parts. Drafters are whole in every process.
 
 The one idea: a part is a matrix product of its own, and parts are added in float32, in their order, whoever
-computed them. (A ring adds in an order that depends on the number of rows.) So one process that adds as many
-parts says the same text. What processes decide comes from what all of them know: for times, rank 0's clock.
+computed them. So one process that adds as many parts says the same text. All go by the clock of rank 0.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ import process
 from model import BadInput, Embedding, LanguageHead, Linear, RMSNorm, Transformer
 from packing import Quantization, named_linears, reshape
 
-TIMEOUT = timedelta(minutes=10)  # for a process that does not answer; one that has ended is noticed at once
-LOST = ("gloo", "NCCL", "Connection", "store", "Broken pipe")  # in torch's errors about other processes
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")  # split by rows
 
 
@@ -58,6 +55,12 @@ class Ranks:
         total, *others = self.gather(sums).unbind()
         return sum(others, total)
 
+    def now(self) -> float:
+        """Seconds, as the clock of rank 0 has them."""
+        seconds = torch.tensor(time.perf_counter(), dtype=torch.float64, device="cpu")
+        dist.broadcast(seconds, src=0)
+        return seconds.item()
+
     def tell(self, value: Any) -> Any:
         """What rank 0 has, for all."""
         box = [value]
@@ -65,34 +68,36 @@ class Ranks:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def agree(self, name: str, fact: Any) -> None:
+    def agree(self, facts: dict[str, Any]) -> None:
         """Raise BadInput, in all processes, unless all of them have the same."""
-        known: list[Any] = [None] * self.count
-        dist.all_gather_object(known, fact)
-        for rank, other in enumerate(known):
-            if other != known[0]:
-                raise BadInput(f"{name} are {known[0]} in rank 0, but {other} in rank {rank}")
+        known: list[Any] = [facts] * self.count
+        dist.all_gather_object(known, facts)
+        for rank, name in ((rank, name) for rank in range(self.count) for name in facts):
+            if known[rank][name] != known[0][name]:
+                raise BadInput(f"{name}: {known[0][name]} in rank 0, but {known[rank][name]} in rank {rank}")
 
 
 @contextmanager
-def connected(device: str, parts: int | None) -> Iterator[Ranks]:
-    """The processes that torchrun has started, or this one alone. Rank 0 reads and prints for all. What goes
-    wrong is one line, of the first process that notices: ConnectionError where another one has ended."""
+def connected(device: str, parts: int | None, patient: bool = False) -> Iterator[Ranks]:
+    """The processes that torchrun has started, or this one alone. Rank 0 reads, `patient` with who types, and
+    prints for all. What goes wrong is a line of the first that notices: ConnectionError for another's end."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Ranks(parts=parts or 1)
         return
     streams, nowhere = (os.dup(1), os.dup(2)), [os.open(os.devnull, os.O_RDWR)] * 2
-    store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    gpu, timeout = device.startswith("cuda") and torch.cuda.is_available(), timedelta(patient * 30, 600)
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"the processes cannot begin: {str(error).splitlines()[0]}") from None
     process.redirect(*(nowhere if rank else streams))
     try:
         if parts and parts % count:
             raise BadInput(f"--sum_parts is {parts}; it must be a multiple of the {count} processes")
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        if device.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", None, timeout, count, rank, store)
         ranks = Ranks(rank, count, dist.group.WORLD.group_name, parts or count)
-        ranks.agree("torch and the command", f"{torch.__version__} with {' '.join(sys.argv[1:])}")
         sys.stdin = process.SharedInput(sys.stdin, ranks.tell, rank == 0)
         yield ranks
         dist.barrier()
@@ -101,18 +106,21 @@ def connected(device: str, parts: int | None) -> Iterator[Ranks]:
         with suppress(RuntimeError):  # the store may be gone, too
             first = store.compare_set("failed", "", str(rank)) == str(rank).encode()
         process.redirect(*(streams if first else nowhere))
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+        with suppress(RuntimeError, AssertionError):  # the others notice
+            dist.destroy_process_group()
+        time.sleep(2 if first else 0)  # the store may be in this process
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError("another process of this run has ended or does not answer") from None
         raise
-    finally:
-        with suppress(RuntimeError, AssertionError):
-            dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def bounds(size: int, parts: int, units: tuple[int, ...] = ()) -> list[int]:
     """Where each part of `size` begins, and the last one ends: at whole units, the first that suffice."""
     if size < parts:
-        raise BadInput(f"{size} heads, rows or columns cannot be {parts} parts; use fewer processes")
+        raise BadInput(
+            f"{size} heads, rows or columns are no {parts} parts; use fewer processes or --sum_parts"
+        )
     unit = next((u for u in units if size % u == 0 and size // u >= parts), 1)
     return [p * (size // unit) // parts * unit for p in range(parts + 1)]
 
@@ -122,7 +130,7 @@ def part_of(tensor: Tensor, inputs: int, begin: int, end: int) -> Tensor:
     each = inputs // tensor.shape[1]  # inputs of a column
     first, last = begin // each, -(-end // each)
     if last - first > 1 and (begin % each or end % each):
-        raise BadInput(f"inputs {begin} to {end} cut a group of {each} with one scale; use fewer processes")
+        raise BadInput(f"inputs {begin} to {end} are no columns of {each} inputs each; use fewer processes")
     return tensor[:, first:last]
 
 
@@ -139,7 +147,7 @@ class Share:
         inner = bounds(c.intermediate_size, ranks.parts, (group, 128, 64, 32, 16))[own]
         keys = [heads[0] // size, -(-heads[-1] // size)]
         if keys[1] - keys[0] > 1 and (heads[0] % size or heads[-1] % size):
-            raise BadInput(f"{c.num_heads} heads in groups of {size} cannot be {ranks.parts} parts")
+            raise BadInput(f"{c.num_heads} heads in groups of {size} are no {ranks.parts} parts; use fewer")
         self.ranks, self.whole, self.tokens = ranks, whole, bounds(c.vocab_size, ranks.count)
         # All inputs, those where its parts begin and end, and where its rows of matrices do.
         self.inputs = {"o_proj": c.num_heads * c.head_dim, "down_proj": c.intermediate_size}
@@ -163,8 +171,6 @@ class Share:
         """Of a tensor of a checkpoint, what this process has."""
         *_, module, kind = name.split(".")
         if module in self.columns and kind != "bias":
-            if kind == "permutation":
-                raise BadInput(f"{name}: inputs in another order (act-order) cannot be split")
             return part_of(tensor, self.inputs[module], self.columns[module][0], self.columns[module][-1])
         if module in self.rows and kind != "permutation":
             return tensor[self.rows[module][0] : self.rows[module][-1]]
@@ -176,11 +182,9 @@ class Share:
             layer.self_attn.o_proj = Summed(layer.self_attn.o_proj, self.columns["o_proj"], self.ranks)
             layer.mlp.down_proj = Summed(layer.mlp.down_proj, self.columns["down_proj"], self.ranks)
         if self.ranks.group:
-            norms = [m.weight.double().sum().item() for m in model.modules() if isinstance(m, RMSNorm)]
-            self.ranks.agree("the sums of all norms of the checkpoint", norms)
             model.embed_tokens = SplitEmbedding(model.embed_tokens, self.tokens, self.ranks)
             model.lm_head = SplitHead(model.lm_head, self.tokens, self.ranks)
-            model.clock = lambda: self.ranks.tell(time.perf_counter())
+            model.clock = self.ranks.now
 
 
 class Summed(nn.Module):
@@ -189,8 +193,6 @@ class Summed(nn.Module):
     def __init__(self, linear: Linear, bounds: list[int], ranks: Ranks):
         """`linear`: over the inputs of this process, from bounds[0] to bounds[-1], its weights in rows."""
         super().__init__()
-        if linear.rotation is not None:
-            raise BadInput("the model is rotated, which mixes what processes or parts should share")
         self.bounds, self.ranks, self.bias = [b - bounds[0] for b in bounds], ranks, linear.bias
         self.parts = nn.ModuleList()
         for begin, end in zip(self.bounds, self.bounds[1:]):
@@ -202,10 +204,10 @@ class Summed(nn.Module):
             part.float32_out = True
             self.parts.append(part)
 
-    def forward(self, x: Tensor, norm=None, gated: bool = False, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gated: bool = False, residual: Tensor | None = None) -> Tensor:
         halves = x.unflatten(-1, (2 if gated else 1, -1))  # [B, n, gate and up, or 1, inputs]
         own = [halves[..., a:b].flatten(-2) for a, b in zip(self.bounds, self.bounds[1:])]
-        sums = torch.stack([part(inputs, norm, gated) for part, inputs in zip(self.parts, own)])
+        sums = torch.stack([part(inputs, None, gated) for part, inputs in zip(self.parts, own)])
         total = self.ranks.total(sums)  # [parts, B, n, out] -> [B, n, out], float32
         return sum((more for more in (self.bias, residual) if more is not None), total).to(x.dtype)
 
@@ -221,8 +223,8 @@ class SplitEmbedding(Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         known = tokens.clamp(max=self.num_embeddings - 1)
         states = kernels.embedding(self.weight, known.clamp(self.begin, self.end - 1) - self.begin)
-        here = (self.begin <= known) & (known < self.end)
-        return self.ranks.total(torch.where(here[..., None], states, 0)[None])  # others add zeros
+        here = (self.begin <= known) & (known < self.end)  # others add zeros
+        return self.ranks.total(torch.where(here[..., None], states, 0)[None])
 
 
 class SplitHead(nn.Module):
@@ -236,15 +238,13 @@ class SplitHead(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         counts = [end - begin for begin, end in zip(self.bounds, self.bounds[1:])]
-        logits = self.own(x, norm)  # [B, n, rows]
-        alike = F.pad(logits, (0, max(counts) - logits.shape[-1]))[None]  # [1, B, n, most rows]
-        every = self.ranks.gather(alike)  # [ranks, B, n, most rows]
+        logits = F.pad(self.own(x, norm), (0, max(counts) - self.own.out_features))  # [B, n, most rows]
+        every = self.ranks.gather(logits[None])  # [ranks, B, n, most rows]
         return torch.cat([part[..., :count] for part, count in zip(every, counts)], dim=-1)
 
     def rows(self, ids: Tensor) -> SplitHead:
-        """As in `LanguageHead`; `ids` ascend."""
+        """As in `LanguageHead`; `ids` ascend. Where none is its own, a process computes one for nobody."""
         places = torch.searchsorted(ids, torch.tensor(self.bounds, device=ids.device)).tolist()
         begin, end = self.bounds[self.ranks.rank : self.ranks.rank + 2]
         own = ids[(begin <= ids) & (ids < end)] - begin
-        # A head has a row at least, which then is nobody's.
         return SplitHead(self.own.rows(own if len(own) else ids[:1] * 0), places, self.ranks)

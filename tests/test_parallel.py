@@ -15,7 +15,7 @@ from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_TARGET, edit_weights, rando
 
 import generate
 from benchmarks.common import decode_all, read_prompts
-from checkpoints import load_model, open_checkpoint
+from checkpoints import check_split, load_model, open_checkpoint
 from gpt_spec import Decoder
 from model import BadInput, Linear, RMSNorm
 from packing import default_quantization, reshape
@@ -169,8 +169,9 @@ def test_the_others_end_with_a_killed_process(victim):
     processes[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     _, errors = processes[1 - victim].communicate(timeout=60)
-    assert time.monotonic() - begin < 30
+    seconds = time.monotonic() - begin
     processes[victim].communicate()
+    assert seconds < 30
     assert processes[1 - victim].returncode == 1
     assert errors == "error: another process of this run has ended or does not answer\n"
 
@@ -179,15 +180,15 @@ def test_a_mismatch_is_one_line_of_all(tmp_path):
     command = ["generate.py", "--max_new_tokens", "3", "--seed"]
     statuses, out, errors = finish(start([[*command, "1"], [*command, "2"]], [ROOT] * 2))
     assert statuses == [2, 2] and out == "" and len(errors.splitlines()) == 1
-    assert "--seed 1 in rank 0, but" in errors
+    assert errors == "error: seed: 1 in rank 0, but 2 in rank 1\n"
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         save_checkpoint(random_model(**TINY), folder / "tiny")
-    edit_weights(folders[1] / "tiny", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    edit_weights(folders[1] / "tiny", lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"].mul_(2))
     command = [str(ROOT / "generate.py"), "--checkpoint_path", "tiny", "--prompt_ids", "1,2"]
     statuses, out, errors = finish(start([command] * 2, folders))
     assert statuses == [2, 2] and out == "" and len(errors.splitlines()) == 1
-    assert errors.startswith("error: the sums of all norms of the checkpoint are [")
+    assert errors.startswith("error: --checkpoint_path: ")
 
 
 @NEEDS_EQUAL_ROWS
@@ -196,14 +197,16 @@ def test_torchrun_and_what_rank_0_reads():
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {"input": "def f(x):\n", "capture_output": True, "text": True, "cwd": ROOT}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    texts = []
     for command in ([*torchrun, "generate.py"], ["generate.py", "--sum_parts", "2"]):
         done = subprocess.run([sys.executable, *command, *flags], env=environment, **options)
         assert done.returncode == 0, done.stderr
-        first = locals().get("first", done.stdout)
-        assert done.stdout == first and len(first) > 8
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] and len(texts[0]) > 8
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_a_world_of_one_on_a_gpu():
     """NCCL's collectives are inside compiled steps and CUDA graphs."""
     flags = ["generate.py", "--precision", "w4a16", "--max_new_tokens", "24", "--temperature", "1"]
@@ -212,26 +215,64 @@ def test_a_world_of_one_on_a_gpu():
     assert len(texts) == 1 and len(texts.pop()) > 24
 
 
-def test_bad_input_is_one_line():
+def test_bad_input_is_one_line(tmp_path):
     statuses, out, errors = run(2, ["generate.py", "--sum_parts", "3"])
     assert (statuses, out) == ([2, 2], "")
     assert errors == "error: --sum_parts is 3; it must be a multiple of the 2 processes\n"
-    statuses, out, errors = run(2, ["generate.py", "--interactive", "--max_new_tokens", "2"], "def\n")
+    statuses, out, errors = run(2, ["generate.py", "--bogus"])
+    assert (statuses, out) == ([2, 2], "") and len(errors.splitlines()) == 1 and "--bogus" in errors
+    save_checkpoint(random_model(**TINY), tmp_path / "tiny")
+    command = [str(ROOT / "generate.py"), "--checkpoint_path", "tiny", "--prompt_ids", "1,2"]
+    statuses, out, errors = finish(
+        start([command] * 2, [tmp_path / "..", tmp_path])
+    )  # rank 0 does not have it
+    assert sorted(statuses) == [1, 2] and out == "" and len(errors.splitlines()) == 1
+    assert errors.startswith("error: --checkpoint_path: tiny is not a directory")
+
+
+@NEEDS_EQUAL_ROWS
+def test_a_conversation_that_rank_0_reads():
+    flags = ["generate.py", "--interactive", "--max_new_tokens", "4", "--temperature", "1"]
+    statuses, out, errors = run(2, flags, "def f\nclass A\n")
     assert statuses == [0, 0], errors
+    alone = {"input": "def f\nclass A\n", "capture_output": True, "text": True, "cwd": ROOT}
+    assert out == subprocess.run([sys.executable, *flags, "--sum_parts", "2"], **alone).stdout != ""
+
+
+def test_ctrl_c_ends_a_conversation():
+    processes = start(
+        [["generate.py", "--interactive", "--max_new_tokens", "2000", "--ignore_eos"]] * 2, [ROOT] * 2
+    )
+    processes[0].stdin.write("def f\n")
+    processes[0].stdin.flush()
+    assert processes[0].stdout.read(1)  # the answer has begun
+    processes[0].send_signal(signal.SIGINT)
+    printed = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [130, 1]
+    assert printed[1] == ("", "") and "Traceback" not in printed[0][1]
+
+
+def test_a_profile_is_of_rank_0(tmp_path):
+    flags = ["--max_new_tokens", "4", "--profile", str(tmp_path / "trace.json"), "--json"]
+    statuses, out, errors = run(2, ["generate.py", *flags])
+    assert statuses == [0, 0], errors
+    assert len(json.loads(out)["outputs"][0]["token_ids"]) == 4
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
 
 
 def test_what_cannot_be_split_is_refused(rotated_target):
-    with pytest.raises(BadInput, match="rotated"):
+    with pytest.raises(BadInput, match="the model is rotated"):
         load_model(rotated_target, ranks=Ranks(parts=2))
-    with pytest.raises(BadInput, match="6 heads in groups of 2 cannot be 4 parts"):
+    with pytest.raises(BadInput, match="6 heads in groups of 2 are no 4 parts"):
         Share(random_model(num_heads=6, num_kv_heads=3), Ranks(1, 4, parts=4))
-    with pytest.raises(BadInput, match="61 heads, rows or columns cannot be 100 parts"):
+    with pytest.raises(BadInput, match="61 heads, rows or columns are no 100 parts"):
         bounds(61, 100)
-    with pytest.raises(BadInput, match="inputs 64 to 192 cut a group of 128 with one scale"):
+    with pytest.raises(BadInput, match="inputs 64 to 192 are no columns of 128 inputs each"):
         part_of(torch.zeros(3, 2), 256, 64, 192)
-    name = "model.layers.0.mlp.down_proj.permutation"
-    with pytest.raises(BadInput, match=f"{name}: inputs in another order"):
-        Share(random_model(), Ranks(parts=2)).of(name, torch.arange(80))
+    name, checkpoint = "model.layers.0.mlp.down_proj.permutation", open_checkpoint(SHIPPED_TARGET)
+    checkpoint.tensors[name] = checkpoint.tensors["model.norm.weight"]
+    with pytest.raises(BadInput, match=f"{name} is there: act-order"):
+        check_split(checkpoint)
 
 
 def test_parts_are_whole_units():

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -89,17 +90,15 @@ class BlockHead(EagleHead):
         return self.hidden_norm(self.fc(features))
 
     def keys(self, context: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Layer by layer, what `forward` makes of `context` [B, n, hidden]: keys and values [B, n, G, D]."""
+        """Keys and values [B, n, G, D] that `forward` makes of `context` [B, n, hidden], layer by layer."""
         rope = self.rope(positions)
         for layer in self.layers:
             yield layer.self_attn.project(context, None, *rope)[1:]
 
     def forward(self, context: Tensor, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """A block of tokens int64 [B, n], after fused states `context` [B, m, hidden] -> [B, n, hidden].
-
-        `positions`: int64 [B, m + n]. `attend(layer, q, k, v)` is given queries of the block, and keys and
-        values of context and block, and returns [B, n, H, D].
-        """
+        `positions`: int64 [B, m + n]. `attend(layer, q, k, v)` is given the queries of the block, and keys
+        and values of context and block, and returns [B, n, H, D]."""
         x, rope, m = self.embed_tokens(tokens), self.rope(positions), context.shape[1]
         for i, layer in enumerate(self.layers):
             rows = torch.cat((context, layer.input_layernorm(x)), dim=1)  # [B, m + n, hidden]
@@ -110,9 +109,8 @@ class BlockHead(EagleHead):
         return x
 
     def open(self, root: Tensor) -> Tensor:
-        """A block that begins with `root` int64 [B, 1], int64 [B, size]."""
-        masks = root.new_full((1, 1), self.block.mask_token_id)
-        return torch.cat((root, masks.expand(len(root), self.block.size - 1)), dim=1)
+        """The block that `root` int64 [..., 1] begins, int64 [..., size]."""
+        return F.pad(root, (0, self.block.size - 1), value=self.block.mask_token_id)
 
     def guesses(self, x: Tensor) -> Tensor:
         """The rows of a block [B, size, hidden] that guess the tokens after the root, in order."""
@@ -138,14 +136,13 @@ NEVER = 2**62  # a position that no text has
 class BlockDrafter(TreeDrafter):
     """A block head guesses what may come at the next positions, and the best paths through that are a tree.
 
-    A node is worth the product of the probabilities on its path, each taken from the row of its depth. Of all
-    trees of n nodes, the one that is proposed has the largest expected length. A draft of few nodes is a
-    chain where the head is sure; with `tree_topk` 1 every draft is one.
+    A node is worth the product of the probabilities on its path, and of all trees of n nodes the one with the
+    largest sum is proposed. It is a chain where the head is sure; with `tree_topk` 1 it always is one.
 
-    At a temperature, logits become trust * (logits + noise / b). The rows of deeper nodes are mixtures over
-    all that may come before, so the noise of their position picks from more than can follow this path. `b`
-    weakens it: one of SHARES for each depth, the one whose first choice has agreed most often, of late, with
-    the text that followed. `trust` is that of `TreeDrafter`.
+    At a temperature, logits become trust * (logits + noise / b). The guesses for deeper nodes are mixtures
+    over all that may come before, so the noise may pick what cannot follow this path. `b` weakens it: of
+    SHARES, each depth takes the one whose first choice has agreed most often with the text, of late. `trust`
+    is that of `TreeDrafter`.
 
     Below `length` the head's cache holds keys and values made of the target's states. A block is in the slots
     from `length` on, and is overwritten by the next.
@@ -165,23 +162,23 @@ class BlockDrafter(TreeDrafter):
         """`tree_size` counts the root. `tree_depth`: as many places of the block; None for all. `tree_topk`:
         children of a node; None for as many as could be among the best."""
         check_kind("head", head, BlockHead)
-        depth = head.depth if tree_depth is None else whole_number("tree_depth", tree_depth)
         most = min(head.depth, MAX_DRAFT_DEPTH)
+        depth = most if tree_depth is None else whole_number("tree_depth", tree_depth)
         if not 1 <= depth <= most:
             raise BadInput(f"tree_depth is {depth}; with this head it must be 1 to {most}")
         vocabulary = head.lm_head.out_features
-        self.most = whole_number("tree_topk", tree_topk, 1) if tree_topk is not None else vocabulary
-        if self.most > vocabulary:
-            raise BadInput(f"tree_topk is {tree_topk}; the head knows {vocabulary} tokens")
-        possible = min(sum(self.most**d for d in range(depth + 1)), MAX_NODES)
+        topk = vocabulary if tree_topk is None else whole_number("tree_topk", tree_topk, 1)
+        if topk > vocabulary:
+            raise BadInput(f"tree_topk is {topk}; the head knows {vocabulary} tokens")
+        possible = min(sum(topk**d for d in range(depth + 1)), MAX_NODES)
         if tree_size is not None and not 2 <= whole_number("tree_size", tree_size) <= possible:
             raise BadInput(f"tree_size is {tree_size}; with depth {depth} it must be 2 to {possible}")
         self.head, self.models, self.scratch = head, (head,), head.block.size
-        self.sizes = [n for n in self.SIZES if n <= possible] if tree_size is None else [tree_size]
-        self.sizes = self.sizes or [possible]
+        usual = [n for n in self.SIZES if n <= possible] or [possible]
+        self.sizes = usual if tree_size is None else [tree_size]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
         self.needs_host = len(self.sizes) > 1
-        self.depth, self.topk = min(depth, self.max_nodes - 1), min(self.most, self.max_nodes - 1)
+        self.depth, self.topk = min(depth, self.max_nodes - 1), min(topk, self.max_nodes - 1)
         self.trust_tensor = torch.ones((), device=head.norm.weight.device)
         self.trust = 1.0
 
@@ -190,10 +187,9 @@ class BlockDrafter(TreeDrafter):
         device, rows, ids = self.trust_tensor.device, level.setup.batch_size, self.head.draft_ids
         self.ids = None if ids is None else ids[: self.drafted]
         self.seen = [self.head.visible(i, self.trust_tensor) for i in range(len(self.head.layers))]
-        pairs = candidates(self.max_nodes - 1, self.depth, self.topk)
-        self.candidates = [torch.tensor(each, device=device).T.contiguous() for each in pairs]
-        # What each share of the noise would have had first in the last block, where the root of that was, and
-        # how often each was right.
+        lists = candidates(self.max_nodes - 1, self.depth, self.topk)
+        self.candidates = [torch.tensor(pairs, device=device).T.contiguous() for pairs in lists]
+        # What each share of the noise had first in the last block, its root, and how often that was right.
         self.shares = torch.tensor(self.SHARES, device=device)
         self.choices = torch.zeros(rows, self.depth, len(self.SHARES), dtype=torch.int64, device=device)
         self.asked = torch.full((rows,), NEVER, device=device)
@@ -203,12 +199,11 @@ class BlockDrafter(TreeDrafter):
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         self.asked[row].fill_(NEVER)
-        cache = self.cache.row(row)
         for first in range(max(start - self.window, 0), len(tokens), PREFILL_CHUNK):
             place = torch.arange(first, min(first + PREFILL_CHUNK, len(tokens)), device=tokens.device)[None]
             context = self.head.fuse(state.features[row, place])  # [1, n, hidden]
             for layer, keys_values in enumerate(self.head.keys(context, place)):
-                cache.write(place, layer, *keys_values)
+                self.cache.row(row).write(place, layer, *keys_values)
 
     def fill_block(self, state: State) -> Tensor:
         """Write the last true keys and values, and let the head see a block -> [B, size, hidden]."""

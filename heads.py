@@ -212,9 +212,9 @@ def fill_head(
     return head.pack().attach(target)
 
 
-def target_width(path: str | Path) -> int | None:
+def target_width(path: str | Path, flag: str = HEAD_FLAG) -> int | None:
     """The hidden size of a head's target, as far as its configuration says."""
-    raw = read_json(find_checkpoint(str(path), HEAD_FLAG) / "config.json")
+    raw = read_json(find_checkpoint(str(path), flag) / "config.json")
     inner = raw.get("transformer_layer_config")
     return raw.get("target_hidden_size") or (inner if isinstance(inner, dict) else raw).get("hidden_size")
 

@@ -14,6 +14,7 @@ from conftest import (
     SHIPPED_TARGET,
     collect,
     find_repetition,
+    guessing_block_head,
     guessing_head,
     held_out_prompts,
     noisy_copy,
@@ -27,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auto import ALL, AdaptiveLookup, AutoDrafter
 from checkpoints import load_model
 from costs import Stats
-from drafts import Draft, Drafter, accept, tree_geometry
+from dflash import BlockDrafter
+from drafts import Draft, Drafter, State, accept, tree_geometry
 from eagle import TreeDrafter
 from gpt_spec import (
     Decoder,
@@ -113,6 +115,7 @@ def all_drafters(target, kind=AutoDrafter) -> AutoDrafter:
             "lookup": AdaptiveLookup(),
             "sequential": SequentialDrafter(noisy, None),
             "tree": tree(target),
+            "blocks": BlockDrafter(guessing_block_head(target, True), 9),
             "qspec": SequentialDrafter(noisy, None, shares_cache=True),
             "hierarchical": HierarchicalDrafter(noisy, tree(noisy, 9), 4),
             "own middle": HierarchicalDrafter(noisy, tree(noisy, 9), 4, shares_cache=True),
@@ -140,6 +143,9 @@ def drafters(target) -> dict[str, Drafter]:
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
         "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=3),
         "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
+        "blocks": BlockDrafter(guessing_block_head(target, False), tree_size=9),
+        "shifted blocks": BlockDrafter(guessing_block_head(target, True), tree_size=9, tree_topk=3),
+        "sized blocks": BlockDrafter(guessing_block_head(target, True, noise=0.0), tree_depth=3),
         **hierarchies(target),
     }
 
@@ -169,6 +175,12 @@ def hierarchies(target) -> dict[str, Drafter]:
         "shared twice": HierarchicalDrafter(
             noisy, HierarchicalDrafter(noisier, tree(target), 2, shares_cache=True), 5, shares_cache=True
         ),
+        "blocks in the middle": HierarchicalDrafter(
+            noisy, BlockDrafter(guessing_block_head(noisy, True), 9), 4
+        ),
+        "shared blocks": HierarchicalDrafter(
+            noisy, BlockDrafter(guessing_block_head(noisy, False), 9), 4, shares_cache=True
+        ),
         "qspec in the middle": HierarchicalDrafter(
             noisy, SequentialDrafter(noisier, 2, shares_cache=True), 4
         ),
@@ -194,8 +206,10 @@ FLAT = [
     "sure",
 ]
 FLAT += ["qspec", "unsure qspec", "qspec of one token", "qspec, never sure"]
+FLAT += ["blocks", "shifted blocks", "sized blocks"]
 NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
 NESTED += ["three levels", "shared", "shared, three levels", "shared twice", "qspec in the middle"]
+NESTED += ["blocks in the middle", "shared blocks"]
 NAMES = FLAT + NESTED
 
 
@@ -337,7 +351,8 @@ def assert_level_is_fresh(
     if isinstance(drafter, SequentialDrafter) and not drafter.shares_cache:
         assert_cache_is_fresh(drafter.model, drafter.cache, row, text, length - 1)
     if isinstance(drafter, TreeDrafter):
-        assert_head_is_fresh(level, drafter, row, text)
+        fresh = assert_block_is_fresh if isinstance(drafter, BlockDrafter) else assert_head_is_fresh
+        fresh(level, drafter, row, text)
     if isinstance(drafter, HierarchicalDrafter):
         inside = drafter.level
         assert_level_is_fresh(inside, model if drafter.shares_cache else inside.model, row, text, length)
@@ -348,7 +363,7 @@ def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: lis
     rows = len(text) - 1 - drafter.window
     if rows > 0:
         tokens, positions = torch.tensor([text[1 : rows + 1]]), torch.arange(rows)[None]
-        features = drafter.head.fuse(level.state.features[row : row + 1, :rows])
+        features = drafter.head.fuse(drafter_state(level, drafter).features[row : row + 1, :rows])
 
         def attend(layer, q, k, v):
             torch.testing.assert_close(drafter.cache.keys[layer][row, :rows], k[0], rtol=1e-4, atol=1e-5)
@@ -356,6 +371,22 @@ def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: lis
             return causal_attention(layer, q, k, v)
 
         drafter.head(tokens, features, positions, attend)
+
+
+def assert_block_is_fresh(level: Level, drafter: BlockDrafter, row: int, text: list[int]) -> None:
+    """The same of a block head, whose keys and values depend on the features alone."""
+    rows = len(text) - 1 - drafter.window
+    if rows > 0:
+        context = drafter.head.fuse(drafter_state(level, drafter).features[row : row + 1, :rows])
+        for layer, (keys, values) in enumerate(drafter.head.keys(context, torch.arange(rows)[None])):
+            ours = (drafter.cache.keys[layer][row, :rows], drafter.cache.values[layer][row, :rows])
+            torch.testing.assert_close(ours, (keys[0], values[0]), rtol=1e-4, atol=1e-5)
+
+
+def drafter_state(level: Level, drafter: Drafter) -> State:
+    """The texts with the features that this drafter reads."""
+    auto = level.drafter
+    return auto.views[auto.current] if isinstance(auto, AutoDrafter) else level.state
 
 
 def check_every_step(target, drafter: Drafter, sampling: Sampling, batch_size: int = 1) -> None:

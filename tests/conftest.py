@@ -104,12 +104,13 @@ def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.3, 
     torch.manual_seed(97)
     c, hidden = target.config, target.config.hidden_size
     heads = {"num_heads": c.num_heads, "num_kv_heads": c.num_heads, "head_dim": hidden // c.num_heads}
-    taps, mask = (1, c.num_layers - 1), c.vocab_size - 1
+    taps, mask = (1, c.num_layers - 1), 0
     block = Block(taps, size, mask, shifted, (shifted,), (8,), own_embedding=True)
     head = BlockHead(replace(c, num_layers=1, **heads), block).requires_grad_(False)
-    attention, eye, size = head.layers[0].self_attn, torch.eye(hidden), hidden
+    attention, eye = head.layers[0].self_attn, torch.eye(hidden)
+    torch.manual_seed(97)  # what came before depends on the vocabulary
     for weight in (head.fc.weight, attention.qkv_proj.weight, attention.o_proj.weight):
-        weight.copy_(noise * torch.randn_like(weight) / size**0.5)
+        weight.copy_(noise * torch.randn_like(weight) / hidden**0.5)
     attention.qkv_proj.weight[2 * hidden :] += eye
     attention.o_proj.weight += 8 * eye
     head.layers[0].mlp.down_proj.weight *= noise

@@ -98,7 +98,7 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
     return head.to(like.device, like.dtype).pack().attach(target)
 
 
-def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.3, size: int = 5) -> BlockHead:
+def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.2, size: int = 5) -> BlockHead:
     """A block head whose first guess is often right, for the reason that `guessing_head` has. Without noise
     its only layer copies the embedding of the root to all places, whose own ones are 0."""
     torch.manual_seed(97)
@@ -114,6 +114,7 @@ def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.3, 
     attention.qkv_proj.weight[2 * hidden :] += eye
     attention.o_proj.weight += 8 * eye
     head.layers[0].mlp.down_proj.weight *= noise
+    head.hidden_norm.weight *= noise  # what is known of the text before
     head.embed_tokens.weight.copy_(target.embed_tokens(torch.arange(c.vocab_size)[None])[0])
     head.embed_tokens.weight[mask] = 0
     like = target.norm.weight

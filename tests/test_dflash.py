@@ -557,7 +557,7 @@ def test_random_heads_never_change_the_text(deep, tmp_path, case, sampling):
     assert texts(deep, prompts, drafter, sampling, 24, batch_size=4) == expected
 
 
-@pytest.mark.parametrize("shifted, low, high", [(False, 0.3, 0.95), (True, 0.5, 1.0)])
+@pytest.mark.parametrize("shifted, low, high", [(False, 0.3, 0.97), (True, 0.5, 0.99)])
 def test_a_head_that_guesses_well_is_accepted(target, shifted, low, high):
     """The equality of texts means little if nothing was accepted."""
     stats = Stats()

@@ -115,7 +115,7 @@ def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.2, 
     attention.o_proj.weight += 8 * eye
     head.layers[0].mlp.down_proj.weight *= noise
     head.hidden_norm.weight *= noise  # what is known of the text before
-    head.embed_tokens.weight.copy_(target.embed_tokens(torch.arange(c.vocab_size)[None])[0])
+    head.embed_tokens.weight.copy_(target.embed_tokens.weight)
     head.embed_tokens.weight[mask] = 0
     like = target.norm.weight
     return head.to(like.device, like.dtype).pack().attach(target)

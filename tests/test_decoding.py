@@ -448,18 +448,19 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
         check_every_step(target, drafters(target)["itself"], GREEDY)
 
 
-def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
+@pytest.mark.parametrize("kind, name", [(SequentialDrafter, "noisy"), (BlockDrafter, "blocks")])
+def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch, kind, name):
     """Text equality cannot see that a drafter kept the cache of another text; the recomputation does."""
-    whole = SequentialDrafter.prefill
+    whole = kind.prefill
     first = []
 
     def only_once(self, state, row, tokens, start):
         if not first:
             first.append(whole(self, state, row, tokens, start))
 
-    monkeypatch.setattr(SequentialDrafter, "prefill", only_once)
+    monkeypatch.setattr(kind, "prefill", only_once)
     with pytest.raises(AssertionError):
-        check_every_step(target, drafters(target)["noisy"], GREEDY)
+        check_every_step(target, drafters(target)[name], GREEDY)
 
 
 @pytest.mark.parametrize("name", NAMES)

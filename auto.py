@@ -13,6 +13,8 @@ short trial now and then costs next to nothing.
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from itertools import compress
 
 from torch import Tensor
@@ -20,7 +22,6 @@ from torch import Tensor
 from costs import Acceptance, Stats, set_costs
 from drafts import Draft, Drafter, State, Verified
 from gpt_spec import Level, LookupDrafter, TextIndex
-from model import BadInput
 
 
 class AdaptiveLookup(LookupDrafter):
@@ -149,7 +150,7 @@ class AutoDrafter(Drafter):
     STAY = 2  # turns within which feeding a drafter must pay for itself
 
     def __init__(self, drafters: dict[str, Drafter]):
-        """BadInput where two of them want different features of the target: there is one place for them."""
+        """`drafters`, by name, all for one target; "autoregressive" need not be among them."""
         self.drafters = {"autoregressive": Drafter()} | drafters
         self.max_nodes = max(drafter.max_nodes for drafter in self.drafters.values())
         models = {id(model): model for drafter in drafters.values() for model in drafter.models}
@@ -160,10 +161,20 @@ class AutoDrafter(Drafter):
         return max(drafter.slack for drafter in self.drafters.values())
 
     def taps(self, layers: int) -> tuple[int, ...]:
-        wanted = {taps for drafter in self.drafters.values() if (taps := drafter.taps(layers))}
-        if len(wanted) > 1:
-            raise BadInput(f"method auto: drafters of one target must read the same features, not {wanted}")
-        return wanted.pop() if wanted else ()
+        # Drafters that read the same features share them; those of others come after them.
+        wanted = dict.fromkeys(drafter.taps(layers) for drafter in self.drafters.values())
+        return tuple(tap for taps in wanted for tap in taps)
+
+    def view(self, level: Level, drafter: Drafter) -> State:
+        """The texts of a level with those features that one of the drafters reads."""
+        width, layers, begin = level.model.config.hidden_size, level.model.config.num_layers, 0
+        own = drafter.taps(layers)
+        for taps in dict.fromkeys(each.taps(layers) for each in self.drafters.values()):
+            if taps == own:
+                break
+            begin += len(taps) * width
+        features = level.state.features[..., begin : begin + len(own) * width]
+        return replace(level.state, features=features)
 
     def draft_sizes(self) -> list[int]:
         return sorted({n for drafter in self.drafters.values() for n in drafter.draft_sizes()})
@@ -175,8 +186,11 @@ class AutoDrafter(Drafter):
     def start(self, level: Level) -> None:
         super().start(level)
         self.watch = level.setup.runtime.stopwatch()
-        for drafter in self.drafters.values():
-            drafter.start(level)
+        self.views = {name: self.view(level, drafter) for name, drafter in self.drafters.items()}
+        for name, drafter in self.drafters.items():
+            its = copy(level)
+            its.state = self.views[name]
+            drafter.start(its)
             set_costs(drafter, dict.fromkeys(drafter.draft_sizes(), 1.0))  # until they are measured
         self.depths = {n: self.max_depth(n) for n in self.draft_sizes()}
         # How much of each row a drafter has read; ALL in rows for which it is in charge.
@@ -195,8 +209,8 @@ class AutoDrafter(Drafter):
         self.overhead = 0.0  # seconds of choosing and feeding before this step
 
     def warm_up(self, state: State) -> None:
-        for drafter in self.drafters.values():
-            drafter.warm_up(state)
+        for name, drafter in self.drafters.items():
+            drafter.warm_up(self.views[name])
 
     def count_into(self, stats: Stats) -> None:
         for drafter in self.drafters.values():
@@ -204,7 +218,8 @@ class AutoDrafter(Drafter):
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         mine = self.known[self.current]
-        self.drafters[self.current].prefill(state, row, tokens, min(start, mine[row]))
+        view = self.views[self.current]
+        self.drafters[self.current].prefill(view, row, tokens, min(start, mine[row]))
         for known in self.known.values():
             known[row] = min(known[row], start)
         mine[row] = ALL
@@ -221,7 +236,8 @@ class AutoDrafter(Drafter):
         mine, wanted = self.known[name], [a or (self.nested and n > 1) for a, n in zip(active, lengths)]
         for row in compress(range(len(wanted)), wanted):
             if mine[row] < lengths[row]:
-                self.drafters[name].prefill(state, row, state.tokens[row, : lengths[row]], mine[row])
+                tokens = state.tokens[row, : lengths[row]]
+                self.drafters[name].prefill(self.views[name], row, tokens, mine[row])
         self.known[self.current] = [min(pair) for pair in zip(self.known[self.current], lengths)]
         self.known[name] = [ALL if fed else known for fed, known in zip(wanted, mine)]
         self.current = name
@@ -287,7 +303,7 @@ class AutoDrafter(Drafter):
         self.overhead = self.catching_up = 0.0
         if self.turn_is_over():
             self.change(state)
-        draft = self.drafters[self.current].propose(state, n)
+        draft = self.drafters[self.current].propose(self.views[self.current], n)
         draft.max_depth, draft.drafter = self.depths[draft.tokens.shape[1]], self.current
         return draft
 

@@ -156,6 +156,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lm_head_bits", metavar="4|8|16", help=bits)
     p.add_argument("--draft_checkpoint_path", help="a smaller model of its vocabulary")
     p.add_argument(HEAD_FLAG, help="an EAGLE head of one of these two")
+    p.add_argument("--dflash_checkpoint_path", help="methods, auto, exact: a block head of the target")
     p.add_argument("--sum_parts", type=int, help=f"{', '.join(IN_PARTS)}: as in generate.py")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")

@@ -1,4 +1,4 @@
-"""check_head.py: does an EAGLE head fit its target, and is it read as it was trained?
+"""check_head.py: does a head fit its target, and is it read as it was trained?
 
     python generate.py --checkpoint_path DIR --eagle_checkpoint_path HEAD --check_head --prompts FILE.jsonl
 
@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from costs import Stats
+from dflash import BlockDrafter, BlockHead
 from eagle import Eagle3Head, EagleHead, TreeDrafter, default_taps
 from gpt_spec import Decoder
 from model import ModelConfig, Transformer
@@ -60,17 +61,24 @@ class Reading:
 def other_readings(head: EagleHead, target: ModelConfig) -> dict[str, dict[str, Any]]:
     """What to change in a head for each reading that its tensors allow, too."""
     found: dict[str, dict[str, Any]] = {}
+    taps, usual = head.taps(target.num_layers), default_taps(target.num_layers)
+    states = isinstance(head, (Eagle3Head, BlockHead))
+    lists = [tuple(tap + more for tap in taps) for more in (-1, 1)] if states else []
+    lists += [usual] if isinstance(head, Eagle3Head) and len(usual) == len(taps) else []
+    for other in dict.fromkeys(lists):
+        if other != taps and all(0 <= tap < target.num_layers for tap in other):
+            found[f"states {', '.join(map(str, other))}"] = {"taps": other}
     if isinstance(head, Eagle3Head):
-        s, usual = head.switches, default_taps(target.num_layers)
-        lists = [tuple(tap + more for tap in s.taps) for more in (-1, 1)]
-        lists += [usual] if len(usual) == len(s.taps) else []
-        for taps in dict.fromkeys(lists):
-            if taps != s.taps and all(0 <= tap < target.num_layers for tap in taps):
-                found[f"states {', '.join(map(str, taps))}"] = {"taps": taps}
+        s = head.switches
         normed = ("goes round before the norm", "goes round after the norm")
         found[normed[not s.norm_output]] = {"norm_output": not s.norm_output}
         normed = ("added to before the norm", "added to after the norm")
         found[normed[not s.norm_before_residual]] = {"norm_before_residual": not s.norm_before_residual}
+    if isinstance(head, BlockHead):
+        shifted, causal = head.block.shifted, any(head.block.causal)
+        found[f"a place guesses the {'token there' if shifted else 'next token'}"] = {"shifted": not shifted}
+        names = ("a place sees those before it", "a place sees the whole block")
+        found[names[causal]] = {"causal": len(head.layers) * (not causal,)}
     for base in dict.fromkeys((10000.0, target.rope_theta)):
         if base != head.config.rope_theta:
             found[f"RoPE base {base:g}"] = {"rope_theta": base}
@@ -91,7 +99,9 @@ def measure(
     number of steps."""
     stats = Stats()
     longest = min(max(map(len, prompts)) + tokens, target.config.max_context)
-    drafter = TreeDrafter(head, DEPTH + 1, DEPTH, 1)
+    block = isinstance(head, BlockHead)
+    depth = min(DEPTH, head.depth) if block else DEPTH
+    drafter = (BlockDrafter if block else TreeDrafter)(head, depth + 1, depth, 1)
     decoder = Decoder(target, drafter, Sampling(), longest, 1, compile=compile)
     for _ in decoder.run(prompts, tokens, stops, stats=stats):
         pass

@@ -277,7 +277,7 @@ def time_steps(level: Any, drafter: Any, n: int) -> list[float]:
     """Seconds of some steps of n nodes. The first half warms the caches and does not count."""
     times, watch = [], level.setup.runtime.stopwatch()
     while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
-        level.state.length.fill_(level.setup.slots // 2)
+        level.state.length.fill_(min(level.setup.slots // 2, level.setup.slots - level.drafter.slack))
         watch.start()
         draft = drafter.propose(level.state, n)
         draft.max_depth = level.drafter.max_depth(draft.tokens.shape[1])  # as it will be in use

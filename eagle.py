@@ -24,15 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from drafts import (
-    MAX_DRAFT_DEPTH,
-    PREFILL_CHUNK,
-    Draft,
-    Drafter,
-    State,
-    Verified,
-    check_vocabulary,
-)
+from drafts import MAX_DRAFT_DEPTH, PREFILL_CHUNK, Draft, Drafter, State, Verified, check_vocabulary
 from model import (
     Attention,
     BadInput,
@@ -363,7 +355,8 @@ class TreeDrafter(Drafter):
         tree_size = None if tree_size is None else whole_number("tree_size", tree_size)
         if not 1 <= tree_depth <= MAX_DRAFT_DEPTH:
             raise BadInput(f"tree_depth is {tree_depth}; it must be 1 to {MAX_DRAFT_DEPTH}")
-        pool = tree_topk + (tree_depth - 1) * tree_topk**2
+        self.scratch = tree_topk * (tree_depth - 1)  # slots of entries that are guessed
+        pool = tree_topk * (1 + self.scratch)
         if tree_size is not None and not 2 <= tree_size <= pool + 1:
             raise BadInput(
                 f"tree_size is {tree_size}; depth {tree_depth} and top-k {tree_topk} allow 2 to {pool + 1}"
@@ -412,8 +405,7 @@ class TreeDrafter(Drafter):
         like, setup = self.head.layers[0].post_attention_layernorm.weight, level.setup
         # True entries that may be new: those of the longest path, and those of the levels above.
         self.window = self.max_depth(self.max_nodes) + 1 + level.behind + level.renewed
-        slots = setup.slots + self.topk * (self.depth - 1)
-        cache = KVCache.allocate(self.head.config, setup.batch_size, slots, like)
+        cache = KVCache.allocate(self.head.config, setup.batch_size, setup.slots + self.scratch, like)
         self.cache = HeadCache(cache, self.head.window)
         self.controls, self.noisy = level.controls, level.controls.noisy
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
@@ -489,6 +481,10 @@ class TreeDrafter(Drafter):
             above, tokens, node = best // k, pool.tokens[-1].gather(1, best), first + best  # [B, k] each
             features = features[row, above]
             ancestors = torch.cat((ancestors[row, above], itself), dim=-1)  # [B, k, (beam + 2) k]
+        return self.best_nodes(pool, state)
+
+    def best_nodes(self, pool: Pool, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `grow` returns, of all nodes that there are."""
         tokens, parents, scores = pool.best(state, self.max_nodes - 1)
         accepted = scores.exp().cumsum(dim=1)  # [B, n - 1]
         worth = torch.stack([accepted[:, n - 2] for n in self.sizes], dim=1)  # [B, sizes]

@@ -40,11 +40,13 @@ import torch  # noqa: E402
 
 import kernels  # noqa: E402
 from auto import AdaptiveLookup, AutoDrafter  # noqa: E402
+from block_heads import BLOCK_HEAD_FLAG, load_block_head  # noqa: E402
 from chat import check_tokens  # noqa: E402
 from check_head import check_head  # noqa: E402
 from check_head import show as show_readings  # noqa: E402
 from checkpoints import (  # noqa: E402
     ALL_PRECISIONS,
+    HEAD_FLAG,
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     SHIPPED_TARGET,
@@ -69,6 +71,7 @@ from cli import (  # noqa: E402
     read_text,
 )
 from costs import Stats, contestants  # noqa: E402
+from dflash import BlockDrafter  # noqa: E402
 from drafts import Drafter, check_vocabulary  # noqa: E402
 from eagle import TREE_DEPTH, TREE_TOPK, TreeDrafter  # noqa: E402
 from forced import ForcedDrafter  # noqa: E402
@@ -102,7 +105,7 @@ def save(document, path, **kwargs):
 '''
 CHAT_CONTEXT = 8192  # tokens of an --interactive conversation, where the model has that many
 SPECULATE_K = 4  # tokens of a sequence, unless --speculate_k gives another number
-METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "qspec", "auto"]
+METHODS = ["autoregressive", "lookup", "sequential", "tree", "dflash", "hierarchical", "qspec", "auto"]
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
 COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
     *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
@@ -110,6 +113,7 @@ COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a
     *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
     *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h", "operators.h"),
     *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py", "parallel.py"),
+    *("dflash.py", "block_heads.py"),
 )
 
 
@@ -170,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     sums = "add up o_proj and down_proj in N parts, as N processes of torchrun do (default: as many as these)"
     p.add_argument("--sum_parts", type=int, metavar="N", help=sums)
-    checks = "measure the head of --method tree, in every way to read its file"
+    checks = "measure the head of --method tree or dflash, in every way to read its file"
     p.add_argument("--check_head", action="store_true", help=checks)
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the decoding")
     p.add_argument(
@@ -190,40 +194,32 @@ def add_draft_flags(p: argparse.ArgumentParser, directory: str) -> None:
         "--eagle_checkpoint_path",
         help=f"tree, hierarchical, auto: an EAGLE head of the target or the small model, {directory}",
     )
+    block = f"dflash, hierarchical, auto: a block head (DFlash) instead of an EAGLE head, {directory}"
+    p.add_argument("--dflash_checkpoint_path", help=block)
     p.add_argument(
         "--draft_precision",
         choices=ALL_PRECISIONS,
         help="of the draft model (default: --precision; of qspec, and of hierarchical with self: the next "
-        "lower activations, w4a8 for w4a16), or of the EAGLE head of --method tree (default, and in "
-        "hierarchies: 16 bits)",
+        "lower activations, w4a8 for w4a16), or of the head of --method tree or dflash (default, "
+        "and in hierarchies: 16 bits)",
     )
-    p.add_argument(
-        "--speculate_k",
-        type=int,
-        help=f"tokens a sequence drafter proposes (default: {SPECULATE_K}; of auto: what pays, step by step)",
-    )
+    k = f"tokens a sequence drafter proposes (default: {SPECULATE_K}; of auto: what pays, step by step)"
+    p.add_argument("--speculate_k", type=int, help=k)
     p.add_argument(
         "--draft_confidence", type=float, default=0.0, help="stop a draft before a less probable token"
     )
-    p.add_argument(
-        "--tree_size",
-        type=tree_size,
-        metavar="N|auto",
-        help="nodes to verify, the root included (default: auto, what pays, step by step)",
-    )
-    p.add_argument("--tree_depth", type=int, help=f"depth of the deepest node (default: {TREE_DEPTH})")
-    p.add_argument(
-        "--tree_topk", type=int, help=f"children of a node, nodes of a beam (default: {TREE_TOPK})"
-    )
+    nodes = "nodes to verify, the root included (default: auto, what pays, step by step)"
+    p.add_argument("--tree_size", type=tree_size, metavar="N|auto", help=nodes)
+    deepest = f"depth of the deepest node (default: {TREE_DEPTH}; of dflash: the whole block)"
+    p.add_argument("--tree_depth", type=int, help=deepest)
+    children = f"children of a node, nodes of a beam (default: {TREE_TOPK}; of dflash: what pays; 1: a chain)"
+    p.add_argument("--tree_topk", type=int, help=children)
     vocabulary = "tokens that an EAGLE head can draft, the most frequent ones (default: all that it knows)"
     p.add_argument("--draft_vocab_size", type=int, metavar="N", help=vocabulary)
     source = "where --draft_vocab_size counts (default: the tokenizer's own order)"
     p.add_argument("--draft_vocab_text", metavar="FILE", help=source)
-    p.add_argument(
-        "--min_draft_length",
-        type=int,
-        help=f"hierarchical: tokens to hand up at least (default: {MIN_DRAFT_LENGTH})",
-    )
+    least = f"hierarchical: tokens to hand up at least (default: {MIN_DRAFT_LENGTH})"
+    p.add_argument("--min_draft_length", type=int, help=least)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -282,12 +278,14 @@ def load_target(args: argparse.Namespace, ranks: Ranks = Ranks()) -> Target:
 
 FLAGS_OF = {
     "draft_checkpoint_path": ["sequential", "hierarchical", "auto"],
-    "draft_precision": ["sequential", "tree", "hierarchical", "qspec"],
+    "draft_precision": ["sequential", "tree", "dflash", "hierarchical", "qspec"],
     "draft_confidence": ["sequential", "qspec"],
     "min_draft_length": ["hierarchical", "auto"],
+    "eagle_checkpoint_path": ["tree", "hierarchical", "auto"],
+    "dflash_checkpoint_path": ["dflash", "hierarchical", "auto"],
     **dict.fromkeys(
-        ["eagle_checkpoint_path", "tree_size", "tree_depth", "tree_topk", "draft_vocab_size"],
-        ["tree", "hierarchical", "auto"],
+        ["tree_size", "tree_depth", "tree_topk", "draft_vocab_size"],
+        ["tree", "dflash", "hierarchical", "auto"],
     ),
 }
 
@@ -295,13 +293,16 @@ FLAGS_OF = {
 def build_drafter(args: argparse.Namespace, target: Target) -> tuple[str, Drafter]:
     """(method, drafter) of the flags. Which drafter a method needs is settled here and nowhere else."""
     shipped = args.checkpoint_path is None
-    paths = (bool(args.draft_checkpoint_path), bool(args.eagle_checkpoint_path))
-    named = {(True, True): "hierarchical", (False, True): "tree", (True, False): "sequential"}
+    eagle, block = args.eagle_checkpoint_path, args.dflash_checkpoint_path
+    paths, alone = (bool(args.draft_checkpoint_path), bool(eagle or block)), "dflash" if block else "tree"
+    named = {(True, True): "hierarchical", (False, True): alone, (True, False): "sequential"}
     method = args.method or named.get(paths, "sequential" if shipped else "autoregressive")
     for flag, methods in FLAGS_OF.items():
         unset = 0.0 if flag == "draft_confidence" else None
         if getattr(args, flag) != unset and method not in methods:
             raise BadInput(f"--{flag}: method {method} does not use it; --method {' or '.join(methods)} does")
+    if method == "hierarchical" and eagle and block:
+        raise BadInput(f"{BLOCK_HEAD_FLAG}: a hierarchy has one head, this or that of {HEAD_FLAG}")
     if method == "auto":
         names = available_methods(args, target)
         for flag, methods in FLAGS_OF.items():
@@ -318,7 +319,7 @@ def one_drafter(method: str, args: argparse.Namespace, target: Target, speculate
         return Drafter()
     if method == "lookup":
         return LookupDrafter(k) if k else AdaptiveLookup()
-    if method == "tree":
+    if method in ("tree", "dflash"):
         return tree_drafter(args, target, method, target.model, SHIPPED_HEAD if shipped else None)
     if method == "qspec":
         twin = own_twin(args, target, "--method qspec drafts with")
@@ -346,17 +347,17 @@ def available_methods(args: argparse.Namespace, target: Target) -> list[str]:
     A head of the target's hidden size belongs to the target. Any other head belongs to the small model, and
     makes a hierarchy. One of the shipped models is not tried: it loses.
     """
-    shipped = args.checkpoint_path is None
-    small, head = args.draft_checkpoint_path, args.eagle_checkpoint_path
+    shipped, small = args.checkpoint_path is None, args.draft_checkpoint_path
     names = ["lookup"]
     if small != "self" and (small or shipped):
         names.append("sequential")
-    of_target = shipped
-    if head is not None:
-        of_target = target_width(head) == target.model.config.hidden_size or not (small or shipped)
-    if of_target:
-        names.append("tree")
-    if (head is not None and not of_target) or (small == "self" and of_target):
+    paths = {"tree": (args.eagle_checkpoint_path, HEAD_FLAG)}
+    paths |= {"dflash": (args.dflash_checkpoint_path, BLOCK_HEAD_FLAG)}
+    width, alone = target.model.config.hidden_size, not (small or shipped)
+    own = {name: alone or target_width(*given) == width for name, given in paths.items() if given[0]}
+    own = ({"tree": True} if shipped else {}) | own
+    names += [name for name, of_target in own.items() if of_target]
+    if not all(own.values()) or (small == "self" and own):
         names.append("hierarchical")
     if lower_precisions(target.precision):
         names.append("qspec")
@@ -367,18 +368,23 @@ def tree_drafter(
     args: argparse.Namespace, target: Target, method: str, model: Transformer, default: Path | None
 ) -> Drafter:
     """For the target or, in a hierarchy, for the model in the middle."""
-    path = args.eagle_checkpoint_path or default
+    eagle, block = args.eagle_checkpoint_path, args.dflash_checkpoint_path
+    is_block = method == "dflash" or (method == "hierarchical" and block is not None and eagle is None)
+    path, kind = (block, "a block head") if is_block else (eagle or default, "an EAGLE head")
     if path is None:
-        whose = "this very target" if method == "tree" else "the model in --draft_checkpoint_path"
-        raise BadInput(f"--method {method} needs --eagle_checkpoint_path: an EAGLE head of {whose}")
-    head = load_head(path, model, args.draft_precision if method == "tree" else None)
+        whose = "the model in --draft_checkpoint_path" if method == "hierarchical" else "this very target"
+        flag = BLOCK_HEAD_FLAG if is_block else HEAD_FLAG
+        raise BadInput(f"--method {method} needs {flag}: {kind} of {whose}")
+    load = load_block_head if is_block else load_head
+    head = load(path, model, None if method == "hierarchical" else args.draft_precision)
     if args.draft_vocab_size:
         numbers = (args.draft_vocab_size, target.model.config.vocab_size)
         head.restrict(read_frequent_tokens(args.draft_vocab_text, target.tokenizer, *numbers))
     size = args.tree_size if isinstance(args.tree_size, int) else None
-    shape = (args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
     with naming_flags():
-        return TreeDrafter(head, size, *shape)
+        if is_block:
+            return BlockDrafter(head, size, args.tree_depth, args.tree_topk)
+        return TreeDrafter(head, size, args.tree_depth or TREE_DEPTH, args.tree_topk or TREE_TOPK)
 
 
 def load_draft_model(path: str, args: argparse.Namespace, target: Target) -> Transformer:
@@ -612,11 +618,8 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
     sources = [Path(__file__).with_name(name).stat().st_mtime_ns for name in COSTS_SOURCES]
     bodies = [kernels.PATH, sorted(kernels.ON_REFERENCE)]
     what = [machine, torch.__version__, bodies, torch.get_num_threads(), sources, precision]
-    what += [
-        decoder.model.config,
-        weight_bytes([decoder.model]),
-        replace(setup.sampling, seed=0, grammar=None),
-    ]
+    what += [decoder.model.config, weight_bytes([decoder.model])]
+    what += [replace(setup.sampling, seed=0, grammar=None)]
     what += [setup.batch_size, setup.slots, setup.runtime.compile, setup.every_control, setup.logprobs]
     what += [setup.sampling.grammar is not None]
     what += [(name, settings_of(drafter)) for name, drafter in contestants(decoder.drafter).items()]
@@ -675,13 +678,15 @@ def can_compile(args: argparse.Namespace) -> bool:
 def show_head(args: argparse.Namespace, target: Target, drafter: Drafter, outputs: list[Output]) -> int:
     """`--check_head`: see check_head.py -> the exit status."""
     if not isinstance(drafter, TreeDrafter):
-        raise BadInput("--check_head is about the head of --method tree: --eagle_checkpoint_path")
-    chosen = ("interactive", "explain", "profile", "draft_vocab_size", "tree_size", "tree_depth", "tree_topk")
-    for name in (*chosen, "temperature"):
+        raise BadInput("--check_head is about the head of --method tree or dflash")
+    unused = ("interactive", "explain", "profile", "draft_vocab_size", "tree_size", "tree_depth", "tree_topk")
+    for name in (*unused, "temperature"):
         if getattr(args, name):
             raise BadInput(f"--{name}: --check_head drafts chains of its own, and prints nothing else")
     prompts = [output.prompt_ids for output in outputs if output.error is None]
-    load = partial(load_head, args.eagle_checkpoint_path or SHIPPED_HEAD, target.model, args.draft_precision)
+    load = load_block_head if isinstance(drafter, BlockDrafter) else load_head
+    path = args.dflash_checkpoint_path or args.eagle_checkpoint_path or SHIPPED_HEAD
+    load = partial(load, path, target.model, args.draft_precision)
     stops = [] if args.ignore_eos else target.stop_ids
     if prompts:
         compile = can_compile(args)

@@ -74,10 +74,7 @@ EAGLE_CONFIG = {  # what the keys of `eagle_config` must say to be what is compu
     "parallel_draft_step": 1,
 }
 SWITCHES = ("norm_before_residual", "norm_output", "return_hidden_post_norm", "norm_before_fc", "fc_norm")
-ELSEWHERE = {
-    "eagle_aux_hidden_state_layer_ids",
-    *SWITCHES,
-}  # keys of `eagle_config` that are read in their place
+ELSEWHERE = {"eagle_aux_hidden_state_layer_ids", *SWITCHES}  # keys that are read in their place
 OTHER_ARITHMETIC = (  # keys that no head computed here has, unless they say null, 0 or false
     *("mask_token_id", "pard_token", "pard_token_id"),
     *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"),
@@ -118,9 +115,8 @@ class Published:
 
     @property
     def is_speculators(self) -> bool:
-        return (
-            bool(self.part("transformer_layer_config")) or self.raw.get("speculators_model_type") is not None
-        )
+        nested = bool(self.part("transformer_layer_config"))
+        return nested or self.raw.get("speculators_model_type") is not None
 
     @property
     def architectures(self) -> list[str]:
@@ -131,6 +127,8 @@ class Published:
     def is_third(self) -> bool:
         """EAGLE-3 or 3.1, not EAGLE-1 or 2? BadInput for neither."""
         q, fc = self.tensors.get("layers.0.self_attn.q_proj.weight"), self.tensors.get("fc.weight")
+        if "hidden_norm.weight" in self.tensors:
+            raise self.refuse("the weights are those of a block head: --dflash_checkpoint_path")
         if q is None or fc is None or fc.dim() != 2:
             raise self.refuse("the weights beside it are those of no EAGLE-2 or EAGLE-3 head")
         return "layers.0.hidden_norm.weight" in self.tensors
@@ -171,9 +169,16 @@ def load_head(
 
     `reading`: what to take instead of what the configuration says, for fields of `Eagle3` or `ModelConfig`.
     """
-    directory = find_checkpoint(str(path), HEAD_FLAG)
-    where, like = str(directory / "config.json"), target.norm.weight
-    raw = read_json(directory / "config.json", required=True)
+    published = open_head(path, target, precision, HEAD_FLAG, quiet=bool(reading))
+    return fill_head(*build_head(published, target, reading), published, target, precision)
+
+
+def open_head(
+    path: str | Path, target: Transformer, precision: str | None, flag: str, quiet: bool
+) -> Published:
+    """A head as it is published, for a target whose dtype it can have."""
+    directory, like = find_checkpoint(str(path), flag), target.norm.weight
+    where, raw = str(directory / "config.json"), read_json(directory / "config.json", required=True)
     if precision not in (None, *ALL_PRECISIONS):
         raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
     dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
@@ -181,12 +186,16 @@ def load_head(
         raise BadInput(
             "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
         )
-    tensors = renamed(read_head(directory), where)
-    head, ids = build_head(
-        Published(raw, tensors, target.config, where, quiet=bool(reading)), target, reading
-    )
-    check_tensors(head, tensors, directory)
-    head, q = head.to(dtype), None
+    return Published(raw, renamed(read_head(directory), where), target.config, where, quiet)
+
+
+def fill_head(
+    head: EagleHead, ids: Tensor | None, published: Published, target: Transformer, precision: str | None
+) -> EagleHead:
+    """An empty head with its tensors, in `precision`, ready to draft. `ids`: see `build_head`."""
+    tensors, like = published.tensors, target.norm.weight
+    check_tensors(head, tensors, Path(published.where).parent)
+    head, q = head.to(like.dtype), None
     if precision in PRECISIONS:
         q = default_quantization(head, precision)
         reshape(head, q)
@@ -203,9 +212,9 @@ def load_head(
     return head.pack().attach(target)
 
 
-def target_width(path: str | Path) -> int | None:
+def target_width(path: str | Path, flag: str = HEAD_FLAG) -> int | None:
     """The hidden size of a head's target, as far as its configuration says."""
-    raw = read_json(find_checkpoint(str(path), HEAD_FLAG) / "config.json")
+    raw = read_json(find_checkpoint(str(path), flag) / "config.json")
     inner = raw.get("transformer_layer_config")
     return raw.get("target_hidden_size") or (inner if isinstance(inner, dict) else raw).get("hidden_size")
 
@@ -468,12 +477,23 @@ def read_taps(published: Published, count: int) -> tuple[int, ...]:
     places = [(published.part("eagle_config"), "eagle_aux_hidden_state_layer_ids", 1)]
     places += [(published.raw, name, 1) for name in ("target_layer_ids", "aux_hidden_states_layer_ids")]
     places += [(published.raw, "eagle_aux_hidden_state_layer_ids", 0)]
+    usual = default_taps(layers) if layers >= 3 else ()
+    taps = given_taps(published, count, places, usual)
+    if taps is None and len(usual) != count:
+        nothing = f"fc reads {count} states of the target, and nothing says which"
+        raise refuse(nothing if layers > 2 else "an EAGLE-3 head needs a target of at least 3 layers")
+    return taps or usual
+
+
+def given_taps(
+    published: Published, count: int, places: list[tuple[dict, str, int]], usual: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The states that the configuration names, None if it names none. `places`: a part of it, a key, and what
+    to add to what is there. `usual`: what most heads read."""
+    layers, refuse = published.target.num_layers, published.refuse
     given = [(place[name], name, more) for place, name, more in places if place.get(name)]
     if not given:
-        if count != 3 or layers < 3:
-            nothing = f"fc reads {count} states of the target, and nothing says which"
-            raise refuse(nothing if layers > 2 else "an EAGLE-3 head needs a target of at least 3 layers")
-        return default_taps(layers)
+        return None
     ids, name, more = given[0]
     if not isinstance(ids, list) or not all(type(i) is int for i in ids) or len(ids) != count:
         raise refuse(f"{name} is {ids!r}; fc reads {count} states of the target")
@@ -484,9 +504,9 @@ def read_taps(published: Published, count: int) -> tuple[int, ...]:
     if not all(0 <= tap < layers for tap in taps):
         raise refuse(f"{name} is {ids!r}, which are not all states between the {layers} layers of the target")
     other = tuple(tap + (1 if more == 0 else -1) for tap in taps)
-    if layers >= 3 and other == default_taps(layers):
-        usual = f"with the other way of counting layers it would be the usual {list(other)}"
-        published.note(f"{name} is {ids!r}: {usual}")
+    if other == usual:
+        said = f"with the other way of counting layers it would be the usual {list(other)}"
+        published.note(f"{name} is {ids!r}: {said}")
     return taps
 
 

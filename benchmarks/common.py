@@ -27,6 +27,7 @@ import torch
 
 import quantize
 from benchmarks.timing import on_gpu
+from block_heads import load_block_head
 from checkpoints import (
     HEAD_FLAG,
     MODELS,
@@ -38,6 +39,7 @@ from checkpoints import (
 )
 from cli import read_line
 from costs import Stats
+from dflash import BlockHead
 from drafts import Drafter
 from eagle import EagleHead
 from generate import Target, load_draft_model, load_target
@@ -134,6 +136,7 @@ class Paths(NamedTuple):
     small: str | Path | None = None
     head: str | Path | None = None  # of the target
     small_head: str | Path | None = None
+    block_head: str | Path | None = None  # of the target
 
 
 SHIPPED = Paths(SHIPPED_TARGET, SHIPPED_SMALL, SHIPPED_HEAD, SMALL_HEAD)
@@ -148,13 +151,17 @@ class Parts:
     small: Transformer | None = None
     head: Callable[..., EagleHead] | None = None  # makes one for the target or its twin
     small_head: Callable[..., EagleHead] | None = None
+    block_head: Callable[..., BlockHead] | None = None
 
 
 def chosen_paths(args: argparse.Namespace) -> Paths:
     """Those of the flags, or the shipped ones. A head belongs to the model with its hidden size."""
+    block = args.dflash_checkpoint_path
     if args.checkpoint_path is None:
-        return SHIPPED
-    paths = Paths(args.checkpoint_path, args.draft_checkpoint_path, args.eagle_checkpoint_path)
+        return SHIPPED._replace(block_head=block)
+    paths = Paths(
+        args.checkpoint_path, args.draft_checkpoint_path, args.eagle_checkpoint_path, block_head=block
+    )
     if paths.small and paths.head:
         named = zip(paths, ("--checkpoint_path", "--draft_checkpoint_path", HEAD_FLAG))
         target, small, head = (
@@ -162,7 +169,7 @@ def chosen_paths(args: argparse.Namespace) -> Paths:
         )
         width = head.get("target_hidden_size", head.get("hidden_size"))
         if width == small.get("hidden_size") != target.get("hidden_size"):
-            return Paths(paths.target, paths.small, small_head=paths.head)
+            return paths._replace(head=None, small_head=paths.head)
     return paths
 
 
@@ -179,7 +186,8 @@ def load_parts(
     target = load_target(args, ranks)
     small = load_draft_model(str(paths.small), args, target) if paths.small else None
     heads = (partial(load_head, path) if path else None for path in (paths.head, paths.small_head))
-    return Parts(target, small, *heads)
+    block = partial(load_block_head, paths.block_head) if paths.block_head else None
+    return Parts(target, small, *heads, block)
 
 
 def head_bits(args: argparse.Namespace, precision: str) -> int | None:

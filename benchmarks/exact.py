@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from benchmarks.common import SHIPPED, decode_all, head_bits, load_parts, read_prompts, recording_only, split
+from dflash import BlockDrafter
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
@@ -74,7 +75,8 @@ def decode_entry(
 def exact_contestants(precision: str, args: argparse.Namespace) -> tuple[Transformer, dict, dict]:
     """The shipped target, and drafters with batch sizes by name, to run compiled and uncompiled. The first of
     each kind is the one that the others are compared with."""
-    parts = load_parts(precision, SHIPPED, args.device, head_bits(args, precision), args.ranks)
+    paths = SHIPPED._replace(block_head=args.dflash_checkpoint_path)
+    parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
     target, small = parts.target.model, parts.small
     inner = TreeDrafter(parts.small_head(small))
     flat = {
@@ -83,6 +85,7 @@ def exact_contestants(precision: str, args: argparse.Namespace) -> tuple[Transfo
         "sequential": SequentialDrafter(small, 4),
         "tree": TreeDrafter(parts.head(target)),
     }
+    flat |= {"dflash": BlockDrafter(parts.block_head(target))} if parts.block_head else {}
     qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
     for lower in lower_precisions(precision):
         twin = share_weights(target, lower)

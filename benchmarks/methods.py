@@ -20,7 +20,6 @@ from torch import Tensor
 from auto import AdaptiveLookup, AutoDrafter
 from benchmarks.common import (
     BASE,
-    SHIPPED,
     SHIPPED_ALONE,
     Parts,
     Paths,
@@ -40,6 +39,7 @@ from benchmarks.compare import compare, count_different
 from benchmarks.timing import quartiles, rotate_names
 from checkpoints import find_checkpoint, load_model, open_checkpoint
 from costs import Stats
+from dflash import BlockDrafter
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import HierarchicalDrafter, LookupDrafter, SequentialDrafter
@@ -78,6 +78,10 @@ def every_method(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
     if parts.small and parts.small_head:
         inner = TreeDrafter(parts.small_head(parts.small), args.tree_size, *shape)
         drafters["hierarchical"] = HierarchicalDrafter(parts.small, inner, args.min_draft_length)
+    if parts.block_head:
+        head = parts.block_head(target)
+        drafters["dflash, chain"] = BlockDrafter(head, head.depth + 1, tree_topk=1)
+        drafters["dflash of 16"], drafters["dflash"] = BlockDrafter(head, 16), BlockDrafter(head)
     for i, lower in enumerate(lower_precisions(parts.target.precision)):
         twin = share_weights(target, lower)
         if i == 0:
@@ -99,6 +103,8 @@ def auto_drafter(parts: Parts, args: argparse.Namespace) -> AutoDrafter:
         drafters["sequential"] = SequentialDrafter(parts.small, None)
     if parts.head:
         drafters["tree"] = TreeDrafter(parts.head(target), None, args.tree_depth, args.tree_topk)
+    if parts.block_head:
+        drafters["dflash"] = BlockDrafter(parts.block_head(target))
     for lower in lower_precisions(parts.target.precision)[:1]:
         twin = share_weights(target, lower)
         drafters["qspec"] = SequentialDrafter(twin, None, shares_cache=True)
@@ -148,7 +154,7 @@ def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
 def report_auto(args: argparse.Namespace) -> dict:
     """`auto` against every fixed method that fits, for both shipped targets, every precision and batch size:
     see `measure_auto`."""
-    targets, results = {"python-7m": SHIPPED, "python-1m": SHIPPED_ALONE}, {}
+    targets, results = {"python-7m": chosen_paths(args), "python-1m": SHIPPED_ALONE}, {}
     if args.checkpoint_path:
         targets = {Path(args.checkpoint_path).name: chosen_paths(args)}
     for name, paths in targets.items():

@@ -1,12 +1,13 @@
-"""train_head.py: an EAGLE-3 head for any target that loads here, quantized ones included.
+"""train_head.py: an EAGLE-3 or block head for any target that loads here, quantized ones included.
 
     python scripts/train_head.py --checkpoint_path DIR --precision w4a16 --data PROMPTS.jsonl --output HEAD
     python scripts/train_head.py ... --tokens 2000000 --steps 0        # the target's own answers alone
+    python scripts/train_head.py ... --kind dflash --block_size 8      # a block head: block_training.py
     python generate.py --checkpoint_path DIR --precision w4a16 --method tree --eagle_checkpoint_path HEAD
 
 First the target answers the prompts (`answers.py`), then the head learns from what it wrote, on a CPU or a
 GPU. Both stages go on where they stopped when the same command is given again. HEAD is in the layout of
-SpecForge, with figures of the training in HEAD/training.jsonl.
+SpecForge, or of z-lab for --kind dflash, with figures of the training in HEAD/training.jsonl.
 
 The one idea: nothing is stored but tokens. The target, in the precision in which it will be served, runs in
 the same process, batch by batch, so that the head learns from just what it will see.
@@ -40,23 +41,36 @@ from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from answers import AnswerFile, Text, read_data, write_answers  # noqa: E402
+from block_training import (  # noqa: E402
+    BlockLesson,
+    block_loss,
+    build_block_head,
+    count_right_blocks,
+    draw_anchors,
+    teach_blocks,
+    write_block_head,
+)
 from training import Rates, config_json, fit, silence, unroll, write_folder  # noqa: E402
 
+from block_heads import default_block_taps  # noqa: E402
 from chat import read_json  # noqa: E402
 from checkpoints import ALL_PRECISIONS, find_checkpoint  # noqa: E402
 from cli import OneLineParser, check_device, json_object, load_kernels  # noqa: E402
-from eagle import Eagle3, Eagle3Head, choose_vocabulary, default_taps  # noqa: E402
+from dflash import Block  # noqa: E402
+from eagle import Eagle3, Eagle3Head, EagleHead, choose_vocabulary, default_taps  # noqa: E402
 from generate import Target, load_target  # noqa: E402
 from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
 
 LEAST = {  # of flags that are whole numbers
     **dict.fromkeys(("max_new_tokens", "batch_size", "tokens", "sequences", "ttt_steps", "every"), 1),
-    **{"steps": 0, "draft_vocab_size": 2},
+    **{"layers": 1, "anchors": 1, "mask_token_id": 0},
+    **{"steps": 0, "draft_vocab_size": 2, "block_size": 2},
 }
 DECAY = 0.8  # of the weight of the loss, from step to step of a draft
 WINDOW = 16  # steps whose texts are sorted by length together
 LABEL_ROWS = 256  # whose logits over the target's whole vocabulary are in memory together
 JUDGED = 40  # batches of held-out texts, at most
+BLOCK_FLAGS = {"block_size": 8, "layers": 5, "anchors": 32, "mask_token_id": None}  # of block heads alone
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
 
 
@@ -278,12 +292,13 @@ class Training:
         texts = [text for text in texts if can_teach(text, args.max_length, args.ttt_steps)]
         learnt, held_out = split_texts(texts, args.held_out)
         counts = answer_counts(learnt, c.vocab_size)
-        ids = choose_vocabulary(counts, min(args.draft_vocab_size or 32000, c.vocab_size))
+        most = c.vocab_size if args.kind == "dflash" else 32000
+        ids = choose_vocabulary(counts, min(args.draft_vocab_size or most, c.vocab_size))
         said = answer_counts(held_out, c.vocab_size)
         self.coverage = (said[ids].sum() / said.sum()).item()
         self.target, self.args, self.device = target, args, target.norm.weight.device
-        self.ids, self.taps = ids.to(self.device), args.taps or three_taps(c.num_layers)
-        self.head = build_head(target, self.taps, self.ids, args.seed)
+        self.ids, self.taps = ids.to(self.device), args.taps or self.usual_taps(c.num_layers)
+        self.head = self.build()
         self.batches = Batches(learnt, args.sequences, args.seed)
         self.held_out = Batches(held_out, args.sequences, args.seed)
         self.steps = args.steps or 3 * self.batches.epoch
@@ -294,14 +309,32 @@ class Training:
         half = self.target.norm.weight.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
-    def lesson(self, texts: list[Text]) -> Lesson:
+    def usual_taps(self, layers: int) -> tuple[int, ...]:
+        return three_taps(layers)
+
+    def build(self) -> EagleHead:
+        return build_head(self.target, self.taps, self.ids, self.args.seed)
+
+    def lesson(self, texts: list[Text]) -> Any:
         tokens, wrote = collate(texts, self.args.max_length, self.device)
+        return self.teach(tokens, wrote)
+
+    def teach(self, tokens: Tensor, wrote: Tensor) -> Any:
         return teach(self.target, self.taps, self.ids, tokens, wrote)
 
     def loss(self, step: int) -> Tensor:
         lesson = self.lesson(self.batches[step])
         with self.mixed():
-            return lesson_loss(self.head, lesson, self.args.ttt_steps)
+            return self.loss_of(lesson, step)
+
+    def loss_of(self, lesson: Any, step: int) -> Tensor:
+        return lesson_loss(self.head, lesson, self.args.ttt_steps)
+
+    def count_right(self, lesson: Any, step: int) -> tuple[int, list[int]]:
+        return count_right(self.head, lesson, self.args.ttt_steps)
+
+    def write(self) -> None:
+        write_head(self.args.output, self.head, self.taps, self.raw)
 
     @torch.no_grad()
     def judge(self, step: int, mean_loss: float, notes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -311,8 +344,8 @@ class Training:
         for i in tqdm(range(batches), "held out", leave=False, disable=None):
             lesson = self.lesson(self.held_out[i])
             with self.mixed():
-                loss += lesson_loss(self.head, lesson, k).item() / batches
-                count, correct = count_right(self.head, lesson, k)
+                loss += self.loss_of(lesson, i).item() / batches
+                count, correct = self.count_right(lesson, i)
             drafts, right = drafts + count, [a + b for a, b in zip(right, correct)]
         shares = [round(n / max(drafts, 1), 4) for n in right]
         figures = {"step": step, "steps": self.steps, "loss": round(mean_loss, 4)}
@@ -329,22 +362,53 @@ class Training:
         line += f"a_1.. = {shares}, {figures['accepted_length']:.3f} tokens of a draft"
         tqdm.write(line + (", the best so far" if best else ""), file=sys.stderr)
         if best:
-            write_head(self.args.output, self.head, self.taps, self.raw)
+            self.write()
         lines = "".join(json.dumps(each) + "\n" for each in [*notes, figures])
         (self.args.output / "training.jsonl").write_text(lines)
 
     def settings(self) -> dict[str, Any]:
         """What an interrupted training must have in common with the one that goes on."""
-        flags = ("seed", "max_length", "sequences", "ttt_steps", "held_out", "every")
+        flags = ["seed", "max_length", "sequences", "ttt_steps", "held_out", "every"]
+        flags += ["kind", *BLOCK_FLAGS] if self.args.kind == "dflash" else []
         found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
+        found.setdefault("kind", None)  # as in states from before there were two
         found |= {"checkpoint_path": str(self.args.checkpoint_path), "precision": self.args.precision}
         found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
         return found | {"steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)}
 
 
+class BlockTraining(Training):
+    """The same for a block head. The blocks of a step begin where its number says."""
+
+    def usual_taps(self, layers: int) -> tuple[int, ...]:
+        return default_block_taps(layers, 5) if layers > 7 else three_taps(layers)
+
+    def build(self) -> EagleHead:
+        args, vocabulary = self.args, self.target.config.vocab_size
+        mask = vocabulary - 1 if args.mask_token_id is None else args.mask_token_id
+        rows = lm_head_rows(self.target, torch.arange(vocabulary, device=self.device))
+        block = Block(self.taps, args.block_size, mask)
+        return build_block_head(self.target, block, args.layers, rows, args.seed)
+
+    def teach(self, tokens: Tensor, wrote: Tensor) -> BlockLesson:
+        return teach_blocks(self.target, self.taps, tokens, wrote)
+
+    def loss_of(self, lesson: BlockLesson, step: int) -> Tensor:
+        drawn = draw_anchors(lesson.wrote, self.args.anchors, self.args.seed + step)
+        return block_loss(self.head, lesson, *drawn, min(self.args.block_size / 2, 7.0))
+
+    def count_right(self, lesson: BlockLesson, step: int) -> tuple[int, list[int]]:
+        drawn = draw_anchors(lesson.wrote, self.args.anchors, self.args.seed + step)
+        return count_right_blocks(self.head, lesson, *drawn)
+
+    def write(self) -> None:
+        rope = {key: self.raw[key] for key in ROPE_KEYS if self.raw.get(key) is not None}
+        write_block_head(self.args.output, self.head, rope)
+
+
 def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> None:
     """Train a head, or go on with it, and print the figures of the best."""
-    training = Training(target, texts, args)
+    training = (BlockTraining if args.kind == "dflash" else Training)(target, texts, args)
     held = f"{len(training.held_out.texts)} texts held out"
     print(
         f"{len(training.batches.texts)} texts, {held}; {len(training.ids)} tokens can be drafted, "
@@ -403,7 +467,14 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sequences", type=int, default=8, help="texts of a step (8)")
     drafted = "tokens that the head can draft, the most frequent in the answers (32000, or all)"
     p.add_argument("--draft_vocab_size", type=int, metavar="N", help=drafted)
-    taps = "layers whose input the head sees (default: 2, the middle one, the third last)"
+    kinds = "eagle3 (default), or dflash: a block head, which guesses --block_size - 1 tokens in one pass"
+    p.add_argument("--kind", choices=["eagle3", "dflash"], default="eagle3", help=kinds)
+    p.add_argument("--block_size", type=int, help="dflash: places of a block, the root's included (8)")
+    p.add_argument("--layers", type=int, help="dflash: layers of the head (5)")
+    p.add_argument("--anchors", type=int, help="dflash: blocks of a text in a step (32)")
+    mask = "dflash: the token of all places but the root; one that no text has (default: the last)"
+    p.add_argument("--mask_token_id", type=int, help=mask)
+    taps = "layers whose input the head sees (default: 2, the middle one, the third last; of dflash: five)"
     p.add_argument("--taps", type=read_taps, metavar="I,J,...", help=taps)
     unrolled = "tokens of the drafts in training, and of those that are judged (5)"
     p.add_argument("--ttt_steps", type=int, default=5, metavar="K", help=unrolled)
@@ -428,7 +499,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadInput("there is nothing to learn from: give --data, --answers of an earlier run, or both")
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise BadInput(f"--output: {args.output} is a file; give a directory")
+    check_kind_flags(args)
     check_device(args.device)
+
+
+def check_kind_flags(args: argparse.Namespace) -> None:
+    """Raise BadInput for flags of the other kind of head; fill in those of blocks."""
+    for name, usual in BLOCK_FLAGS.items():
+        if args.kind == "eagle3" and getattr(args, name) is not None:
+            raise BadInput(f"--{name} is for --kind dflash")
+        setattr(args, name, usual if getattr(args, name) is None else getattr(args, name))
+    if args.kind == "dflash":
+        if args.draft_vocab_size is not None:
+            raise BadInput("--draft_vocab_size: a block head drafts all tokens of its target")
+        args.ttt_steps = args.block_size - 1  # tokens of a draft
 
 
 def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
@@ -439,6 +523,8 @@ def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
         raise BadInput(f"--max_length is {args.max_length}; it must be {room}")
     if (args.draft_vocab_size or 2) > config.vocab_size:
         raise BadInput(f"--draft_vocab_size is {args.draft_vocab_size}; the target has {config.vocab_size}")
+    if args.mask_token_id is not None and args.mask_token_id >= config.vocab_size:
+        raise BadInput(f"--mask_token_id is {args.mask_token_id}; the target has {config.vocab_size} tokens")
     if args.taps and not 0 <= args.taps[0] <= args.taps[-1] < config.num_layers:
         raise BadInput(f"--taps: the layers of the target are 0 to {config.num_layers - 1}")
 

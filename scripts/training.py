@@ -184,8 +184,8 @@ def load_state(path, model, optimizers, settings: dict[str, Any] | None) -> tupl
         return 0, []
     state = torch.load(path, weights_only=True)
     for name, value in (settings or {}).items():
-        if state["settings"][name] != value:
-            was = f"is of a training with {name} {state['settings'][name]}, not {value}"
+        if (kept := state["settings"].get(name)) != value:
+            was = f"is of a training with {name} {kept}, not {value}"
             raise BadInput(f"{path} {was}; remove it to begin anew")
     with torch.no_grad():
         for name, p in trained_parameters(model).items():

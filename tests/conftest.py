@@ -23,6 +23,7 @@ if not torch.cuda.is_available():  # Triton looks once, when it is imported: ker
 
 import kernels  # noqa: E402
 import quantize  # noqa: E402
+from dflash import Block, BlockHead  # noqa: E402
 from eagle import EagleHead  # noqa: E402
 from gpt_spec import generate  # noqa: E402
 from model import BadInput, ModelConfig, Transformer  # noqa: E402
@@ -93,6 +94,29 @@ def guessing_head(target: Transformer, noise: float = 0.3) -> EagleHead:
     head = head.requires_grad_(False)
     guess = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1)
     head.fc.weight.copy_(guess + noise * torch.randn(size, 2 * size) / size**0.5)
+    like = target.norm.weight
+    return head.to(like.device, like.dtype).pack().attach(target)
+
+
+def guessing_block_head(target: Transformer, shifted: bool, noise: float = 0.2, size: int = 5) -> BlockHead:
+    """A block head whose first guess is often right, for the reason that `guessing_head` has. Without noise
+    its only layer copies the embedding of the root to all places, whose own ones are 0."""
+    torch.manual_seed(97)
+    c, hidden = target.config, target.config.hidden_size
+    heads = {"num_heads": c.num_heads, "num_kv_heads": c.num_heads, "head_dim": hidden // c.num_heads}
+    taps, mask = (1, c.num_layers - 1), 0
+    block = Block(taps, size, mask, shifted, (shifted,), (8,), own_embedding=True)
+    head = BlockHead(replace(c, num_layers=1, **heads), block).requires_grad_(False)
+    attention, eye = head.layers[0].self_attn, torch.eye(hidden)
+    torch.manual_seed(97)  # what came before depends on the vocabulary
+    for weight in (head.fc.weight, attention.qkv_proj.weight, attention.o_proj.weight):
+        weight.copy_(noise * torch.randn_like(weight) / hidden**0.5)
+    attention.qkv_proj.weight[2 * hidden :] += eye
+    attention.o_proj.weight += 8 * eye
+    head.layers[0].mlp.down_proj.weight *= noise
+    head.hidden_norm.weight *= noise  # what is known of the text before
+    head.embed_tokens.weight.copy_(target.embed_tokens.weight)
+    head.embed_tokens.weight[mask] = 0
     like = target.norm.weight
     return head.to(like.device, like.dtype).pack().attach(target)
 

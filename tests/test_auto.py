@@ -13,6 +13,7 @@ from conftest import (
     SHIPPED_HEAD,
     SHIPPED_SMALL,
     find_repetition,
+    guessing_block_head,
     guessing_head,
     noisy_copy,
     random_model,
@@ -23,10 +24,11 @@ from conftest import (
 import generate as command
 from auto import ALL, AdaptiveLookup, AutoDrafter, ReplayIndex
 from costs import Acceptance, Clock, Pace, Stats, set_costs
+from dflash import BlockDrafter
 from drafts import Drafter, State
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, SequentialDrafter
-from model import BadInput
+from model import causal_attention
 from packing import share_weights
 from sampling import Sampling
 
@@ -409,11 +411,21 @@ def test_inside_a_hierarchy(target, batch_size):
     assert all(known == ALL for known in mine)
 
 
-def test_two_heads_that_read_different_features_are_refused(target):
-    heads = [TreeDrafter(guessing_head(target)) for _ in range(2)]
-    heads[1].taps = lambda layers: (0, 1, 2)
-    with pytest.raises(BadInput, match="same features"):
-        Decoder(target, AutoDrafter({"one": heads[0], "two": heads[1]}), compile=False)
+@torch.no_grad()
+def test_heads_that_read_different_features_get_their_own(target):
+    """Two read the same, which is kept once; the third reads other ones, in a part of its own."""
+    drafters = {name: TreeDrafter(guessing_head(target), 8, 3, 3) for name in ("one", "same")}
+    drafters["blocks"] = BlockDrafter(guessing_block_head(target, True), 8)
+    decoder = decoder_of(target, drafters, {"autoregressive": 1.0, **dict.fromkeys(drafters, 1.2)})
+    assert decoder.taps == (2, 1, 1)
+    said = [token for emissions in decoder.run([PROMPTS[2]], 20) for token in emissions[0].tokens]
+    text = torch.tensor([PROMPTS[2] + said])
+    for name, drafter in drafters.items():
+        positions = torch.arange(text.shape[1])[None]
+        features = target(text, positions, causal_attention, drafter.taps(2))[1][0]
+        length = int(decoder.state.length[0])
+        ours = decoder.drafter.views[name].features[0, :length]
+        torch.testing.assert_close(ours, features[:length], rtol=1e-4, atol=1e-5)
 
 
 def test_a_conversation_goes_on(target):

@@ -34,8 +34,8 @@ from text import TextStream
 STOPS = [3, 19, 38]
 LENGTH = 24  # of a text
 # One drafter of every method and kind: chains, trees, drafters that stop early, hierarchies, choosers.
-METHODS = ["lookup", "noisy", "unsure", "qspec", "bush", "tree", "auto", "middle", "middle of two models"]
-METHODS += ["three levels", "shared", "shared, three levels", "choosing", "restless"]
+METHODS = ["lookup", "noisy", "unsure", "qspec", "bush", "tree", "auto", "middle", "shifted blocks"]
+METHODS += ["middle of two models", "three levels", "shared", "shared, three levels", "choosing", "restless"]
 
 
 # ---- against an independent implementation -------------------------------------------------------

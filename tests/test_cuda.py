@@ -449,6 +449,7 @@ CASES = {  # heads, key heads, size of a head, ancestors [B, n, m], lengths
     "wide tree": (6, 2, 12, torch.stack([random_tree(70)])[:, 66:], [30]),
     "last of a tree": (4, 1, 16, torch.stack([random_tree(12), chain(12)])[:, 8:], [3, 126]),
     "window": (4, 4, 16, torch.tensor([[[True, True, False, False]], [[True] * 4]]), [0, 64]),
+    "block": (4, 2, 16, torch.ones(2, 8, 8, dtype=torch.bool), [5, 130]),
     "many heads": (20, 1, 16, torch.stack([random_tree(3)]), [10]),
 }
 

@@ -14,6 +14,7 @@ from conftest import (
     SHIPPED_TARGET,
     collect,
     find_repetition,
+    guessing_block_head,
     guessing_head,
     held_out_prompts,
     noisy_copy,
@@ -27,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auto import ALL, AdaptiveLookup, AutoDrafter
 from checkpoints import load_model
 from costs import Stats
-from drafts import Draft, Drafter, accept, tree_geometry
+from dflash import BlockDrafter
+from drafts import Draft, Drafter, State, accept, tree_geometry
 from eagle import TreeDrafter
 from gpt_spec import (
     Decoder,
@@ -113,6 +115,7 @@ def all_drafters(target, kind=AutoDrafter) -> AutoDrafter:
             "lookup": AdaptiveLookup(),
             "sequential": SequentialDrafter(noisy, None),
             "tree": tree(target),
+            "blocks": BlockDrafter(guessing_block_head(target, True), 9),
             "qspec": SequentialDrafter(noisy, None, shares_cache=True),
             "hierarchical": HierarchicalDrafter(noisy, tree(noisy, 9), 4),
             "own middle": HierarchicalDrafter(noisy, tree(noisy, 9), 4, shares_cache=True),
@@ -140,6 +143,9 @@ def drafters(target) -> dict[str, Drafter]:
         "tree": TreeDrafter(guessing_head(target), tree_size=9, tree_depth=3, tree_topk=3),
         "auto": TreeDrafter(guessing_head(target), tree_depth=2, tree_topk=3),
         "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
+        "blocks": BlockDrafter(guessing_block_head(target, False), tree_size=9),
+        "shifted blocks": BlockDrafter(guessing_block_head(target, True), tree_size=9, tree_topk=3),
+        "sized blocks": BlockDrafter(guessing_block_head(target, True, noise=0.0), tree_depth=3),
         **hierarchies(target),
     }
 
@@ -169,6 +175,12 @@ def hierarchies(target) -> dict[str, Drafter]:
         "shared twice": HierarchicalDrafter(
             noisy, HierarchicalDrafter(noisier, tree(target), 2, shares_cache=True), 5, shares_cache=True
         ),
+        "blocks in the middle": HierarchicalDrafter(
+            noisy, BlockDrafter(guessing_block_head(noisy, True), 9), 4
+        ),
+        "shared blocks": HierarchicalDrafter(
+            noisy, BlockDrafter(guessing_block_head(noisy, False), 9), 4, shares_cache=True
+        ),
         "qspec in the middle": HierarchicalDrafter(
             noisy, SequentialDrafter(noisier, 2, shares_cache=True), 4
         ),
@@ -194,8 +206,10 @@ FLAT = [
     "sure",
 ]
 FLAT += ["qspec", "unsure qspec", "qspec of one token", "qspec, never sure"]
+FLAT += ["blocks", "shifted blocks", "sized blocks"]
 NESTED = ["middle", "equal middle", "strange middle", "middle of two models", "middle alone"]
 NESTED += ["three levels", "shared", "shared, three levels", "shared twice", "qspec in the middle"]
+NESTED += ["blocks in the middle", "shared blocks"]
 NAMES = FLAT + NESTED
 
 
@@ -274,7 +288,9 @@ def test_compiled_too_in_a_quantized_precision(rotated_target):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["lookup", "noisy", "qspec", "tree", "auto", "middle", "shared"])
+@pytest.mark.parametrize(
+    "name", ["lookup", "noisy", "qspec", "tree", "auto", "blocks", "sized blocks", "middle", "shared"]
+)
 def test_every_drafter_gives_the_autoregressive_text_on_a_gpu(target, name, compile):
     target = copy.deepcopy(target).cuda()
     expected = texts(target, PROMPTS, sampling=SAMPLED)
@@ -337,7 +353,8 @@ def assert_level_is_fresh(
     if isinstance(drafter, SequentialDrafter) and not drafter.shares_cache:
         assert_cache_is_fresh(drafter.model, drafter.cache, row, text, length - 1)
     if isinstance(drafter, TreeDrafter):
-        assert_head_is_fresh(level, drafter, row, text)
+        fresh = assert_block_is_fresh if isinstance(drafter, BlockDrafter) else assert_head_is_fresh
+        fresh(level, drafter, row, text)
     if isinstance(drafter, HierarchicalDrafter):
         inside = drafter.level
         assert_level_is_fresh(inside, model if drafter.shares_cache else inside.model, row, text, length)
@@ -348,7 +365,7 @@ def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: lis
     rows = len(text) - 1 - drafter.window
     if rows > 0:
         tokens, positions = torch.tensor([text[1 : rows + 1]]), torch.arange(rows)[None]
-        features = drafter.head.fuse(level.state.features[row : row + 1, :rows])
+        features = drafter.head.fuse(drafter_state(level, drafter).features[row : row + 1, :rows])
 
         def attend(layer, q, k, v):
             torch.testing.assert_close(drafter.cache.keys[layer][row, :rows], k[0], rtol=1e-4, atol=1e-5)
@@ -356,6 +373,22 @@ def assert_head_is_fresh(level: Level, drafter: TreeDrafter, row: int, text: lis
             return causal_attention(layer, q, k, v)
 
         drafter.head(tokens, features, positions, attend)
+
+
+def assert_block_is_fresh(level: Level, drafter: BlockDrafter, row: int, text: list[int]) -> None:
+    """The same of a block head, whose keys and values depend on the features alone."""
+    rows = len(text) - 1 - drafter.window
+    if rows > 0:
+        context = drafter.head.fuse(drafter_state(level, drafter).features[row : row + 1, :rows])
+        for layer, (keys, values) in enumerate(drafter.head.keys(context, torch.arange(rows)[None])):
+            ours = (drafter.cache.keys[layer][row, :rows], drafter.cache.values[layer][row, :rows])
+            torch.testing.assert_close(ours, (keys[0], values[0]), rtol=1e-4, atol=1e-5)
+
+
+def drafter_state(level: Level, drafter: Drafter) -> State:
+    """The texts with the features that this drafter reads."""
+    auto = level.drafter
+    return auto.views[auto.current] if isinstance(auto, AutoDrafter) else level.state
 
 
 def check_every_step(target, drafter: Drafter, sampling: Sampling, batch_size: int = 1) -> None:
@@ -415,18 +448,19 @@ def test_a_stale_cache_is_seen(target, monkeypatch):
         check_every_step(target, drafters(target)["itself"], GREEDY)
 
 
-def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch):
+@pytest.mark.parametrize("kind, name", [(SequentialDrafter, "noisy"), (BlockDrafter, "blocks")])
+def test_a_skipped_drafter_prefill_is_seen(target, monkeypatch, kind, name):
     """Text equality cannot see that a drafter kept the cache of another text; the recomputation does."""
-    whole = SequentialDrafter.prefill
+    whole = kind.prefill
     first = []
 
     def only_once(self, state, row, tokens, start):
         if not first:
             first.append(whole(self, state, row, tokens, start))
 
-    monkeypatch.setattr(SequentialDrafter, "prefill", only_once)
+    monkeypatch.setattr(kind, "prefill", only_once)
     with pytest.raises(AssertionError):
-        check_every_step(target, drafters(target)["noisy"], GREEDY)
+        check_every_step(target, drafters(target)[name], GREEDY)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -479,7 +513,7 @@ def many_texts(target) -> list[list[int]]:
     return [texts(target, [p], None, own, 24, stop_ids=STOPS)[0] for p, own in zip(MANY, alone)]
 
 
-WHOLE = ["autoregressive", "noisy", "qspec", "tree"]  # whose steps can be one graph
+WHOLE = ["autoregressive", "noisy", "qspec", "tree", "blocks"]  # whose steps can be one graph
 
 
 def runs_ahead(target, name: str, batch_size: int) -> tuple[Decoder, list[str]]:
@@ -498,7 +532,7 @@ def test_steps_that_begin_before_the_last_one_is_read(target, many_texts, name):
     """What is decoded too far is not emitted, and not in the way of the text that comes next in its row."""
     (decoder, steps), stats = runs_ahead(target, name, 3), Stats()
     assert collect(decoder.run(MANY, 24, STOPS, stats=stats), len(MANY)) == many_texts
-    assert "".join(steps).count("beginbeginread") > 20
+    assert "".join(steps).count("beginbeginread") > 15
     assert stats.new_tokens == sum(map(len, many_texts))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_TARGET, edit_weights, random_model, save_checkpoint
+from test_dflash import shipped_block_head
 
 import generate
 from benchmarks.common import decode_all, read_prompts
@@ -102,10 +103,12 @@ def compare(count: int, model: list[str], runs: list[tuple[str, str, str, list[s
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
-def test_every_method_in_two_processes(precision):
+def test_every_method_in_two_processes(precision, tmp_path):
     methods = [*METHODS, "qspec"] if precision == "w4a16" else METHODS
     runs = [(t, b, method, []) for t, b in (("0", "1"), ("1", "4")) for method in methods]
     runs.append(("1", "4", "tree", ["--draft_vocab_size", "300"]))
+    shipped_block_head(load_model(SHIPPED_TARGET), None, tmp_path)
+    runs.append(("1", "4", "dflash", ["--dflash_checkpoint_path", str(tmp_path)]))
     compare(2, [*SHIPPED_SHORT, precision], runs)
 
 

@@ -13,12 +13,22 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import NEEDS_EQUAL_ROWS, SHIPPED_SMALL, SMALL_HEAD, collect, guessing_head, random_model, texts
+from conftest import (
+    NEEDS_EQUAL_ROWS,
+    SHIPPED_SMALL,
+    SMALL_HEAD,
+    collect,
+    guessing_block_head,
+    guessing_head,
+    random_model,
+    texts,
+)
 from test_decoding import RandomTreeDrafter
 
 from auto import AdaptiveLookup, AutoDrafter
 from checkpoints import load_model
 from costs import Stats
+from dflash import BlockDrafter
 from drafts import Draft, Drafter
 from eagle import TreeDrafter
 from forced import ForcedDrafter
@@ -157,6 +167,7 @@ METHODS = {  # as generate.py runs them, and as `Decoder` may be asked to
     "lookup": lambda target, other: ForcedDrafter(LookupDrafter(4)),
     "sequential": lambda target, other: ForcedDrafter(SequentialDrafter(other, 4)),
     "tree": lambda target, other: ForcedDrafter(tree(target, "w4a16")),
+    "blocks": lambda target, other: ForcedDrafter(BlockDrafter(guessing_block_head(target, True), 9)),
     "hierarchical": lambda target, other: ForcedDrafter(HierarchicalDrafter(other, tree(other, "bf16"), 3)),
     "qspec": lambda target, other: ForcedDrafter(qspec(target)),
     "auto": lambda target, other: ForcedDrafter(auto(target, other)),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHIPPED_TARGET, random_model, save_checkpoint, texts
 
+from block_heads import load_block_head
 from checkpoints import load_model
+from costs import Stats
+from dflash import Block, BlockDrafter
 from eagle import TreeDrafter
 from generate import load_head
 from model import BadInput
@@ -19,6 +23,7 @@ from process import INTERRUPTED
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import answers
+import block_training
 import train_head
 import training
 from answers import AnswerFile, Text
@@ -439,3 +444,115 @@ def test_what_is_missing_is_named(capsys, directory, data, tmp_path):
     assert "is a file" in refusal(capsys, directory, "--data", data, "--output", tmp_path / "file")
     flags = ["--data", data, "--output", tmp_path / "head"]
     assert "not a directory" in refusal(capsys, tmp_path / "nowhere", *flags)
+
+
+# ---- block heads ---------------------------------------------------------------------------------
+
+
+def block_head(target, **changes):
+    """One whose every weight matters."""
+    block = Block((1, 3, 5), 4, 60, **changes)
+    rows = train_head.lm_head_rows(target, torch.arange(61))
+    head = block_training.build_block_head(target, block, 2, rows, 3)
+    with torch.no_grad():
+        for parameter in training.trained_parameters(head).values():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.1)
+    return head
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"shifted": True}, {"causal": (True, False), "windows": (3, None)}], ids=str
+)
+@torch.no_grad()
+def test_blocks_are_guessed_side_by_side_as_one_by_one(changes):
+    """No block sees another, or anything of the text from its root on."""
+    target = random_model(num_layers=LAYERS)
+    head, tokens = block_head(target, **changes), torch.randint(60, (2, 12))
+    wrote = (torch.arange(12) >= 3).expand(2, -1)
+    lesson = block_training.teach_blocks(target, head.block.taps, tokens, wrote)
+    anchors = torch.tensor([[3, 10, 5], [0, 7, 4]])
+    together = block_training.guess_blocks(head, lesson, anchors)
+    for i, guess in enumerate(together):
+        b, anchor = i // 3, int(anchors.flatten()[i])
+        cut = block_training.BlockLesson(tokens[b : b + 1, : anchor + 1], lesson.states[b : b + 1, : anchor + 1], wrote)  # fmt: skip  # noqa: E501
+        alone = block_training.guess_blocks(head, cut, torch.tensor([[anchor]]))
+        torch.testing.assert_close(guess, alone[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_of_blocks_is_the_naive_one():
+    target = random_model(num_layers=LAYERS)
+    head, tokens = block_head(target), torch.randint(60, (1, 14))
+    wrote = torch.zeros(1, 14, dtype=torch.bool)
+    wrote[:, 3:8] = wrote[:, 11:13] = True  # the guesses of a block end where an answer ends
+    lesson = block_training.teach_blocks(target, head.block.taps, tokens, wrote)
+    anchors, there = block_training.draw_anchors(wrote, 9, seed=1)
+    roots = anchors[there].tolist()
+    assert sorted(roots) == [3, 4, 5, 6, 11]  # all tokens of answers that others follow
+    assert len(set(block_training.draw_anchors(wrote, 2, 1)[0][0].tolist() + roots)) == 5
+    features, total, weights, right = block_training.guess_blocks(head, lesson, anchors), 0.0, 0.0, []
+    for guess, anchor in zip(features, anchors[0].tolist()):
+        kept = []
+        for i in range(3) if anchor in roots else ():
+            if not all(place < 14 and wrote[0, place] for place in range(anchor, anchor + i + 2)):
+                break
+            logits = head.logits(guess[None, i : i + 1])[0, 0]
+            weight = math.exp(-i / 4.0)
+            total = total - weight * logits.log_softmax(-1)[tokens[0, anchor + 1 + i]]
+            weights += weight
+            kept.append(bool(logits.argmax() == tokens[0, anchor + 1 + i]))
+        right += [kept] if len(kept) == 3 else []
+    loss = block_training.block_loss(head, lesson, anchors, there, 4.0)
+    torch.testing.assert_close(loss, total / weights, rtol=1e-5, atol=1e-6)
+    whole, counts = block_training.count_right_blocks(head, lesson, anchors, there)
+    assert whole == len(right) == 2 and counts == [sum(all(k[: i + 1]) for k in right) for i in range(3)]
+
+
+def test_a_block_head_of_the_shipped_target(tmp_path, capsys):
+    """The loss falls, and what is written loads, drafts, and changes no text."""
+    few, ids = tmp_path / "few.jsonl", list(range(40, 60))
+    target = load_model(SHIPPED_TARGET)
+    [said] = texts(target, [ids], max_new_tokens=40)
+    text = {"sample": 0, "token_ids": ids + said, "answers": [[20, 60]]}
+    few.write_text("".join(json.dumps(text | {"prompt": name}) + "\n" for name in ("a", "b")))
+    flags = ["--answers", few, "--output", tmp_path / "head", "--steps", 60, "--every", 20, "--layers", 1]
+    command = [
+        "--checkpoint_path",
+        SHIPPED_TARGET,
+        "--kind",
+        "dflash",
+        "--block_size",
+        6,
+        "--anchors",
+        12,
+        *flags,
+    ]
+    assert train_head.main([str(each) for each in command]) == 0
+    best, notes = json.loads(capsys.readouterr().out), lines(tmp_path / "head" / "training.jsonl")
+    assert notes[-1]["loss"] < 0.5 * notes[0]["loss"] and best["accepted_length"] > 2
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    assert config["block_size"] == 6 and config["dflash_config"]["target_layer_ids"] == [1, 2, 3, 4, 5]
+    head, stats = load_block_head(tmp_path / "head", target), Stats()
+    drafter = BlockDrafter(head, 8)
+    assert texts(target, [ids], drafter, stats=stats) == [said]
+    assert stats.tokens_per_step > 2
+
+
+BLOCKS = ["--kind", "dflash"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", 2], "--layers is for --kind dflash"),
+        ([*BLOCKS, "--draft_vocab_size", 40], "--draft_vocab_size: a block head drafts all"),
+        ([*BLOCKS, "--block_size", 1], "--block_size is 1"),
+        ([*BLOCKS, "--mask_token_id", 61], "--mask_token_id is 61"),
+    ],
+)
+def test_nonsense_about_blocks_is_refused(capsys, directory, data, tmp_path, flags, message):
+    capsys.readouterr()
+    usual = ["--checkpoint_path", directory, "--data", data, "--output", tmp_path / "head"]
+    assert train_head.main([str(each) for each in (*usual, *flags)]) == 2
+    assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from conftest import (
     SHIPPED_TARGET,
     edit_config,
     edit_weights,
+    guessing_block_head,
     guessing_head,
     noisy_copy,
     random_model,
@@ -27,6 +28,7 @@ import generate as command
 from auto import AdaptiveLookup, AutoDrafter
 from chat import check_tokens
 from checkpoints import load_model
+from dflash import BlockDrafter
 from drafts import check_vocabulary
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
@@ -62,6 +64,9 @@ METHODS = {  # by the small model, whose vocabulary is the other one
     "confident": lambda small: SequentialDrafter(small, 4, draft_confidence=0.2),
     "lookup in the middle": lambda small: HierarchicalDrafter(small, LookupDrafter(3), 4),
     "tree in the middle": lambda small: HierarchicalDrafter(small, tree(small), 4),
+    "blocks in the middle": lambda small: HierarchicalDrafter(
+        small, BlockDrafter(guessing_block_head(small, True), 9), 4
+    ),
     "three levels": lambda small: HierarchicalDrafter(small, HierarchicalDrafter(small, tree(small), 2), 4),
     "auto": lambda small: AutoDrafter(
         {"lookup": AdaptiveLookup(), "sequential": SequentialDrafter(small, 3)}

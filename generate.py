@@ -107,14 +107,9 @@ CHAT_CONTEXT = 8192  # tokens of an --interactive conversation, where the model 
 SPECULATE_K = 4  # tokens of a sequence, unless --speculate_k gives another number
 METHODS = ["autoregressive", "lookup", "sequential", "tree", "dflash", "hierarchical", "qspec", "auto"]
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
-COSTS_SOURCES = (  # a change to what loads a model or runs it may change what a step costs
-    *("reference.py", "kernels.py", "kernels.cpp", "kernels_cuda.py", "model.py", "costs.py", "runtime.py"),
-    *("rope.py", "prompts.py", "drafts.py", "gpt_spec.py", "eagle.py", "heads.py", "auto.py", "packing.py"),
-    *("rotation.py", "published.py", "checkpoints.py", "chat.py", "text.py", "cli.py", "process.py"),
-    *("show.py", "quantize.py", "tape.py", "tape.cpp", "attention.cpp", "vectors.h", "team.h", "operators.h"),
-    *("sampling.py", "sampling.cpp", "sampling_cuda.py", "grammar.py", "forced.py", "parallel.py"),
-    *("dflash.py", "block_heads.py"),
-)
+SOURCES = sorted(
+    p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")
+)  # all of ours
 
 
 # --------------------------------------------------------------------------------------------------
@@ -615,7 +610,7 @@ def costs_file(decoder: Decoder, precision: str) -> Path:
     setup, device = decoder.setup, decoder.setup.runtime.device
     cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {platform.node()}"
-    sources = [Path(__file__).with_name(name).stat().st_mtime_ns for name in COSTS_SOURCES]
+    sources = [path.stat().st_mtime_ns for path in SOURCES]  # any change may change what a step costs
     bodies = [kernels.PATH, sorted(kernels.ON_REFERENCE)]
     what = [machine, torch.__version__, bodies, torch.get_num_threads(), sources, precision]
     what += [decoder.model.config, weight_bytes([decoder.model])]
@@ -717,7 +712,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     files = {
         f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
     }
-    sources = [Path(__file__).with_name(name).read_bytes() for name in COSTS_SOURCES]
+    sources = [path.read_bytes() for path in SOURCES]
     ours = {"gpt-spec": hashlib.sha256(b"".join(sources)).hexdigest()[:16], "GPT_SPEC_KERNELS": kernels.PATH}
     return {"torch": torch.__version__} | ours | vars(args) | files
 

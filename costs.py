@@ -92,11 +92,11 @@ class Stats:
         steps = self.accepted_histogram
         return [sum(steps[i + 1 :]) / self.target_forwards for i in range(len(steps) - 1)]
 
-    def count_prefill(self, seconds: float, since_start: float) -> None:
-        self.outputs += 1
-        self.new_tokens += 1
+    def count_prefill(self, seconds: float, all_is_read: bool = True) -> None:
+        """A prompt was read, or a part of it. Its end gives the first new token."""
+        self.outputs += all_is_read
+        self.new_tokens += all_is_read
         self.prefill_seconds += seconds
-        self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
 
     def count_row(self, draft: Any, result: Any, accepted: int, tokens: int) -> None:
         """One text of a verified draft. A cut left `tokens` of it, `accepted` of them drafted."""

@@ -131,3 +131,20 @@ def report(line: str, status: int) -> int:
     """Print a line for people -> the status."""
     print(line, file=sys.stderr)
     return status
+
+
+def check_packages(file: Any, mistake: type[Exception]) -> None:
+    """Raise a mistake where the packages in a file of requirements, a line each, are missing or too old."""
+    from importlib import metadata
+
+    wrong = []
+    for line in file.read_text().split():
+        name, least = line.split(">=")
+        try:
+            have = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            have = ""
+        ours, wanted = ([int(n) for n in text.split(".") if n.isdecimal()] for text in (have, least))
+        wrong += [line] if ours < wanted else []
+    if wrong:
+        raise mistake(f"these packages are needed: pip install -r {file.name} ({', '.join(wrong)})")

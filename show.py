@@ -233,3 +233,59 @@ def format_stats(s: dict[str, Any]) -> str:
         + (format_batch(s) if len(s["tokens_per_step_by_output"]) > 1 else "")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# A server's metrics
+# --------------------------------------------------------------------------------------------------
+
+
+def metrics_text(engine: Any, texts: int, answered: dict[int, int]) -> str:
+    """What Prometheus reads; most names are those of vLLM. `texts`: that clients wait for; `answered`:
+    requests by status. Of the engine, see engine.py, lanes and histograms are read."""
+    lines: list[str] = []
+
+    def add(name: str, kind: str, values: dict[str, float]) -> None:
+        lines.append(f"# TYPE gpt_spec:{name} {kind}")
+        lines.extend(f"gpt_spec:{name}{labels} {value}" for labels, value in values.items())
+
+    add("requests_total", "counter", {f'{{status="{s}"}}': n for s, n in answered.items()})
+    rows = [text for lane in engine.lanes.values() for text in lane.decoder.rows]
+    running = sum(text is not None for text in rows)
+    gauges = {
+        "rows": len(rows),
+        "num_requests_running": running,
+        "num_requests_waiting": max(texts - running, 0),
+    }
+    for name, value in gauges.items():
+        add(name, "gauge", {"": value})
+    stats = {f'{{method="{method}"}}': lane.stats for method, lane in engine.lanes.items()}
+    for name, field_name in METRICS.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        add(name, kind, {labels: getattr(each, field_name) for labels, each in stats.items()})
+    more = {"spec_decode_num_accepted_tokens_per_pos_total": {}, "steps_by_drafter_total": {}}
+    for labels, each in stats.items():
+        steps, start = each.accepted_histogram, labels[:-1]
+        for i in range(len(steps) - 1):
+            of_position, _ = more.values()
+            of_position[f'{start},position="{i}"}}'] = sum(steps[i + 1 :])
+        for drafter, number in each.drafter_histogram.items():
+            more["steps_by_drafter_total"][f'{start},drafter="{drafter}"}}'] = number
+    for name, values in more.items():
+        add(name, "counter", values)
+    for name, histogram in engine.histograms.items():
+        lines += [f"# TYPE gpt_spec:{name} histogram", *histogram.lines(f"gpt_spec:{name}")]
+    return "\n".join(lines) + "\n"
+
+
+METRICS = {  # names for Prometheus -> fields of `Stats`
+    "generation_tokens_total": "new_tokens",
+    "texts_total": "outputs",
+    "prefill_seconds_total": "prefill_seconds",
+    "decode_seconds_total": "decode_seconds",
+    "spec_decode_num_drafts_total": "target_forwards",
+    "spec_decode_num_draft_tokens_total": "drafted_tokens",
+    "spec_decode_num_accepted_tokens_total": "accepted_tokens",
+    "tokens_per_step": "tokens_per_step",
+    "occupancy": "occupancy",
+}

@@ -132,7 +132,7 @@ class Reader:
         seeds, samplings = [seed + i for i in range(len(prompts))], [sampling] * len(prompts)
         limits, choices = [self.max_tokens, read_budget(given, chat)], []
         for i, request in enumerate(decoder.requests(prompts, seeds, samplings, ends)):
-            budget = min(decoder.max_length - len(prompts[i]), *(each for each in limits if each))
+            budget = min([decoder.max_length - len(prompts[i]), *(each for each in limits if each)])
             stream = TextStream(self.target.tokenizer, read_stops(given), sampling.min_tokens)
             text, output = Text(-1, prompts[i], request, budget), Output(prompts[i], stream)
             choices.append(Choice(i, text, output))

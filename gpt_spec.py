@@ -442,11 +442,11 @@ class Decoder(Level):
             yield emissions  # there are none where all texts that the step was begun for are done
 
     def join(self, text: Text, reuse: bool) -> None:
-        """A text takes a free row: one whose last text it continues, else the one that is free longest."""
+        """A text takes a free row: one whose last text it continues, or else the one that is free longest."""
         free = [row for row in self.order if self.rows[row] is None]
         shared = {row: self.shared_prefix(row, text.prompt) if reuse else 0 for row in free}
-        # What the row's caches keep, less what they lose.
-        row = max(free, key=lambda row: max(2 * shared[row] + 1 - int(self.state.length[row]), 0))
+        # A few tokens at their beginning are common to all conversations.
+        row = max(free, key=lambda row: shared[row] if 8 * shared[row] > len(text.prompt) else 0)
         self.rows[row], text.length, text.shared = text, shared[row], shared[row]
 
     def growing(self) -> list[Text | None]:

@@ -3,11 +3,11 @@
     python serve.py --port 8000 --batch_size 8                       # the shipped models
     python serve.py --checkpoint_path DIR --method auto --method lookup --precision w4a8
 
-It takes the flags of generate.py that choose models, methods and precisions. docs/serving.md says what requests may
-hold. What they mean is in `api.py`; their texts are decoded in `engine.py`, by the main thread.
+It takes the flags of generate.py that choose models, methods and precisions. docs/serving.md says what
+requests may hold. What they mean is in `api.py`; `engine.py` decodes their texts, in the main thread.
 
-The one idea: a request with a seed has the text that generate.py prints for it, whatever else runs. So a server is a
-way to ask, and nothing that it does may show in a text.
+The one idea: a request with a seed has the text that generate.py prints for it, whatever else runs. So a
+server is a way to ask, and nothing that it does may show in a text.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def load(args: argparse.Namespace) -> tuple[str, generate.Target, dict[str, Deco
     length = cache_length(config, min(args.max_length, config.max_context, config.sliding_window or 2**62))
     compile = generate.can_compile(args)
     for args.method in methods:
-        method, drafter = generate.build_drafter(args, target)
+        method, drafter = generate.build_drafter(only_used(args, methods), target)
         for model in drafter.models:
             check_window(model.config, length)
         sizes = (min(length, args.max_length), args.batch_size, compile)
@@ -112,13 +112,22 @@ def load(args: argparse.Namespace) -> tuple[str, generate.Target, dict[str, Deco
     return args.served_name or path.resolve().name or str(path), target, decoders
 
 
+def only_used(args: argparse.Namespace, methods: list[str]) -> argparse.Namespace:
+    """The flags, without those that are meant for another one of these methods."""
+    mine = argparse.Namespace(**vars(args))
+    for flag, users in generate.FLAGS_OF.items():
+        if args.method not in users and set(users) & set(methods):
+            setattr(mine, flag, 0.0 if flag == "draft_confidence" else None)
+    return mine
+
+
 # --------------------------------------------------------------------------------------------------
 # HTTP
 # --------------------------------------------------------------------------------------------------
 
 
 class Front:
-    """The routes. All of it runs in the thread of the event loop, except that a request is read in another."""
+    """The routes. All of it runs in the thread of the event loop; only requests are read in others."""
 
     def __init__(self, args: argparse.Namespace, engine: Engine, reader: Reader):
         self.args, self.engine, self.reader = args, engine, reader
@@ -129,6 +138,7 @@ class Front:
     def app(self) -> Any:
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
         from starlette.routing import Route
 
         async def wrong_path(request: Any, error: HTTPException) -> Any:
@@ -137,11 +147,15 @@ class Front:
         async def refused(request: Any, error: Refused) -> Any:
             return self.refuse(error)
 
+        async def left(request: Any, error: ClientDisconnect) -> Any:
+            return self.refuse(Refused("the client has left", status=499))  # nobody reads it
+
+        handlers = {HTTPException: wrong_path, Refused: refused, ClientDisconnect: left}
         paths = {"/": self.page, "/health": self.health, "/metrics": self.metrics, "/v1/models": self.models}
         routes = [Route(path, endpoint) for path, endpoint in paths.items()]
         routes.append(Route("/v1/chat/completions", self.chat, methods=["POST"]))
         routes.append(Route("/v1/completions", self.completions, methods=["POST"]))
-        return Starlette(routes=routes, exception_handlers={HTTPException: wrong_path, Refused: refused})
+        return Starlette(routes=routes, exception_handlers=handlers)
 
     def refuse(self, error: Refused) -> Any:
         return self.json(error.json, error.status, {"Retry-After": "1"} if error.status == 429 else {})
@@ -190,7 +204,10 @@ class Front:
         # A page of another site can send any other type without asking.
         if not request.headers.get("content-type", "").startswith("application/json"):
             raise Refused("the body must be JSON: send Content-Type: application/json")
-        body = await self.body(request)
+        try:
+            body = await asyncio.wait_for(self.body(request), SLOW)
+        except asyncio.TimeoutError:
+            raise Refused(f"the body has not come within {SLOW} seconds", status=408) from None
         ask = await asyncio.to_thread(lambda: self.reader.read(parse(body), chat))
         room = self.args.max_waiting + sum(len(lane.decoder.rows) for lane in self.engine.lanes.values())
         if self.texts + len(ask.choices) > room:
@@ -198,19 +215,13 @@ class Front:
         return Answer(self, ask)
 
     async def body(self, request: Any) -> bytes:
-        """What a client sends, if it is neither too long nor too slow."""
-        body, end = b"", time.monotonic() + SLOW
-        parts = request.stream()
-        while True:
-            try:
-                part = await asyncio.wait_for(anext(parts), end - time.monotonic())
-            except StopAsyncIteration:
-                return body
-            except asyncio.TimeoutError:
-                raise Refused(f"the body has not come within {SLOW} seconds", status=408) from None
-            body += part
-            if len(body) > self.args.max_body:
-                raise Refused(f"the body is longer than {self.args.max_body} bytes", status=413)
+        """What a client sends. What is too long is read to its end, or else the client would not see why."""
+        body = b""
+        async for part in request.stream():
+            body += part if len(body) <= self.args.max_body else b""
+        if len(body) > self.args.max_body:
+            raise Refused(f"the body is longer than {self.args.max_body} bytes", status=413)
+        return body
 
 
 class Answer:
@@ -250,7 +261,7 @@ class Answer:
         watch = asyncio.create_task(self.watch(receive))
         try:
             with suppress(ConnectionError):
-                await (self.stream(send) if self.ask.stream else self.whole(scope, receive, send))
+                await (self.stream if self.ask.stream else self.whole)(scope, receive, send)
         finally:
             watch.cancel()
             self.front.texts -= self.open
@@ -272,9 +283,12 @@ class Answer:
                 answer = self.front.refuse(Refused(news.error, status=news.status)) if news.error else answer
         await (answer or self.front.json(self.writer.whole()))(scope, receive, send)
 
-    async def stream(self, send: Any) -> None:
-        """Server-sent events. The status waits for the first news, so that an early error has one of its own."""
+    async def stream(self, scope: Any, receive: Any, send: Any) -> None:
+        """Server-sent events. The status waits for the first news, so an early error has one of its own."""
         news = await self.next_news()
+        if news and news[0].error and not self.open:
+            await self.front.refuse(Refused(news[0].error, status=news[0].status))(scope, receive, send)
+            return
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would hold the events back
         await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -114,6 +114,19 @@ class Stats:
             self.drafter_histogram[draft.drafter] = self.drafter_histogram.get(draft.drafter, 0) + 1
 
 
+@dataclass
+class Histogram:
+    """How many times were at most each bound, as Prometheus wants it, and their sum. In seconds."""
+
+    BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, math.inf)
+    counts: list[int] = field(default_factory=lambda: [0] * len(Histogram.BOUNDS))
+    sum: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts = [count + (value <= bound) for count, bound in zip(self.counts, self.BOUNDS)]
+        self.sum += value
+
+
 # --------------------------------------------------------------------------------------------------
 # What recent steps cost and brought
 # --------------------------------------------------------------------------------------------------

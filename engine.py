@@ -22,38 +22,25 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
-from costs import Stats, Stopwatch
+from costs import Histogram, Stats, Stopwatch
 from drafts import Emission, Text
 from gpt_spec import Decoder
 from model import BadInput
-from sampling import Logprob
-from show import Output
-
-HISTOGRAMS = {  # seconds: the upper bounds
-    "time_to_first_token_seconds": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
-    "inter_token_latency_seconds": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-}
-
-
-class Said(NamedTuple):
-    """A token that a client is told of together with all of its text."""
-
-    begin: int  # where its text begins, in characters
-    logprob: Logprob
+from show import Output, Said
 
 
 class News(NamedTuple):
-    """What a text has gained."""
+    """What a text has gained, or why it gains nothing more."""
 
     choice: int  # which text of its request
-    spans: list[tuple[str, bool]]  # pieces of text, each of one token, and whether the drafter proposed it
-    said: list[Said]  # where log-probabilities were asked for
-    accepted: int | None  # of the step; None with the first token, which comes from prefill
+    spans: list[tuple[str, bool]] = []  # pieces of text, a token each, and whether the drafter proposed it
+    said: list[Said] = []  # where log-probabilities were asked for
+    finish_reason: str | None = None
+    accepted: int | None = None  # of the step; None with the first token, which comes from prefill
     nodes: int = 0  # that were verified
     drafter: str = ""  # its name, where there is a choice
-    finish_reason: str | None = None
-    error: str | None = None  # why nothing more comes
-    status: int = 200  # of such an answer
+    error: str | None = None
+    status: int = 200  # of HTTP: whose fault an error is
 
 
 @dataclass
@@ -63,7 +50,6 @@ class Choice:
     index: int
     text: Text
     output: Output
-    said: int = 0  # tokens whose log-probabilities were told
 
 
 @dataclass
@@ -73,33 +59,13 @@ class Job:
     method: str
     choices: list[Choice]
     logprobs: bool
-    tell: Callable[[list[News]], None]
-    watch: Stopwatch = field(default_factory=Stopwatch)  # runs since it came, or since the last news
-    begun: bool = False
-
-
-@dataclass
-class Histogram:
-    """How many values were at most each bound, and their sum, as Prometheus wants it."""
-
-    bounds: tuple[float, ...]
-    counts: list[int] = field(default_factory=list)
-    total: int = 0
-    sum: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.counts = self.counts or [0] * len(self.bounds)
-        self.counts = [c + (value <= bound) for c, bound in zip(self.counts, self.bounds)]
-        self.total, self.sum = self.total + 1, self.sum + value
-
-    def lines(self, name: str) -> list[str]:
-        pairs = zip((*self.bounds, "+Inf"), (*(self.counts or [0] * len(self.bounds)), self.total))
-        lines = [f'{name}_bucket{{le="{bound}"}} {value}' for bound, value in pairs]
-        return [*lines, f"{name}_sum {self.sum}", f"{name}_count {self.total}"]
+    tell: Callable[[list[News]], None] = field(init=False)
+    watch: Stopwatch = field(init=False, default_factory=Stopwatch)  # since it came, or since the last news
+    begun: bool = field(init=False, default=False)
 
 
 class Lane:
-    """A decoder with the texts that wait for its rows and those that are in them."""
+    """A decoder, with the texts that wait for its rows and those that are in them."""
 
     def __init__(self, decoder: Decoder, chunk: int):
         self.decoder, self.chunk, self.stats = decoder, chunk, Stats()
@@ -118,12 +84,11 @@ class Lane:
     def remove(self, texts: list[Text]) -> None:
         """These are told nothing any more, wherever they are."""
         gone = {text.prompt_index for text in texts}
-        for number in gone:
-            self.owners.pop(number, None)
+        self.owners = {number: owner for number, owner in self.owners.items() if number not in gone}
+        self.waiting = deque(text for text in self.waiting if text.prompt_index not in gone)
         for row, text in enumerate(self.decoder.rows):
             if text is not None and text.prompt_index in gone:
                 self.decoder.leave(row)
-        self.waiting = deque(text for text in self.waiting if text.prompt_index not in gone)
         self.expect()
 
     def expect(self) -> None:
@@ -141,56 +106,38 @@ class Lane:
     def advance(self, news: list[tuple[Job, News]]) -> None:
         """Every text goes on by a step, or by a chunk of its prompt. What is new is added to `news`."""
         for emissions in self.decoder.advance(self.waiting, self.ends, True, self.chunk):
-            news += [(self.owners[e.prompt_index][0], self.tell(e)) for e in emissions]
-            ended = [e.prompt_index for e in emissions if e.finish_reason]
-            for number in ended:
-                del self.owners[number]
-            if ended:
-                self.expect()
+            for emission in emissions:
+                news.append((self.owners[emission.prompt_index][0], self.told(emission)))
+                if emission.finish_reason:
+                    del self.owners[emission.prompt_index]
+                    self.expect()
 
-    def tell(self, emission: Emission) -> News:
+    def told(self, emission: Emission) -> News:
         """What a client sees of an emission. What may become a stop string, or half a character, waits."""
         job, choice = self.owners[emission.prompt_index]
-        output = choice.output
+        output, draft = choice.output, emission.draft
         output.add(emission)
         spans = [(text, output.drafted[token]) for token, text in output.stream.new_spans()]
-        said = self.new_logprobs(choice) if job.logprobs else []
-        draft, accepted = emission.draft, emission.accepted
-        step = (None,) if draft is None else (accepted, draft.tokens.shape[1], draft.drafter)
-        news = News(choice.index, spans, said, *step)
-        return news._replace(finish_reason=emission.finish_reason)
-
-    def new_logprobs(self, choice: Choice) -> list[Said]:
-        """Of the tokens whose text is told by now. A stop token has no text, nor have the tokens of a stop
-        string."""
-        output, stream = choice.output, choice.output.stream
-        begins, end = [0, *stream.ends], stream.shown_tokens
-        if output.finish_reason:
-            cut = output.finish_reason == "stop" and len(stream.ends) == len(output.token_ids)
-            whole = [i for i in range(len(stream.ends)) if not cut or begins[i] < len(stream.text)]
-            end = len(whole)
-        new = range(choice.said, end)
-        choice.said = max(choice.said, end)
-        return [Said(begins[i], output.logprobs[i]) for i in new]
+        said = output.new_logprobs() if job.logprobs else []
+        step = () if draft is None else (emission.accepted, draft.tokens.shape[1], draft.drafter)
+        return News(choice.index, spans, said, emission.finish_reason, *step)
 
     def fail(self, error: Exception, news: list[tuple[Job, News]]) -> None:
         """A step failed: the texts to blame end, those whose grammars cannot go on, or else all that are in
         rows. An interrupted step has not happened, so the others go on."""
-        self.decoder.ahead, texts = None, [text for text in self.decoder.rows if text is not None]
-        broken = [
-            text for row, text in enumerate(self.decoder.rows) if text is not None and self.is_stuck(row)
-        ]
-        texts = broken if broken and isinstance(error, BadInput) else texts
-        what = {"finish_reason": "error", "error": str(error), "status": 400 if texts is broken else 500}
-        for job, choice in (self.owners[text.prompt_index] for text in texts):
-            news.append((job, News(choice.index, [], [], None, **what)))
-        self.remove(texts)
+        texts, self.decoder.ahead = [text for text in self.decoder.rows if text is not None], None
+        stuck = [text for row, text in enumerate(self.decoder.rows) if text and self.is_stuck(row, text)]
+        blamed = stuck if isinstance(error, BadInput) and stuck else texts
+        status = 400 if blamed is stuck else 500
+        for job, choice in (self.owners[text.prompt_index] for text in blamed):
+            news.append((job, News(choice.index, finish_reason="error", error=str(error), status=status)))
+        self.remove(blamed)
 
-    def is_stuck(self, row: int) -> bool:
-        """Is a row's grammar at a dead end, or has its text gained what nobody was told of?"""
-        text, matcher = self.decoder.rows[row], self.decoder.controls.matchers[row]
-        told = len(text.prompt) + len(self.owners[text.prompt_index][1].output.token_ids) - 1
-        return (matcher is not None and matcher.place.is_error()) or (text.is_read and text.length != told)
+    def is_stuck(self, row: int, text: Text) -> bool:
+        """Is its grammar at a dead end, or has the text gained what nobody was told of?"""
+        matcher, output = self.decoder.controls.matchers[row], self.owners[text.prompt_index][1].output
+        untold = text.is_read and text.length != len(text.prompt) + len(output.token_ids) - 1
+        return untold or (matcher is not None and matcher.place.is_error())
 
 
 class Engine:
@@ -198,21 +145,21 @@ class Engine:
 
     def __init__(self, decoders: dict[str, Decoder], chunk: int):
         self.lanes = {method: Lane(decoder, chunk) for method, decoder in decoders.items()}
-        self.messages: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
-        self.running = True
-        self.histograms = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
+        self.messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.running, names = True, ("time_to_first_token_seconds", "inter_token_latency_seconds")
+        self.times = {name: Histogram() for name in names}
 
     def submit(self, job: Job) -> None:
         """Decode a request. Its texts must fit the decoder."""
-        self.messages.put(("add", job))
+        self.messages.put(lambda: self.lanes[job.method].add(job))
 
     def drop(self, job: Job) -> None:
         """Nobody waits for a request any more. Nothing happens if it has ended."""
-        self.messages.put(("drop", job))
+        self.messages.put(lambda: self.lanes[job.method].remove([choice.text for choice in job.choices]))
 
     def stop(self) -> None:
-        """End `run`. A signal handler may call this."""
-        self.messages.put(("stop", None))
+        """End `run`."""
+        self.messages.put(lambda: setattr(self, "running", False))
 
     def run(self) -> None:
         while self.running:
@@ -223,16 +170,11 @@ class Engine:
 
     def read_messages(self, wait: bool) -> None:
         while wait or not self.messages.empty():
-            what, job = self.messages.get()
+            self.messages.get()()
             wait = False
-            if what == "stop":
-                self.running = False
-            elif what == "add":
-                self.lanes[job.method].add(job)
-            else:
-                self.lanes[job.method].remove([choice.text for choice in job.choices])
 
     def advance(self, lane: Lane) -> None:
+        """A step of a lane. Its news are told, a message for each request."""
         news: list[tuple[Job, News]] = []
         try:
             lane.advance(news)
@@ -240,11 +182,11 @@ class Engine:
             if not isinstance(error, BadInput):
                 traceback.print_exc(file=sys.stderr)
             lane.fail(error, news)
-        by_job: dict[int, tuple[Job, list[News]]] = {}
+        by_job: dict[int, list[News]] = {}
         for job, each in news:
-            by_job.setdefault(id(job), (job, []))[1].append(each)
-        for job, all_of_it in by_job.values():
-            first, later = self.histograms.values()
+            by_job.setdefault(id(job), []).append(each)
+        for job in {id(job): job for job, _ in news}.values():
+            first, later = self.times.values()
             (later if job.begun else first).add(job.watch.lap())
             job.begun = True
-            job.tell(all_of_it)
+            job.tell(by_job[id(job)])

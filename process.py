@@ -133,12 +133,13 @@ def report(line: str, status: int) -> int:
     return status
 
 
-def check_packages(file: Any, mistake: type[Exception]) -> None:
-    """Raise a mistake where the packages in a file of requirements, a line each, are missing or too old."""
+def need(requirements: str) -> None:
+    """End the program with a line where packages in a file of requirements are missing or too old."""
     from importlib import metadata
+    from pathlib import Path
 
     wrong = []
-    for line in file.read_text().split():
+    for line in Path(__file__).with_name(requirements).read_text().split():
         name, least = line.split(">=")
         try:
             have = metadata.version(name)
@@ -147,4 +148,4 @@ def check_packages(file: Any, mistake: type[Exception]) -> None:
         ours, wanted = ([int(n) for n in text.split(".") if n.isdecimal()] for text in (have, least))
         wrong += [line] if ours < wanted else []
     if wrong:
-        raise mistake(f"these packages are needed: pip install -r {file.name} ({', '.join(wrong)})")
+        sys.exit(report(f"error: pip install -r {requirements} (needed: {', '.join(wrong)})", 2))

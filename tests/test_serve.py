@@ -340,7 +340,7 @@ BAD = [  # fields of completions, and a word of the message
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"n": 0}, "n is 0"),
-    ({"n": 10**6}, "n:"),
+    ({"n": 10**6}, "n is"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"stop": ""}, "stop"),
@@ -506,11 +506,12 @@ def test_a_text_ends_where_the_context_does(server):
 
 @NEEDS_EQUAL_ROWS
 def test_a_conversation_finds_its_prefix(server, model, capsys):
-    history = [*MESSAGES]
+    history, before = [*MESSAGES], 0
     for turn, text in enumerate(("And then?", "Why?")):
         [answer], _, usage = completed(server, history, turn == 1, temperature=0.9, seed=3, method="tree")
         cached = usage.prompt_tokens_details.cached_tokens
-        assert turn == 0 or cached > usage.prompt_tokens // 2
+        assert turn == 0 or cached > before - 8  # the last line of the prompt names no role
+        before = usage.prompt_tokens
         history += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
     prompt = "".join(f"# {m['role']}: {m['content']}\n" for m in history) + "# answer:\n"
     [text], _, usage = completed(server, history, temperature=0.9, seed=3, method="tree")
@@ -530,7 +531,7 @@ def test_a_conversation_finds_its_prefix(server, model, capsys):
     capsys.readouterr()
     assert generate.main([*plainly(model), *given]) == 0
     assert [text] == [output["text"] for output in json.loads(capsys.readouterr().out)["outputs"]]
-    assert usage.prompt_tokens_details.cached_tokens > len(ids) // 2
+    assert usage.prompt_tokens_details.cached_tokens > before - 8
 
 
 def test_random_requests_for_a_while(server):
@@ -603,8 +604,10 @@ def test_sigterm_does_not_wait_for_ever():
 
 def refused(*flags: str, code: str = "pass") -> str:
     """The line with which a server refuses to begin."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import serve; {code}; "
-    program += f"sys.exit(serve.main({list(flags)}))"
+    program = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {['serve.py', *flags]}; {code}; "
+    )
+    program += f"runpy.run_path({str(ROOT / 'serve.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
@@ -665,9 +668,8 @@ def test_a_grammar_at_a_dead_end_ends_its_own_text(masks):
         sampling = Sampling(1.0)
         object.__setattr__(sampling, "grammar", matcher)
         text = Text(-1, [1, 2 + i, 3, 4, 5, 6], Request(sampling, 7), 20)
-        jobs.append(
-            Job("lookup", [Choice(0, text, Output(text.prompt, TextStream(None, [])))], False, told.extend)
-        )
+        jobs.append(Job("lookup", [Choice(0, text, Output(text.prompt, TextStream(None, [])))], False))
+        jobs[-1].tell = told.extend
         engine.submit(jobs[-1])
     engine.read_messages(wait=True)
     [lane] = engine.lanes.values()
@@ -685,7 +687,7 @@ def test_a_grammar_at_a_dead_end_ends_its_own_text(masks):
 
 
 def test_others_go_on_while_a_long_prompt_is_read():
-    """Between two steps of a text, no more than a chunk of another prompt is read."""
+    """Between two steps of a text, another one goes on by a chunk of its prompt, and at its end by a step."""
     from gpt_spec import Decoder, Request, Sampling, Stats, Text
 
     decoder = Decoder(random_model(), None, Sampling(), 200, 2, compile=False)
@@ -698,4 +700,4 @@ def test_others_go_on_while_a_long_prompt_is_read():
             seen += [(e.prompt_index, long.length) for e in emissions]
     lengths = [length for number, length in seen if number == 0]
     assert len(lengths) == 41  # the first token, and one a call
-    assert all(b - a <= 11 for a, b in zip(lengths, lengths[1:])) and long.length > 150  # or a chunk and a step
+    assert all(b - a <= 11 for a, b in zip(lengths, lengths[1:])) and long.length > 150

@@ -255,7 +255,8 @@ class Writer:
         if news.finish_reason:
             found.append(({"delta": {}} if chat else {"text": ""}) | {"finish_reason": news.finish_reason})
         usual = {"index": news.choice, "logprobs": None, "finish_reason": None}
-        step = {"tokens": news.spans, "accepted": news.accepted, "nodes": news.nodes, "drafter": news.drafter}
+        step = {"tokens": news.spans, "new": news.new, "accepted": news.accepted, "nodes": news.nodes}
+        step |= {"drafter": news.drafter}
         more = {"gpt_spec": step} if self.ask.explain else {}
         return [self.chunk | {"choices": [usual | each]} | more for each in found]
 

@@ -20,6 +20,7 @@
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
     python bench.py peers --llama_cpp DIR    # next to llama.cpp; without DIR next to transformers and PyTorch
     python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
+    python bench.py serve       # a server under the load of 1 to 64 clients, each method
 
     # your own models and prompts
     python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
@@ -70,6 +71,7 @@ from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
+from benchmarks.serve import report_serve
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import read_acceptance, report_synthetic
 from benchmarks.timing import on_gpu
@@ -87,7 +89,7 @@ REPORTS = {
     **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
-    **{"peers": report_peers, "sampling": report_sampling},
+    **{"peers": report_peers, "sampling": report_sampling, "serve": report_serve},
 }
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
 EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
@@ -102,6 +104,7 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "qspec_shape": {"shape": "llama-3.2-1b"},
     "decode": {"shape": "llama-3.2-1b"},
     "peers": {"precision": "w4a8", "max_new_tokens": 64},
+    "serve": {"prompts": 64, "max_new_tokens": 64, "precision": None},
     "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
 }
 STUDY = {  # file -> its report and settings: all tables and figures of the README
@@ -194,8 +197,12 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--shapes", default=",".join(SHAPES), help="kernels, hadamard: which, with commas")
-    p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
+    p.add_argument("--llama_cpp", help="peers, serve: the directory of llama-bench, llama-server")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
+    p.add_argument("--methods", default="autoregressive,sequential,auto", help="serve: which, with commas")
+    p.add_argument("--clients", default="1,2,4,8,16,32,64", help="serve: how many at a time, with commas")
+    p.add_argument("--rows", type=int, default=8, help="serve: texts that the server decodes at a time")
+    p.add_argument("--long_prompt", type=int, default=700, help="serve: tokens of a prompt that disturbs")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
 
 

@@ -36,6 +36,7 @@ class News(NamedTuple):
     spans: list[tuple[str, bool]] = []  # pieces of text, a token each, and whether the drafter proposed it
     said: list[Said] = []  # where log-probabilities were asked for
     finish_reason: str | None = None
+    new: int = 0  # tokens
     accepted: int | None = None  # of the step; None with the first token, which comes from prefill
     nodes: int = 0  # that were verified
     drafter: str = ""  # its name, where there is a choice
@@ -120,7 +121,7 @@ class Lane:
         spans = [(text, output.drafted[token]) for token, text in output.stream.new_spans()]
         said = output.new_logprobs() if job.logprobs else []
         step = () if draft is None else (emission.accepted, draft.tokens.shape[1], draft.drafter)
-        return News(choice.index, spans, said, emission.finish_reason, *step)
+        return News(choice.index, spans, said, emission.finish_reason, len(emission.tokens), *step)
 
     def fail(self, error: Exception, news: list[tuple[Job, News]]) -> None:
         """A step failed: the texts to blame end, those whose grammars cannot go on, or else all that are in

@@ -427,19 +427,29 @@ class Decoder(Level):
 
         Between two calls, texts may come to `waiting`, and `leave` may end others.
         """
-        while waiting and None in self.rows:
-            self.join(waiting.popleft(), reuse)
-        for row, text in enumerate(self.rows):
-            if text is not None and not text.is_read:
-                self.timer.start()
-                end = min(text.length + (chunk or len(text.prompt)), len(text.prompt))
-                first = self.prefill(row, text.prompt, text.request, text.length, end)
-                text.length = end
-                self.stats.count_prefill(self.timer.lap(), first is not None)
-                if first is not None:
-                    yield [self.emit(row, first, ends)]
+        read: list[Text] = []  # texts that have had their chunk
+        while True:
+            while waiting and None in self.rows:  # again and again: a text may end with its first token
+                self.join(waiting.popleft(), reuse)
+            unread = [row for row, text in enumerate(self.rows) if text is not None and not text.is_read]
+            row = next((row for row in unread if self.rows[row] not in read), None)
+            if row is None:
+                break
+            text = self.rows[row]
+            read.append(text)
+            if first := self.read_prompt(row, text, chunk or len(text.prompt)):
+                yield [self.emit(row, first, ends)]
         if any(self.growing()) and (emissions := self.step_texts(ends)):
             yield emissions  # there are none where all texts that the step was begun for are done
+
+    def read_prompt(self, row: int, text: Text, most: int) -> Verified | None:
+        """Up to so many tokens of a prompt -> the first new token, where that is the end of it."""
+        self.timer.start()
+        end = min(text.length + most, len(text.prompt))
+        first = self.prefill(row, text.prompt, text.request, text.length, end)
+        text.length = end
+        self.stats.count_prefill(self.timer.lap(), first is not None)
+        return first
 
     def join(self, text: Text, reuse: bool) -> None:
         """A text takes a free row: one whose last text it continues, or else the one that is free longest."""

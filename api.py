@@ -207,7 +207,7 @@ def read_top(given: Namespace, chat: bool) -> int | None:
         if top:
             raise BadInput("top_logprobs needs logprobs: true")
         return None
-    top = 0 if chat and top is None else top
+    top = 0 if chat and top is None else None if top is False else top
     if top is not None and (top is True or not 0 <= top <= MOST_LOGPROBS):
         raise BadInput(f"{name} is {top}; it must be 0 to {MOST_LOGPROBS}")
     return top

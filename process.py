@@ -138,13 +138,11 @@ def need(requirements: str) -> None:
     from importlib import metadata
     from pathlib import Path
 
-    wrong = []
+    wrong: list[str] = []
     for line in Path(__file__).with_name(requirements).read_text().split():
         name, least = line.split(">=")
-        try:
-            have = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            have = ""
+        found = metadata.distributions(name=name)
+        have = next((each.version for each in found), "")
         ours, wanted = ([int(n) for n in text.split(".") if n.isdecimal()] for text in (have, least))
         wrong += [line] if ours < wanted else []
     if wrong:

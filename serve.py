@@ -54,6 +54,7 @@ FLAGS = (  # of generate.py: those that choose models, methods and precisions, a
     *("draft_precision", "speculate_k", "draft_confidence", "tree_size", "tree_depth", "tree_topk"),
     *("draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device"),
 )
+PAGE = Path(__file__).with_name("serve.html")
 SLOW = 30  # seconds in which the body of a request must have come
 
 
@@ -139,10 +140,9 @@ class Front:
         self.args, self.engine, self.reader, self.begun = args, engine, reader, int(time.time())
         self.texts = 0  # that were taken in and have not ended
         self.answered: Counter[int] = Counter()  # requests by status
-        page = FileResponse(Path(__file__).with_name("serve.html"))
         self.app = Starlette(
             routes=[
-                Route("/", lambda request: page),
+                Route("/", lambda request: FileResponse(PAGE)),
                 Route("/health", lambda request: JSONResponse({"status": "ok"})),
                 Route("/metrics", self.metrics),
                 Route("/v1/models", self.models),
@@ -308,19 +308,23 @@ def run(argv: list[str] | None) -> int:
     server = uvicorn.Server(uvicorn.Config(Front(args, engine, reader).app, **limits, **quiet))
 
     def serve() -> None:
-        server.run([listener])
-        engine.stop()
+        try:
+            server.run([listener])
+        finally:
+            engine.stop()
 
-    def stop(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         server.should_exit, server.force_exit = True, server.should_exit  # at once if asked twice
+        signals.add(number)
 
+    signals: set[int] = set()
     signal.signal(signal.SIGTERM, stop)
     process.heed_ctrl_c(stop)
     threading.Thread(target=serve, daemon=True).start()
     host, port = listener.getsockname()[:2]
     print(f"{reader.name}: http://{host}:{port}", file=sys.stderr, flush=True)
     engine.run()
-    return 0
+    return process.INTERRUPTED if signal.SIGINT in signals else 0
 
 
 def main(argv: list[str] | None = None) -> int:

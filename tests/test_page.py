@@ -166,7 +166,7 @@ def picture(file: str) -> None:
         browser.send("Emulation.setDeviceMetricsOverride", **size)
         browser.send("Page.navigate", url=server.url)
         browser.wait("document.querySelectorAll('#method option').length == 3")
-        browser.run("at('tokens').value = 120")
+        browser.run("at('tokens').value = 120; at('temperature').value = 0.7")
         browser.ask(PROMPT, 1)
         with open(file, "wb") as output:
             output.write(base64.b64decode(browser.send("Page.captureScreenshot", format="png")["data"]))

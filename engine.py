@@ -23,7 +23,7 @@ from itertools import count
 from typing import NamedTuple
 
 from costs import Histogram, Stats, Stopwatch
-from drafts import Emission, Text
+from drafts import PREFILL_CHUNK, Emission, Text
 from gpt_spec import Decoder
 from model import BadInput
 from show import Output, Said
@@ -68,8 +68,12 @@ class Job:
 class Lane:
     """A decoder, with the texts that wait for its rows and those that are in them."""
 
-    def __init__(self, decoder: Decoder, chunk: int):
-        self.decoder, self.chunk, self.stats = decoder, chunk, Stats()
+    def __init__(self, decoder: Decoder, chunk: int | None):
+        """`chunk`: tokens of a prompt to read between two steps; None for about as many as a step has nodes,
+        so that a chunk takes no longer than a step."""
+        rows, sizes = decoder.setup.batch_size, sorted(decoder.drafter.draft_sizes())
+        usual = max(8, rows * sizes[len(sizes) // 2]) if rows > 1 else PREFILL_CHUNK
+        self.decoder, self.chunk, self.stats = decoder, chunk or usual, Stats()
         self.waiting: deque[Text] = deque()
         self.owners: dict[int, tuple[Job, Choice]] = {}  # of all these texts, by their prompt_index
         self.numbers = count()
@@ -144,7 +148,7 @@ class Lane:
 class Engine:
     """Lanes by the names of their methods, and the thread that runs them."""
 
-    def __init__(self, decoders: dict[str, Decoder], chunk: int):
+    def __init__(self, decoders: dict[str, Decoder], chunk: int | None = None):
         self.lanes = {method: Lane(decoder, chunk) for method, decoder in decoders.items()}
         self.messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.running, names = True, ("time_to_first_token_seconds", "inter_token_latency_seconds")

@@ -71,7 +71,7 @@ def build_parser() -> OneLineParser:
     length = "tokens of a text with its prompt (default: the model's context, at most 8192)"
     p.add_argument("--max_length", type=int, default=generate.CHAT_CONTEXT, help=length)
     p.add_argument("--max_tokens", type=int, help="of an answer (default: what there is room for)")
-    chunk = "tokens of a prompt to read between two steps of other texts (default: 64, on a GPU 512)"
+    chunk = "tokens of a prompt to read between two steps of other texts (default: what takes as long as one)"
     p.add_argument("--prefill_chunk", type=int, metavar="N", help=chunk)
     p.add_argument("--max_waiting", type=int, default=64, help="texts that wait for a row; others get a 429")
     p.add_argument("--max_connections", type=int, default=256, help="others get a 503")
@@ -300,7 +300,7 @@ def run(argv: list[str] | None) -> int:
     except (OSError, OverflowError) as error:
         raise BadInput(f"--port: cannot listen at {args.host}, port {args.port} ({error})") from None
     target, decoders = load(args)
-    engine = Engine(decoders, args.prefill_chunk or (512 if args.device.startswith("cuda") else 64))
+    engine = Engine(decoders, args.prefill_chunk or (512 if args.device.startswith("cuda") else None))
     path = Path(args.checkpoint_path or generate.SHIPPED_TARGET)
     reader = Reader(args.served_name or path.resolve().name, target, decoders, args.max_tokens)
     limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": args.grace}

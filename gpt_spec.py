@@ -377,9 +377,9 @@ class Decoder(Level):
     def requests(
         self,
         prompts: list[list[int]],
-        seeds: list[int] | None,
-        samplings: list[Sampling] | None,
-        stops: frozenset[int],
+        seeds: list[int] | None = None,
+        samplings: list[Sampling] | None = None,
+        stops: frozenset[int] = frozenset(),
     ) -> list[Request]:
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
         ours, count = self.setup.sampling, len(prompts)

@@ -637,7 +637,7 @@ def test_texts_that_come_and_go_between_steps(target, name):
     alone = texts(target, prompts, sampling=SAMPLED, max_new_tokens=20)
     decoder = Decoder(target, drafters(target)[name], SAMPLED, 90, batch_size=3, compile=False)
     decoder.count_into(stats := Stats())
-    requests = decoder.requests(prompts, None, None, frozenset())
+    requests = decoder.requests(prompts)
     coming = [Text(i, prompt, request, 20) for i, (prompt, request) in enumerate(zip(prompts, requests))]
     waiting, out, shared = deque(), [[] for _ in prompts], 0
     while coming or waiting or any(decoder.rows):

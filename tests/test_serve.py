@@ -514,11 +514,9 @@ def test_a_conversation_finds_its_prefix(server, model, capsys):
         assert turn == 0 or cached > before - 8  # the last line of the prompt names no role
         before = usage.prompt_tokens
         history += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
-    prompt = "".join(f"# {m['role']}: {m['content']}\n" for m in history) + "# answer:\n"
     [text], _, usage = completed(server, history, temperature=0.9, seed=3, method="tree")
-    tokenizer = generate.load_tokenizer(model)
-    ids = tokenizer.encode_text(prompt)
-    assert ids == tokenizer.encode_chat(history) and usage.prompt_tokens == len(ids)
+    ids = generate.load_tokenizer(model).encode_chat(history)
+    assert usage.prompt_tokens == len(ids)
     given = [
         "--prompt_ids",
         ",".join(map(str, ids)),

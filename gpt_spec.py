@@ -527,7 +527,7 @@ class Decoder(Level):
         """A text leaves its row, which is free from now on and keeps the caches for `reuse`."""
         # Drop what was cut off. By `fill_`: assigning a number would make the host wait for a GPU.
         self.state.active[row].fill_(False)
-        self.state.length[row].fill_(self.rows[row].length)
+        self.state.length[row].fill_(max(self.rows[row].length, 1))  # drafters look one token back
         self.controls.matchers[row], self.rows[row] = None, None
         self.order.remove(row)
         self.order.append(row)

@@ -181,14 +181,16 @@ def measure(
         times = [1e3 * row[key] for key in ("first_token_median", "first_token_99", "gap_median", "gap_99")]
         line = "".join(f"{value:9.1f}" for value in (row["tokens_per_second"], *times))
         print(f"{name:16}{clients:8}{line}", flush=True)
-    rows["long_prompt"] = gaps = asyncio.run(longest_gaps(port, prompts, long, args.rows - 1, **fields))
+    streams = max(args.rows - 1, 1)
+    rows["long_prompt"] = gaps = asyncio.run(longest_gaps(port, prompts, long, streams, **fields))
     parts = ", ".join(f"{key.replace('_', ' ')} {1e3 * value:.1f} ms" for key, value in gaps.items())
-    print(f"{name:16}gaps of {args.rows - 1} streams: {parts}", flush=True)
+    print(f"{name:16}gaps of {streams} streams: {parts}", flush=True)
     return rows
 
 
 def report_serve(args: argparse.Namespace) -> dict[str, Any]:
     """Each method of ours in one server, then llama.cpp's."""
+    program = find_llama_server(args) if args.llama_cpp else None
     directory = find_checkpoint(str(args.checkpoint_path or SHIPPED_TARGET))
     tokenizer = load_tokenizer(directory)
     prompts = [p.tokens for p in read_prompt_file(args.prompt_file or HELD_OUT, tokenizer, args.prompts)]
@@ -204,18 +206,24 @@ def report_serve(args: argparse.Namespace) -> dict[str, Any]:
     for method in methods:
         results[method]["without_server"] = speed = without_server(prompts, args.rows, method, args)
         print(f"{method:16}generate.py --batch_size {args.rows}: {speed:.1f} tokens/s", flush=True)
-    if args.llama_cpp:
-        results["llama.cpp"] = measure_llama_cpp(prompts, long, args)
+    if program:
+        results["llama.cpp"] = measure_llama_cpp(program, prompts, long, args)
     return results
 
 
-def measure_llama_cpp(prompts: list[list[int]], long: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """The same requests to llama-server, which has one slot for each of our rows."""
+def find_llama_server(args: argparse.Namespace) -> Path:
     places = [Path(args.llama_cpp, folder, "llama-server") for folder in ("", "bin")]
     program = next((place for place in places if place.is_file()), None)
     if program is None or not args.gguf:
         raise BadInput("--llama_cpp: serve needs llama-server there or in its bin/, and --gguf")
+    return program.resolve()
+
+
+def measure_llama_cpp(
+    program: Path, prompts: list[list[int]], long: list[int], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The same requests to llama-server, which has one slot for each of our rows."""
     port, room = free_port(), 2 * max(map(len, (*prompts, long))) + args.max_new_tokens
     flags = ["-m", args.gguf, "--port", str(port), "-np", str(args.rows), "-c", str(args.rows * room)]
-    with running([str(program.resolve()), *flags], port):
+    with running([str(program), *flags], port):
         return measure("llama.cpp", port, prompts, long, args)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_HEAD, SHIPPED_SMALL, SHIPPED_TARGET, random_model
 
+import bench
 import generate
 from scripts import soak_server
 
@@ -625,6 +626,27 @@ def test_a_server_that_cannot_begin_says_why_in_a_line():
     assert "uvicorn>=" in refused(code=old) and "starlette" not in refused(code=old)
     none = "import importlib.metadata as m; m.distributions = lambda name: iter(())"
     assert "starlette" in refused(code=none) and "pip install -r requirements-serve.txt" in refused(code=none)
+
+
+def test_bench_puts_a_server_under_load(capsys, tmp_path):
+    sizes = [
+        "--clients",
+        "1,2",
+        "--prompts",
+        "3",
+        "--max_new_tokens",
+        "8",
+        "--long_prompt",
+        "90",
+        "--rows",
+        "2",
+    ]
+    assert bench.main(["serve", "--methods", "lookup", *sizes]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["lookup"]
+    assert found["without_server"] > 0 and found["1"]["gap_99"] >= found["1"]["gap_median"] > 0
+    assert set(found) == {"1", "2", "long_prompt", "without_server"}
+    assert bench.main(["serve", "--llama_cpp", str(tmp_path)]) == 2
+    assert "llama-server" in capsys.readouterr().err
 
 
 # ---- The engine ----------------------------------------------------------------------------------

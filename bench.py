@@ -22,6 +22,7 @@
     python bench.py peers --llama_cpp DIR    # next to llama.cpp; without DIR next to transformers and PyTorch
     python bench.py processes   # a model in one process with two threads, and in two with a thread each
     python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
+    python bench.py serve       # a server under the load of 1 to 64 clients, each method
 
     # your own models and prompts
     python bench.py methods --checkpoint_path DIR --draft_checkpoint_path DIR --prompt_file spec_bench.jsonl
@@ -67,6 +68,7 @@ from benchmarks.qspec import report_qspec, report_qspec_shape
 from benchmarks.quality import report_perplexity, report_quality
 from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
+from benchmarks.serve import report_serve
 from benchmarks.shapes import REAL_SHAPES, SHAPES
 from benchmarks.study import DEFAULTS, STUDY
 from benchmarks.synthetic import report_synthetic
@@ -87,7 +89,7 @@ REPORTS = {
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
     **{"peers": report_peers, "sampling": report_sampling, "processes": report_processes},
-    "when": report_when,
+    **{"when": report_when, "serve": report_serve},
 }
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
@@ -167,8 +169,12 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
         "--quantizer", help=f"4-bit targets of methods, quality (several with ;): {', '.join(QUANTIZERS)}"
     )
     p.add_argument("--run_code", action="store_true", help="quality: of HumanEval, run what a model wrote")
-    p.add_argument("--llama_cpp", help="peers: the directory of llama-bench and llama-completion")
+    p.add_argument("--llama_cpp", help="peers, serve: the directory of llama-bench, llama-server")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
+    p.add_argument("--methods", default="autoregressive,sequential,auto", help="serve: which, with commas")
+    p.add_argument("--clients", default="1,2,4,8,16,32,64", help="serve: how many at a time, with commas")
+    p.add_argument("--rows", type=int, default=8, help="serve: texts that the server decodes at a time")
+    p.add_argument("--long_prompt", type=int, default=700, help="serve: tokens of a prompt that disturbs")
     p.add_argument("--contestants", help="kernels: names in its table, with commas (default: all)")
 
 

@@ -266,3 +266,22 @@ def render_chat(template: str, messages: list[dict[str, Any]], variables: dict[s
     except Exception as error:  # the template is a downloaded program
         reason = f"the checkpoint's chat template does not take this conversation: {error}"
         raise BadInput(f"--chat: {reason}") from None
+
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def read_messages(messages: list[Any]) -> list[dict[str, str]]:
+    """Messages of OpenAI's API as templates know them: a role and a text. BadInput for all else."""
+    found = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadInput(f"messages: each needs a role, one of {', '.join(ROLES)}")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        if message.get("tool_calls") or not all(isinstance(text, str) for text in texts):
+            raise BadInput("messages: one holds something else than text, which is not implemented")
+        found.append({"role": ROLES[role], "content": "".join(texts)})
+    return found

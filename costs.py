@@ -94,11 +94,11 @@ class Stats:
         steps = self.accepted_histogram
         return [sum(steps[i + 1 :]) / self.target_forwards for i in range(len(steps) - 1)]
 
-    def count_prefill(self, seconds: float, since_start: float) -> None:
-        self.outputs += 1
-        self.new_tokens += 1
+    def count_prefill(self, seconds: float, all_is_read: bool = True) -> None:
+        """A prompt was read, or a part of it. Its end gives the first new token."""
+        self.outputs += all_is_read
+        self.new_tokens += all_is_read
         self.prefill_seconds += seconds
-        self.time_to_first_token_seconds = self.time_to_first_token_seconds or since_start
 
     def count_row(self, draft: Any, result: Any, accepted: int, tokens: int) -> None:
         """One text of a verified draft. A cut left `tokens` of it, `accepted` of them drafted."""
@@ -114,6 +114,19 @@ class Stats:
         self.nodes_histogram[n] = self.nodes_histogram.get(n, 0) + 1
         if draft.drafter:
             self.drafter_histogram[draft.drafter] = self.drafter_histogram.get(draft.drafter, 0) + 1
+
+
+@dataclass
+class Histogram:
+    """How many times were at most each bound, as Prometheus wants it, and their sum. In seconds."""
+
+    BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, math.inf)
+    counts: list[int] = field(default_factory=lambda: [0] * len(Histogram.BOUNDS))
+    sum: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts = [count + (value <= bound) for count, bound in zip(self.counts, self.BOUNDS)]
+        self.sum += value
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """drafts.py: what the loop works with: drafts, accepting them, texts in a cache, drafters.
 
 Read it after `model.py` and `sampling.py`, and before `gpt_spec.py`, where the loop puts these parts
-together. `Drafter` at the end is all that a method of speculative decoding has to be.
+together. `Drafter` is all that a method of speculative decoding has to be.
 
     path, accepted = accept(tokens, parent, picks, *tree_geometry(parent, depth), depth)
 
@@ -11,6 +11,7 @@ depends on what was proposed (see `sampling.py`), so accepting a draft is compar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from costs import Pace, Stats
 from model import BadInput, CheckpointModule, KVCache, Transformer
-from sampling import Logprob
+from sampling import Logprob, Sampling
 
 # --------------------------------------------------------------------------------------------------
 # Drafts: trees of tokens whose node 0 is the root
@@ -246,7 +247,8 @@ class Drafter:
         self.pace = Pace(clock=level.clock)
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
-        """A new text int64 [P] begins in `row`; tokens before `start` are in the caches already."""
+        """A text int64 [P] was read in `row`, of which the caches have all before `start`: a prompt,
+        or as much of it as the target has read so far."""
 
     def rewind(self, length: Tensor) -> None:
         """Go back to `length` int64 [B] in rows that are beyond it: other tokens follow. Only for drafters
@@ -263,3 +265,58 @@ class Drafter:
 
     def count_into(self, stats: Stats) -> None:
         """Count the steps of levels inside the drafter, if it has any, in `stats.inside`."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts, as the host sees them
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Emission:
+    """New tokens of one prompt; the first `accepted` were drafted, the others are the target's own."""
+
+    prompt_index: int  # in the list of prompts
+    tokens: list[int]
+    accepted: int = 0
+    finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
+    draft: Draft | None = None  # what was verified for it; the first token comes from prefill and has none
+    row: int = 0  # of the batch
+    logprobs: list[Logprob] | None = None  # of the tokens, where the decoder was asked for them
+
+
+class Request(NamedTuple):
+    """What is asked for a prompt."""
+
+    sampling: Sampling
+    seed: int  # the key of its noise
+    stops: frozenset[int] = frozenset()  # the stop tokens, for `min_tokens`
+
+
+@dataclass
+class Text:
+    """The host's view of a text: it waits for a row of the batch, reads its prompt there, then grows."""
+
+    prompt_index: int
+    prompt: list[int]
+    request: Request
+    budget: int  # new tokens it may still emit
+    length: int = 0  # tokens of it that are in the caches
+    shared: int = 0  # of its prompt, tokens that were in the caches of its row before
+
+    @property
+    def is_read(self) -> bool:
+        return self.length >= len(self.prompt)
+
+
+def cut(text: Text, gained: Verified, ends: Callable[[int, int], bool]) -> Emission:
+    """The new tokens of a text up to and including the one that ends it."""
+    reason, count = None, len(gained.tokens)
+    for i, token in enumerate(gained.tokens, start=1):
+        reason = "stop" if ends(text.prompt_index, token) else "length" if i == text.budget else None
+        if reason:
+            count = i
+            break
+    said = None if gained.logprobs is None else gained.logprobs[:count]
+    accepted = min(gained.accepted, count)
+    return Emission(text.prompt_index, gained.tokens[:count], accepted, reason, logprobs=said)

@@ -662,11 +662,9 @@ def can_compile(args: argparse.Namespace) -> bool:
     if args.compile == "none" or not args.device.startswith("cpu"):
         return args.compile != "none"
     if not kernels.load() and kernels.PATH != "reference":
-        print(
-            "running without our kernels, which is slower, and not exact across numbers of rows: near-ties "
-            "may fall another way when several tokens are verified at once",
-            file=sys.stderr,
-        )
+        why = "near-ties may fall another way when several tokens are verified at once"
+        slow = "running without our kernels, which is slower, and not exact across numbers of rows"
+        print(f"{slow}: {why}", file=sys.stderr)
     return kernels.load()
 
 
@@ -712,9 +710,9 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     files = {
         f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
     }
-    sources = [path.read_bytes() for path in SOURCES]
-    ours = {"gpt-spec": hashlib.sha256(b"".join(sources)).hexdigest()[:16], "GPT_SPEC_KERNELS": kernels.PATH}
-    return {"torch": torch.__version__} | ours | vars(args) | files
+    ours = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))).hexdigest()[:16]
+    versions = {"torch": torch.__version__, "gpt-spec": ours, "GPT_SPEC_KERNELS": kernels.PATH}
+    return versions | vars(args) | files
 
 
 def run_with(ranks: Ranks, args: argparse.Namespace) -> int:

@@ -31,16 +31,20 @@ from drafts import (
     MAX_DRAFT_DEPTH,
     Draft,
     Drafter,
+    Emission,
+    Request,
     State,
+    Text,
     Verified,
     accept,
     check_vocabulary,
+    cut,
     extend,
     prefill,
     tree_geometry,
 )
 from eagle import TreeDrafter  # noqa: F401  all drafters can be imported from here
-from model import BadInput, KVCache, ModelConfig, Transformer
+from model import BadInput, KVCache, Transformer, cache_length, check_dynamic, check_prompt, check_window
 from prompts import Prompts, check_kind, number, plain, token_lists, whole_number, whole_numbers
 from runtime import Fetch, Runtime, no_grad, warm_up
 from sampling import Controls, Logprob, Nodes, Sampling, check_seed, logprobs, read_logprobs
@@ -290,36 +294,6 @@ class Level:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Emission:
-    """New tokens of one prompt; the first `accepted` were drafted, the others are the target's own."""
-
-    prompt_index: int  # in the list of prompts
-    tokens: list[int]
-    accepted: int = 0
-    finish_reason: str | None = None  # "stop" or "length" with the last emission of a prompt
-    draft: Draft | None = None  # what was verified for it; the first token comes from prefill and has none
-    row: int = 0  # of the batch
-    logprobs: list[Logprob] | None = None  # of the tokens, where the decoder was asked for them
-
-
-@dataclass
-class Row:
-    """The host's view of a text in a row of the batch."""
-
-    prompt_index: int
-    budget: int  # new tokens it may still emit
-    text_length: int  # tokens so far, prompt and root included
-
-
-class Request(NamedTuple):
-    """What is asked for a prompt."""
-
-    sampling: Sampling
-    seed: int  # the key of its noise
-    stops: frozenset[int] = frozenset()  # the stop tokens, for `min_tokens`
-
-
 class Decoder(Level):
     """A target, a drafter and their caches, for `batch_size` texts of up to `max_length` tokens at a time."""
 
@@ -358,6 +332,11 @@ class Decoder(Level):
         # Begin the next step before this one is read? If the device does all the work of a step, it then
         # never waits for the host. In return, the drafter learns from a step one step late.
         self.runs_ahead = self.is_one_graph
+        self.rows: list[Text | None] = [None] * batch_size
+        self.order = list(range(batch_size))  # of the rows: the one that was left last is the last
+        self.ahead: tuple[Step, list[Text | None]] | None = None  # a step that was begun, and for which texts
+        self.timer = runtime.stopwatch()
+        self.expect([sampling], self.controls.has_room, logprobs)
 
     def run(
         self,
@@ -386,17 +365,21 @@ class Decoder(Level):
                 check_window(model.config, min(len(tokens) + max_new_tokens, self.max_length))
         stops = plain(stop_ids)
         stops = frozenset(whole_numbers("stop id", [stops] if isinstance(stops, int) else stops))
-        requests = self.requests(prompts, seeds, samplings, stops)
-        ends = partial(text_ends, stops, should_stop)
-        stats = Stats() if stats is None else stats
-        return self.decode(prompts, max_new_tokens, ends, stats, reuse, requests)
+        stats, room = Stats() if stats is None else stats, self.max_length
+        each = zip(prompts, self.requests(prompts, seeds, samplings, stops))
+        waiting = deque(Text(i, p, r, min(max_new_tokens, room - len(p))) for i, (p, r) in enumerate(each))
+
+        def ends(prompt: int, token: int) -> bool:
+            return token in stops or (should_stop is not None and should_stop(prompt, token))
+
+        return self.decode(waiting, ends, stats, reuse)
 
     def requests(
         self,
         prompts: list[list[int]],
-        seeds: list[int] | None,
-        samplings: list[Sampling] | None,
-        stops: frozenset[int],
+        seeds: list[int] | None = None,
+        samplings: list[Sampling] | None = None,
+        stops: frozenset[int] = frozenset(),
     ) -> list[Request]:
         """What is asked for each prompt: see `run`. BadInput for what cannot be."""
         ours, count = self.setup.sampling, len(prompts)
@@ -414,58 +397,103 @@ class Decoder(Level):
         return [Request(sampling, seed, known) for sampling, seed in zip(every, keys)]
 
     def decode(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        ends: Callable[[int, int], bool],
-        stats: Stats,
-        reuse: bool,
-        requests: list[Request],
+        self, waiting: deque[Text], ends: Callable[[int, int], bool], stats: Stats, reuse: bool
     ) -> Iterator[list[Emission]]:
         """`run`, after its checks. `ends(prompt index, token)`: does a text end with this token?"""
         self.state.active.fill_(False)  # an earlier run may have been abandoned half way
-        self.controls.expect([self.setup.sampling, *(request.sampling for request in requests)])
+        self.rows, self.ahead = [None] * self.setup.batch_size, None
+        samplings = [self.setup.sampling, *(text.request.sampling for text in waiting)]
+        self.expect(samplings, self.controls.has_room, self.setup.logprobs)
         self.count_into(stats)
-        waiting, total, watch = deque(range(len(prompts))), Stopwatch(), self.setup.runtime.stopwatch()
-        rows: list[Row | None] = [None] * self.setup.batch_size
-        ahead: tuple[Step, list[Row | None]] | None = None  # a step that was begun, and for which texts
-        while waiting or any(rows):
-            # A free row takes the next prompt, whose first token comes from prefill.
-            while waiting and None in rows:
-                watch.start()
-                b, i = rows.index(None), waiting.popleft()
-                budget = min(max_new_tokens, self.max_length - len(prompts[i]))
-                rows[b] = Row(i, budget, len(prompts[i]))
-                first = self.prefill(b, prompts[i], requests[i], reuse)
-                stats.count_prefill(watch.lap(), total.seconds)
-                yield [self.emit(rows, b, first, ends)]
-            if not any(rows):
-                continue
-            # All rows take a step. On a GPU the next one may begin before this one is read.
-            if ahead is None:
-                watch.start()  # otherwise it has been running since the last one was read
-            step, texts = ahead or (self.begin(), list(rows))
-            ahead = (self.begin(), list(rows)) if self.may_go_on(step, rows) else None
-            verified = self.read(step)
-            # Each row emits what it has gained, and is free if its text ends with that.
-            emissions, used = [], []
-            for b in (b for b, row in enumerate(rows) if row is not None and row is texts[b]):
-                emissions.append(self.emit(rows, b, verified[b], ends, step.draft))
-                used.append((verified[b], emissions[-1].accepted, len(emissions[-1].tokens)))
-            self.count_step(step.draft, used, watch.lap())
-            if emissions:  # none where all texts that the step was begun for are done
+        watch = Stopwatch()
+        while waiting or any(self.rows):
+            for emissions in self.advance(waiting, ends, reuse):
+                stats.time_to_first_token_seconds = stats.time_to_first_token_seconds or watch.seconds
                 yield emissions
 
+    def expect(self, samplings: list[Sampling], full: bool, logprobs: int | None) -> None:
+        """What steps do from now on: masks where one of these requests has a grammar; with `full`, whatever
+        else changes logits; and `logprobs`, see `Decoder`. More than texts need costs time, and that is all.
+        """
+        self.controls.expect(samplings)
+        self.controls.full, self.logprobs = full, logprobs
+        self.setup.runtime.mode[:] = [full, logprobs]
+
+    def advance(
+        self, waiting: deque[Text], ends: Callable, reuse: bool = False, chunk: int | None = None
+    ) -> Iterator[list[Emission]]:
+        """Free rows take texts that wait. Then every text goes on: by `chunk` tokens of its prompt (None: all
+        of it), whose end gives the first new token, or else by a step.
+
+        Between two calls, texts may come to `waiting`, and `leave` may end others.
+        """
+        read: list[Text] = []  # texts that have had their chunk
+        while True:
+            while waiting and None in self.rows:  # again and again: a text may end with its first token
+                self.join(waiting.popleft(), reuse)
+            unread = [row for row, text in enumerate(self.rows) if text is not None and not text.is_read]
+            row = next((row for row in unread if self.rows[row] not in read), None)
+            if row is None:
+                break
+            text = self.rows[row]
+            read.append(text)
+            if first := self.read_prompt(row, text, chunk or len(text.prompt)):
+                yield [self.emit(row, first, ends)]
+        if any(self.growing()) and (emissions := self.step_texts(ends)):
+            yield emissions  # there are none where all texts that the step was begun for are done
+
+    def read_prompt(self, row: int, text: Text, most: int) -> Verified | None:
+        """Up to so many tokens of a prompt -> the first new token, where that is the end of it."""
+        self.timer.start()
+        end = min(text.length + most, len(text.prompt))
+        first = self.prefill(row, text.prompt, text.request, text.length, end)
+        text.length = end
+        self.stats.count_prefill(self.timer.lap(), first is not None)
+        return first
+
+    def join(self, text: Text, reuse: bool) -> None:
+        """A text takes a free row: one whose last text it continues, or else the one that is free longest."""
+        free = [row for row in self.order if self.rows[row] is None]
+        shared = {row: self.shared_prefix(row, text.prompt) if reuse else 0 for row in free}
+        # A few tokens at their beginning are common to all conversations.
+        row = max(free, key=lambda row: shared[row] if 8 * shared[row] > len(text.prompt) else 0)
+        self.rows[row], text.length, text.shared = text, shared[row], shared[row]
+
+    def growing(self) -> list[Text | None]:
+        """The texts by row, without those whose prompts are still to be read."""
+        return [text if text is not None and text.is_read else None for text in self.rows]
+
+    def step_texts(self, ends: Callable[[int, int], bool]) -> list[Emission]:
+        """All texts take a step. On a GPU the next one may begin before this one is read."""
+        if self.ahead is None:
+            self.timer.start()  # otherwise it has been running since the last one was read
+        step, texts = self.ahead or (self.begin(), self.growing())
+        self.ahead = (self.begin(), self.growing()) if self.may_go_on(step) else None
+        verified, emissions, used = self.read(step), [], []
+        # Each row emits what it has gained, and is free if its text ends with that.
+        for row in (row for row, text in enumerate(texts) if text is not None and text is self.rows[row]):
+            emissions.append(self.emit(row, verified[row], ends, step.draft))
+            used.append((verified[row], emissions[-1].accepted, len(emissions[-1].tokens)))
+        self.count_step(step.draft, used, self.timer.lap())
+        return emissions
+
     @no_grad
-    def prefill(self, row: int, tokens: list[int], request: Request, reuse: bool = False) -> Verified:
-        """Start a text in `row` -> its first new token. `reuse` keeps what it shares with the last text."""
-        state, device = self.state, self.state.tokens.device
-        start = self.shared_prefix(row, tokens) if reuse else 0
+    def prefill(
+        self, row: int, tokens: list[int], request: Request, start: int = 0, end: int | None = None
+    ) -> Verified | None:
+        """Read a prompt in `row`, from `start`, below which the caches have it already, to `end` -> the
+        first new token, where that is all of it."""
+        state, device, length = self.state, self.state.tokens.device, len(tokens)
+        end = length if end is None else end
         state.length[row] = start + 1  # if this is interrupted, a later `reuse` may rely on no more
-        prompt, length = torch.tensor(tokens, device=device), len(tokens)  # int64 [P]
+        prompt = torch.tensor(tokens, device=device)  # int64 [P]
         state.tokens[row, :length] = prompt
-        feature = prefill(self.model, self.cache, row, prompt, start, state.features[row], self.taps)
-        self.drafter.prefill(state, row, prompt, start)
+        read = prompt[:end]
+        feature = prefill(self.model, self.cache, row, read, start, state.features[row], self.taps)
+        self.drafter.prefill(state, row, read, start)
+        if end < length:
+            state.length[row] = end  # steps of other rows write behind it, where the next chunk goes
+            return None
         # The prompt's end is the root of a draft of one node.
         state.length[row], state.seed[row], state.active[row] = length - 1, request.seed, True
         self.controls.begin(row, request.sampling, prompt, request.stops)
@@ -481,28 +509,34 @@ class Decoder(Level):
         report = self.report(path[:, 0], parent, first, logits, path)
         return Step(Draft(first, parent, 0), Fetch(report, None)).read()[0]
 
-    def emit(
-        self, rows: list[Row | None], b: int, gained: Verified, ends, draft: Draft | None = None
-    ) -> Emission:
-        """What a row has gained, up to and including the token that ends its text. Then the row is free."""
-        row = rows[b]
-        emission = cut(row, gained, ends)
-        emission.draft, emission.row = draft, b
-        row.budget -= len(emission.tokens)
-        row.text_length += len(emission.tokens)
-        self.controls.consume(b, emission.tokens, emission.finish_reason is not None)
+    def emit(self, row: int, gained: Verified, ends: Callable, draft: Draft | None = None) -> Emission:
+        """What a text has gained, up to and including the token that ends it. Then its row is free."""
+        text = self.rows[row]
+        emission = cut(text, gained, ends)
+        emission.draft, emission.row = draft, row
+        text.budget -= len(emission.tokens)
+        text.length += len(emission.tokens) - (draft is None)  # the last one is in no cache yet
         if emission.finish_reason:
-            # Drop what was cut off. By `fill_`: assigning a number would make the host wait for a GPU.
-            self.state.active[b].fill_(False)
-            self.state.length[b].fill_(row.text_length - 1)
-            rows[b] = None
+            self.leave(row)
+        else:
+            self.controls.consume(row, emission.tokens)
         return emission
 
-    def may_go_on(self, step: Step, rows: list[Row | None]) -> bool:
-        """May the next step begin before this one is read? Not where this one may use up a row's budget or
+    @no_grad
+    def leave(self, row: int) -> None:
+        """A text leaves its row, which is free from now on and keeps the caches for `reuse`."""
+        # Drop what was cut off. By `fill_`: assigning a number would make the host wait for a GPU.
+        self.state.active[row].fill_(False)
+        self.state.length[row].fill_(max(self.rows[row].length, 1))  # drafters look one token back
+        self.controls.matchers[row], self.rows[row] = None, None
+        self.order.remove(row)
+        self.order.append(row)
+
+    def may_go_on(self, step: Step) -> bool:
+        """May the next step begin before this one is read? Not where this one may use up a text's budget or
         its room. A text that meets a stop token now is decoded a step too far, which nothing reads."""
         most, ahead = step.draft.max_depth + 1, self.runs_ahead and not self.controls.structured
-        return ahead and all(row is None or row.budget > most for row in rows)
+        return ahead and all(text is None or text.budget > most for text in self.rows)
 
     def shared_prefix(self, row: int, tokens: list[int]) -> int:
         """How many tokens of the new text are in all caches of the row. At least one is left to compute."""
@@ -510,64 +544,6 @@ class Decoder(Level):
         old = self.state.tokens[row, : max(valid, 0)].tolist()
         pairs = zip(old, tokens[:-1])
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(tokens) - 1))
-
-
-def text_ends(stop_ids: frozenset[int], should_stop: Callable | None, prompt: int, token: int) -> bool:
-    return token in stop_ids or (should_stop is not None and should_stop(prompt, token))
-
-
-def cut(row: Row, gained: Verified, ends: Callable[[int, int], bool]) -> Emission:
-    """The new tokens of a text up to and including the one that ends it."""
-    reason, count = None, len(gained.tokens)
-    for i, token in enumerate(gained.tokens, start=1):
-        reason = "stop" if ends(row.prompt_index, token) else "length" if i == row.budget else None
-        if reason:
-            count = i
-            break
-    said = None if gained.logprobs is None else gained.logprobs[:count]
-    accepted = min(gained.accepted, count)
-    return Emission(row.prompt_index, gained.tokens[:count], accepted, reason, logprobs=said)
-
-
-def cache_length(config: ModelConfig, longest: int) -> int:
-    """Tokens to allocate a cache for, when the longest text needs `longest`.
-
-    Rounded up, so that most prompts share one set of shapes, but never beyond the model's context.
-    """
-    check_window(config, longest)
-    return min(-(-longest // 512) * 512, config.max_context, config.sliding_window or config.max_context)
-
-
-def check_window(config: ModelConfig, longest: int) -> None:
-    """Raise BadInput where a sliding window, which is not implemented, would make a difference."""
-    if config.sliding_window is not None and longest > config.sliding_window:
-        raise BadInput(
-            f"the model's sliding window of {config.sliding_window} tokens is not implemented, and the text "
-            f"may grow to {longest}: shorten the prompt or lower --max_new_tokens"
-        )
-
-
-def check_dynamic(config: ModelConfig, longest: int) -> None:
-    """Raise BadInput where a text of `longest` tokens outgrows what dynamic RoPE is implemented for."""
-    if config.rope_scaling.kind == "dynamic" and longest > config.max_context:
-        raise BadInput(
-            f"dynamic RoPE is implemented within the trained context of {config.max_context} tokens only, "
-            f"and the text may grow to {longest}"
-        )
-
-
-def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
-    """Raise BadInput for a prompt that cannot be decoded; `max_length` counts at least one new token."""
-    if not tokens:
-        raise BadInput("the prompt is empty; at least one token is needed")
-    check_dynamic(config, len(tokens) + 1)
-    if len(tokens) >= max_length:
-        raise BadInput(
-            f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one"
-        )
-    wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
-    if wrong is not None:
-        raise BadInput(f"the prompt has the token id {wrong}; the model knows 0 to {config.vocab_size - 1}")
 
 
 def generate(

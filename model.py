@@ -487,3 +487,49 @@ class KVCache:
         a node of depth d already stands at position length + d.
         """
         kernels.move_slots([*self.keys, *self.values], path, length)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a model can take
+# --------------------------------------------------------------------------------------------------
+
+
+def cache_length(config: ModelConfig, longest: int) -> int:
+    """Tokens to allocate a cache for, when the longest text needs `longest`.
+
+    Rounded up, so that most prompts share one set of shapes, but never beyond the model's context.
+    """
+    check_window(config, longest)
+    return min(-(-longest // 512) * 512, config.max_context, config.sliding_window or config.max_context)
+
+
+def check_window(config: ModelConfig, longest: int) -> None:
+    """Raise BadInput where a sliding window, which is not implemented, would make a difference."""
+    if config.sliding_window is not None and longest > config.sliding_window:
+        raise BadInput(
+            f"the model's sliding window of {config.sliding_window} tokens is not implemented, and the text "
+            f"may grow to {longest}: shorten the prompt or lower --max_new_tokens"
+        )
+
+
+def check_dynamic(config: ModelConfig, longest: int) -> None:
+    """Raise BadInput where a text of `longest` tokens outgrows what dynamic RoPE is implemented for."""
+    if config.rope_scaling.kind == "dynamic" and longest > config.max_context:
+        raise BadInput(
+            f"dynamic RoPE is implemented within the trained context of {config.max_context} tokens only, "
+            f"and the text may grow to {longest}"
+        )
+
+
+def check_prompt(config: ModelConfig, tokens: list[int], max_length: int) -> None:
+    """Raise BadInput for a prompt that cannot be decoded; `max_length` counts at least one new token."""
+    if not tokens:
+        raise BadInput("the prompt is empty; at least one token is needed")
+    check_dynamic(config, len(tokens) + 1)
+    if len(tokens) >= max_length:
+        raise BadInput(
+            f"the prompt has {len(tokens)} tokens; at most {max_length - 1} leave room for a new one"
+        )
+    wrong = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
+    if wrong is not None:
+        raise BadInput(f"the prompt has the token id {wrong}; the model knows 0 to {config.vocab_size - 1}")

@@ -10,6 +10,7 @@ cannot is a `BadInput` of one line. Nothing here knows a model.
 from __future__ import annotations
 
 import operator
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -87,3 +88,18 @@ def short(value: Any) -> str:
     """A value as a message shows it: on one line, and not all of a long one."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def read_fields(given: Any, fields: dict[str, tuple[Any, ...]]) -> Namespace:
+    """Fields of an object of JSON, by a table: what each is where it is missing or null; its kinds."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
+    if not isinstance(given, dict):
+        raise BadInput(f"an object is wanted, not {short(given)}")
+    found = Namespace(**{name: usual for name, (usual, *_) in fields.items()})
+    for name, (_, *kinds) in fields.items():
+        value = given.get(name)
+        if value is not None and type(value) not in kinds:
+            wanted = " or ".join(names[kind] for kind in kinds)
+            raise BadInput(f"{name} is {short(value)}; it must be {wanted}")
+        setattr(found, name, getattr(found, name) if value is None else value)
+    return found

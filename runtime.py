@@ -16,9 +16,9 @@ import gc
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
 from types import MethodType
 from typing import Any
@@ -38,6 +38,8 @@ class Runtime:
     compile: bool  # if not, every operator is called from Python
     device: torch.device
     clock: Callable[[], float] | None = None  # that all processes of a model read alike
+    # What functions go by beside their arguments: there is a recording of its own for each content.
+    mode: list[Any] = field(default_factory=list)
 
     def stopwatch(self) -> Stopwatch:
         """For what is decided by time."""
@@ -78,9 +80,9 @@ class Runtime:
         `without_owner` makes of it."""
         function = without_owner(function)
         if self.records:
-            return Recorded(function, self.pool)
+            return Recorded(function, self.pool, self.mode)
         tapes = self.compile and self.device.type == "cpu" and kernels.load()  # tape.cpp is among the kernels
-        return Taped(function) if tapes else function
+        return Taped(function, self.mode) if tapes else function
 
     @cached_property
     def pool(self) -> tuple[int, int]:
@@ -133,13 +135,13 @@ class Taped:
     """A function of tensors, and of anything else that stays the same, as tapes: the first call with new
     shapes or arguments records one, and later ones play it. Inputs are not copied."""
 
-    def __init__(self, function: Callable):
-        self.function, self.tapes = function, {}
+    def __init__(self, function: Callable, mode: Sequence[Any] = ()):
+        self.function, self.tapes, self.mode = function, {}, mode
 
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if is_recording():
             return self.function(*arguments)
-        key = key_of(arguments)
+        key = (*self.mode, *key_of(arguments))
         if key in self.tapes:
             return self.tapes[key].run(arguments)
         self.tapes[key], results = Tape.record(self.function, *arguments)
@@ -167,15 +169,16 @@ class Recorded:
     function that is called while another one is being recorded becomes part of that one.
     """
 
-    def __init__(self, function: Callable, pool: tuple[int, int]):
-        self.function, self.pool, self.seen = function, pool, set()  # seen: keys of calls that have run
+    def __init__(self, function: Callable, pool: tuple[int, int], mode: Sequence[Any] = ()):
+        self.function, self.pool, self.mode = function, pool, mode
+        self.seen: set[tuple] = set()  # keys of calls that have run
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]] = {}
 
     def __call__(self, *arguments) -> tuple[Tensor, ...]:
         if torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
         # Inputs are copied: where they lie, and which of them are the same, makes no difference.
-        key = tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        key = (*self.mode, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments))
         if key not in self.seen:
             results = self.function(*arguments)
             self.seen.add(key)  # not before: it may have been interrupted

@@ -156,11 +156,12 @@ class Controls:
 
         self.vocabulary, self.device = vocabulary, device
         self.noisy = every or sampling.temperature > 0  # may a request have noise?
-        self.full = every or sampling.changes_logits  # may one change logits?
+        self.has_room = every or sampling.changes_logits  # may one change logits?
+        self.full = self.has_room  # may one of those that are decoded now?
         self.structured = sampling.grammar is not None  # has one a grammar, whose masks the host makes?
         self.settings = zeros(5, dtype=torch.float64)
         self.matchers: list[Any] = [None] * rows  # `grammar.Matcher`s of the texts
-        if self.full:
+        if self.has_room:
             self.counts = zeros(vocabulary, dtype=torch.int32)
             self.bias = zeros(vocabulary, dtype=torch.float32)
             self.penalties = zeros(len(PENALTIES), dtype=torch.float32).fill_(1)
@@ -172,7 +173,7 @@ class Controls:
         """For a level that drafts: the same requests, but as far as it has written their texts."""
         mine = copy(self)
         mine.structured, mine.matchers = False, [None] * len(self.matchers)
-        if self.full:
+        if self.has_room:
             mine.counts = self.counts.clone()
         return mine
 
@@ -182,7 +183,7 @@ class Controls:
 
     def check(self, sampling: Sampling, stops: Iterable[int]) -> None:
         """BadInput for a request that these tensors have no room for, or that has unknown tokens."""
-        if sampling.changes_logits and not self.full:
+        if sampling.changes_logits and not self.has_room:
             raise BadInput("this request changes logits; make the decoder with every_control=True for it")
         ids = {"logit_bias": [token for token, _ in sampling.logit_bias]}
         ids |= {"bad_words": [token for word in sampling.bad_words for token in word]}
@@ -191,7 +192,7 @@ class Controls:
             if wrong is not None:
                 raise BadInput(f"{name} has the token id {wrong}; the model knows 0 to {self.vocabulary - 1}")
         words = ban_list(sampling, stops)
-        if self.full and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
+        if self.has_room and (len(words) > BANS or any(len(word) > self.bans.shape[2] for word in words)):
             most = f"there is room for {BANS} token sequences of up to {self.bans.shape[2]} tokens"
             raise BadInput(f"bad_words: {most}, stop tokens counted where there is min_tokens")
         if (grammar := sampling.grammar) is not None:
@@ -204,7 +205,7 @@ class Controls:
         """A text begins in a row: what it asks for, and its prompt int64 [P]."""
         self.settings[row] = torch.tensor(sampling.settings, dtype=torch.float64)
         self.matchers[row] = None if sampling.grammar is None else sampling.grammar.fresh()
-        if not self.full:
+        if not self.has_room:
             return
         self.penalties[row] = torch.tensor([getattr(sampling, name) for name in PENALTIES])
         self.bias[row].zero_()
@@ -277,6 +278,7 @@ class Controls:
 
     def restart(self, above: Controls) -> None:
         """A level that drafts begins where the one above is."""
+        self.full = above.full
         if self.full:
             self.counts.copy_(above.counts)
 
@@ -291,9 +293,8 @@ class Controls:
             self.matchers[row].walk(*nodes, masks[row])
         return masks.to(self.device)
 
-    def consume(self, row: int, tokens: list[int], ended: bool) -> None:
-        """What a text has gained. When it has ended, its grammar has, too."""
-        self.matchers[row] = None if ended else self.matchers[row]
+    def consume(self, row: int, tokens: list[int]) -> None:
+        """What a text has gained, and it goes on."""
         if self.matchers[row] is not None:
             self.matchers[row].consume(tokens)
 

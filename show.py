@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from checkpoints import weight_bytes
-from costs import Stats
+from costs import Histogram, Stats
 from gpt_spec import Emission
 from sampling import Logprob
 from text import TextStream, Tokenizer
@@ -25,6 +25,13 @@ from text import TextStream, Tokenizer
 # --------------------------------------------------------------------------------------------------
 # Texts and drafts
 # --------------------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """A token of an output with its log-probability."""
+
+    begin: int  # where its text begins, in characters
+    logprob: Logprob
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Output:
     finish_reason: str | None = None
     error: str | None = None
     logprobs: list[Logprob] | None = None  # of the tokens, where they were asked for
+    said: int = 0  # of these, how many `new_logprobs` has handed out
 
     def add(self, emission: Emission) -> None:
         """Append the tokens of a step."""
@@ -54,6 +62,16 @@ class Output:
         """End the output, for `reason`."""
         self.finish_reason = reason
         self.stream.finish()
+
+    def new_logprobs(self) -> list[Said]:
+        """Of the tokens whose whole text can be shown by now, and were not handed out. A stop token has no
+        text, nor have tokens of a stop string."""
+        begins, end = [0, *self.stream.ends], self.stream.shown_tokens
+        if self.finish_reason:
+            cut = self.finish_reason == "stop" and len(self.stream.ends) == len(self.token_ids)
+            end = sum(not cut or begin < len(self.stream.text) for begin in begins[:-1])
+        first, self.said = self.said, max(self.said, end)
+        return [Said(begins[i], self.logprobs[i]) for i in range(first, self.said)]
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -232,4 +250,43 @@ def format_stats(s: dict[str, Any]) -> str:
         + (format_levels(s["levels"]) if "levels" in s else "")
         + (format_batch(s) if len(s["tokens_per_step_by_output"]) > 1 else "")
         + f"weights {s['weight_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_bytes'] / 1e6:.0f} MB"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# A server's metrics
+# --------------------------------------------------------------------------------------------------
+
+
+METRICS = {  # fields of `Stats`, as Prometheus reads them; most names are those of vLLM
+    **{"outputs": "texts_total", "new_tokens": "generation_tokens_total", "occupancy": "occupancy"},
+    **{"prefill_seconds": "prefill_seconds_total", "decode_seconds": "decode_seconds_total"},
+    **{"target_forwards": "spec_decode_num_drafts_total", "tokens_per_step": "tokens_per_step"},
+    **{"drafted_tokens": "spec_decode_num_draft_tokens_total"},
+    **{"accepted_tokens": "spec_decode_num_accepted_tokens_total"},
+}
+
+
+def metrics_text(stats: dict[str, Stats], more: dict[str, float], times: dict[str, Histogram]) -> str:
+    """What Prometheus reads: `Stats` by method; other numbers by name, perhaps with labels; histograms."""
+    values = dict(more)
+    for method, each in stats.items():
+        label = f'method="{method}"'
+        values |= {f"{name}{{{label}}}": getattr(each, of) for of, name in METRICS.items()}
+        for place in range(len(each.accepted_histogram) - 1):
+            name = f'spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{place}"}}'
+            values[name] = sum(each.accepted_histogram[place + 1 :])
+        for drafter, steps in each.drafter_histogram.items():
+            values[f'steps_by_drafter_total{{{label},drafter="{drafter}"}}'] = steps
+    for name, histogram in times.items():
+        pairs = zip(histogram.BOUNDS, histogram.counts)
+        values |= {f'{name}_bucket{{le="{str(bound).replace("inf", "+Inf")}"}}': n for bound, n in pairs}
+        values |= {f"{name}_sum": histogram.sum, f"{name}_count": histogram.counts[-1]}
+    lines: dict[str, list[str]] = {}
+    for name, value in values.items():
+        family = next((time for time in times if name.startswith(time)), name.partition("{")[0])
+        kind = "histogram" if family in times else "counter" if family.endswith("_total") else "gauge"
+        lines.setdefault(f"# TYPE gpt_spec:{family} {kind}", []).append(f"gpt_spec:{name} {value}")
+    return "".join(
+        f"{head}\n" + "".join(f"{line}\n" for line in all_of_it) for head, all_of_it in lines.items()
     )

@@ -2,6 +2,7 @@
 stale."""
 
 import copy
+from collections import deque
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +38,7 @@ from gpt_spec import (
     Level,
     LookupDrafter,
     SequentialDrafter,
+    Text,
     TextIndex,
     cache_length,
     generate,
@@ -659,6 +661,40 @@ def test_64_prompts_through_8_rows(target, many_texts, name):
     assert out == many_texts
     assert len(idle) > 10 and not any(idle)
     assert stats.row_forwards == 8 * len(idle) and 0.8 < stats.occupancy < 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_that_come_and_go_between_steps(target, name):
+    """Prompts are read seven tokens at a time, beside rows that take steps. Two texts are cancelled half way,
+    and one with half its prompt, which then comes again and finds that half in its row."""
+    prompts = random_prompts([40, 3, 25, 1, 50, 9, 17])
+    alone = texts(target, prompts, sampling=SAMPLED, max_new_tokens=20)
+    decoder = Decoder(target, drafters(target)[name], SAMPLED, 90, batch_size=3, compile=False)
+    decoder.count_into(stats := Stats())
+    requests = decoder.requests(prompts)
+    coming = [Text(i, prompt, request, 20) for i, (prompt, request) in enumerate(zip(prompts, requests))]
+    waiting, out, shared = deque(), [[] for _ in prompts], 0
+    while coming or waiting or any(decoder.rows):
+        waiting.extend([coming.pop(0)] if coming and len(waiting) < 2 else [])
+        for emissions in decoder.advance(waiting, lambda number, token: False, reuse=True, chunk=7):
+            for emission in emissions:
+                out[emission.prompt_index] += emission.tokens
+        for row, text in enumerate(decoder.rows):
+            if text is None:
+                continue
+            number, said = text.prompt_index, out[text.prompt_index]
+            shared = text.shared if number == 4 else shared
+            if text.is_read or not isinstance(decoder.drafter, AutoDrafter):  # which may not be fed yet
+                assert_level_is_fresh(decoder, target, row, (prompts[number] + said)[: text.length + 1])
+            if number in (2, 5) and len(said) > 4:
+                decoder.leave(row)
+            elif number == 4 and text.length > 20 and not shared and not said:
+                decoder.leave(row)
+                waiting.appendleft(Text(4, prompts[4], requests[4], 20))
+    for number, (text, whole) in enumerate(zip(out, alone)):
+        assert text == whole if number not in (2, 5) else text == whole[: len(text)]
+    assert shared >= 20 and stats.outputs == len(prompts)
+    assert decoder.rows == [None] * 3 and not decoder.state.active.any()
 
 
 @pytest.mark.parametrize(

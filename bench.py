@@ -135,9 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tree_size", type=int, help="nodes of trees in a hierarchy (auto; synthetic 16)")
     rows = "auto (1,8), methods, synthetic (1), sampling (1,4), qspec, qspec_shape (1,4,8,16)"
     p.add_argument("--batch_sizes", help=f"rows, with commas: {rows}")
-    p.add_argument(
-        "--methods", help="methods, synthetic: which besides autoregressive, like lookup,tree (all)"
-    )
+    p.add_argument("--methods", help="methods, synthetic: which besides autoregressive (all); serve: which")
     p.add_argument("--speculate_k", type=int, default=3, help="qspec, qspec_shape: tokens of a draft")
     p.add_argument("--min_draft_length", type=int, default=MIN_DRAFT_LENGTH)
     p.add_argument("--tokens", type=int, default=PERPLEXITY_TOKENS, help="perplexity, quality: count so many")
@@ -171,7 +169,6 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run_code", action="store_true", help="quality: of HumanEval, run what a model wrote")
     p.add_argument("--llama_cpp", help="peers, serve: the directory of llama-bench, llama-server")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")
-    p.add_argument("--methods", default="autoregressive,sequential,auto", help="serve: which, with commas")
     p.add_argument("--clients", default="1,2,4,8,16,32,64", help="serve: how many at a time, with commas")
     p.add_argument("--rows", type=int, default=8, help="serve: texts that the server decodes at a time")
     p.add_argument("--long_prompt", type=int, default=700, help="serve: tokens of a prompt that disturbs")

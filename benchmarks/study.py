@@ -22,7 +22,8 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "decode": {"shape": "llama-3.2-1b"},
     "peers": {"precision": "w4a8", "max_new_tokens": 64},
     "when": {"acceptance": "eagle3-8b"},
-    "serve": {"prompts": 64, "max_new_tokens": 64, "precision": None},
+    "serve": {"prompts": 64, "max_new_tokens": 64, "methods": "autoregressive,sequential,auto"}
+    | {"precision": None},  # the file's own
     "sampling": {"precision": "w4a8", "batch_sizes": "1,4", "prompts": 8, "max_new_tokens": 100},
 }
 STUDY = {  # file -> its report and settings: all tables and figures of the README

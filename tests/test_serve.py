@@ -623,7 +623,7 @@ def test_a_server_that_cannot_begin_says_why_in_a_line():
     assert "--tree_size" in refused("--method", "lookup", "--tree_size", "9")
     none = "import importlib.util as u; true = u.find_spec\n"
     none += "u.find_spec = lambda name, *more: None if name == 'uvicorn' else true(name, *more)"
-    assert refused(code=none) == "error: uvicorn missing; pip install -r requirements-serve.txt"
+    assert refused(code=none).strip() == "error: uvicorn missing; pip install -r requirements-serve.txt"
 
 
 def test_bench_puts_a_server_under_load(capsys, tmp_path):

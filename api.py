@@ -102,11 +102,14 @@ class Reader:
         self.vocabulary, self.lock = None, threading.Lock()
         self.matcher = lru_cache(64)(self.make_matcher)
 
-    def read(self, data: bytes, chat: bool) -> Ask:
+    def read(self, data: bytes, chat: bool, seed: int | None = None) -> Ask:
+        """The request in a body. `seed`: where the body has none; None for one that is drawn."""
         body: Any = None
         try:
             body = json.loads(data)
-            return self.ask(read_fields(body, FIELDS), body, chat)
+            ask = self.ask(read_fields(body, FIELDS), body, chat, seed)
+            ask.sent = (data, chat, ask.seed)
+            return ask
         except BadInput as error:  # which begins with the name of a field
             message = str(error).removeprefix("--")
             param = message.split()[0].rstrip(":")
@@ -114,7 +117,7 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise Refused(f"the body is not JSON: {error}") from None
 
-    def ask(self, given: Namespace, body: dict[str, Any], chat: bool) -> Ask:
+    def ask(self, given: Namespace, body: dict[str, Any], chat: bool, seed: int | None) -> Ask:
         for name in NOT_HERE:
             if body.get(name) not in (None, *USUAL.get(name, NOTHING)):
                 raise BadInput(f"{name} is not implemented here")
@@ -124,7 +127,8 @@ class Reader:
         method = given.method or next(iter(self.decoders))
         if method not in self.decoders:
             raise BadInput(f"method is {short(method)}; this server has {', '.join(self.decoders)}")
-        seed = secrets.randbelow(2**53) if given.seed is None else given.seed
+        drawn = secrets.randbelow(2**53) if seed is None else seed
+        seed = drawn if given.seed is None else given.seed
         choices, top = self.choices(given, body, chat, self.decoders[method], seed), read_top(given, chat)
         usage = read_fields(given.stream_options, FIELDS).include_usage
         how = {"chat": chat, "seed": seed, "stream": given.stream, "include_usage": usage}

@@ -21,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from costs import Histogram, Stats, Stopwatch
 from drafts import PREFILL_CHUNK, Emission, Text
 from gpt_spec import Decoder
 from model import BadInput
+from parallel import Ranks
 from show import Output, Said
 
 
@@ -63,6 +65,8 @@ class Job:
     tell: Callable[[list[News]], None] = field(init=False)
     watch: Stopwatch = field(init=False, default_factory=Stopwatch)  # since it came, or since the last news
     begun: bool = field(init=False, default=False)
+    number: int = field(init=False, default=-1)  # among those of all clients
+    sent: tuple = field(init=False, default=())  # what other processes make it of: see `Engine`
 
 
 class Lane:
@@ -148,23 +152,34 @@ class Lane:
 class Engine:
     """Lanes by the names of their methods, and the thread that runs them."""
 
-    def __init__(self, decoders: dict[str, Decoder], chunk: int | None = None):
+    def __init__(
+        self,
+        decoders: dict[str, Decoder],
+        chunk: int | None = None,
+        ranks: Ranks = Ranks(),
+        read: Callable[..., Job] | None = None,
+    ):
+        """`ranks`: the processes that share the target. Rank 0 has the clients, and the others do the same
+        with what `read` makes of the `Job.sent` of every request."""
         self.lanes = {method: Lane(decoder, chunk) for method, decoder in decoders.items()}
-        self.messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.messages: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self.ranks, self.read, self.numbers = ranks, read, count()
+        self.jobs: WeakValueDictionary[int, Job] = WeakValueDictionary()  # by number
         self.running, names = True, ("time_to_first_token_seconds", "inter_token_latency_seconds")
         self.times = {name: Histogram() for name in names}
 
     def submit(self, job: Job) -> None:
         """Decode a request. Its texts must fit the decoder."""
-        self.messages.put(lambda: self.lanes[job.method].add(job))
+        job.number = next(self.numbers)
+        self.messages.put(("add", job))
 
     def drop(self, job: Job) -> None:
         """Nobody waits for a request any more. Nothing happens if it has ended."""
-        self.messages.put(lambda: self.lanes[job.method].remove([choice.text for choice in job.choices]))
+        self.messages.put(("drop", job))
 
     def stop(self) -> None:
         """End `run`."""
-        self.messages.put(lambda: setattr(self, "running", False))
+        self.messages.put(("stop", None))
 
     def run(self) -> None:
         while self.running:
@@ -174,9 +189,24 @@ class Engine:
                 self.advance(lane)
 
     def read_messages(self, wait: bool) -> None:
-        while wait or not self.messages.empty():
-            self.messages.get()()
-            wait = False
+        """Do what was sent to rank 0, in all processes."""
+        mine: list[tuple[str, Job | None]] = []
+        while self.ranks.rank == 0 and (not self.messages.empty() or (wait and not mine)):
+            mine.append(self.messages.get())
+        self.jobs |= {job.number: job for _, job in mine if job}
+        for what, number, sent in self.ranks.tell([(w, j and j.number, j and j.sent) for w, j in mine]):
+            if what == "stop":
+                self.running = False
+                continue
+            job = self.jobs.get(number) or self.repeat(number, sent)
+            lane = self.lanes[job.method]
+            lane.add(job) if what == "add" else lane.remove([choice.text for choice in job.choices])
+
+    def repeat(self, number: int, sent: tuple) -> Job:
+        """A request of a client of rank 0, in another process. A dropped one may have ended here."""
+        job = self.jobs[number] = self.read(*sent)
+        job.tell = lambda news: None
+        return job
 
     def advance(self, lane: Lane) -> None:
         """A step of a lane. Its news are told, a message for each request."""
@@ -184,6 +214,8 @@ class Engine:
         try:
             lane.advance(news)
         except Exception as error:
+            if self.ranks.group and not isinstance(error, BadInput):
+                raise  # the processes would go on with different texts
             if not isinstance(error, BadInput):
                 traceback.print_exc(file=sys.stderr)
             lane.fail(error, news)

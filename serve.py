@@ -49,13 +49,14 @@ from cli import OneLineParser, load_kernels
 from engine import Engine, News
 from gpt_spec import Decoder
 from model import BadInput, cache_length, check_window
+from parallel import Ranks, connected
 from sampling import Sampling
 from show import metrics_text
 
 FLAGS = (  # of generate.py: those that choose models, methods and precisions, and how they run
     *("checkpoint_path", "precision", "lm_head_bits", "draft_checkpoint_path", "eagle_checkpoint_path"),
     *("draft_precision", "speculate_k", "draft_confidence", "tree_size", "tree_depth", "tree_topk"),
-    *("draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device"),
+    *("draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device", "sum_parts"),
 )
 PAGE = Path(__file__).with_name("serve.html")
 SLOW = 30  # seconds in which the body of a request must have come
@@ -97,10 +98,10 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[generate.Target, dict[str, Decoder]]:
+def load(args: argparse.Namespace, ranks: Ranks) -> tuple[generate.Target, dict[str, Decoder]]:
     """The target, and a warm decoder for each method."""
     load_kernels()
-    target, decoders, methods = generate.load_target(args), {}, args.method or [None]
+    target, decoders, methods = generate.load_target(args, ranks), {}, args.method or [None]
     if target.tokenizer is None:
         raise BadInput(f"{args.checkpoint_path}: has no tokenizer, which a server needs")
     config, compile = target.model.config, generate.can_compile(args)
@@ -118,7 +119,7 @@ def load(args: argparse.Namespace) -> tuple[generate.Target, dict[str, Decoder]]
         decoder = decoders[method] = Decoder(target.model, drafter, Sampling(1.0), *sizes, **more)
         for full in (True, False) if args.device.startswith("cuda") else (False,):
             decoder.expect([], full, None)  # a CPU records other steps when they are first asked for
-            generate.warm_up(decoder, target.precision)
+            generate.warm_up(decoder, target.precision, ranks)
     return target, decoders
 
 
@@ -297,20 +298,37 @@ class Answer:
 def run(argv: list[str] | None) -> int:
     """Serve until a signal says that it is enough -> the exit status."""
     args = read_flags(argv)
-    try:  # before models are loaded
+    with connected(args.device, args.sum_parts, patient=True) as ranks:
+        if ranks.group:
+            ranks.agree(generate.facts(args))
+        listener = listen(args) if ranks.rank == 0 else None  # before models are loaded
+        target, decoders = load(args, ranks)
+        name = args.served_name or Path(args.checkpoint_path or generate.SHIPPED_TARGET).resolve().name
+        reader = Reader(name, target, decoders, args.max_tokens)
+        chunk = args.prefill_chunk or (512 if args.device.startswith("cuda") else None)
+        engine = Engine(decoders, chunk, ranks, reader.read)
+        if listener:
+            return serve(args, engine, reader, listener)
+        for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 says when it is enough
+            signal.signal(number, signal.SIG_IGN)
+        engine.run()
+        return 0
+
+
+def listen(args: argparse.Namespace) -> socket.socket:
+    try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        listener = socket.create_server((args.host, args.port), family=family)
+        return socket.create_server((args.host, args.port), family=family)
     except (OSError, OverflowError) as error:
         raise BadInput(f"--port: cannot listen at {args.host}, port {args.port} ({error})") from None
-    target, decoders = load(args)
-    engine = Engine(decoders, args.prefill_chunk or (512 if args.device.startswith("cuda") else None))
-    path = Path(args.checkpoint_path or generate.SHIPPED_TARGET)
-    reader = Reader(args.served_name or path.resolve().name, target, decoders, args.max_tokens)
+
+
+def serve(args: argparse.Namespace, engine: Engine, reader: Reader, listener: socket.socket) -> int:
     limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": args.grace}
     quiet = {"log_level": "warning", "lifespan": "off", "ws": "none", "server_header": False}
     server = uvicorn.Server(uvicorn.Config(Front(args, engine, reader).app, **limits, **quiet))
 
-    def serve() -> None:
+    def answer() -> None:
         try:
             server.run([listener])
         finally:
@@ -324,7 +342,7 @@ def run(argv: list[str] | None) -> int:
     signal.signal(signal.SIGTERM, stop)
     process.heed_ctrl_c(stop)
     sys.setswitchinterval(2e-4)  # seconds: the engine gets Python's lock back from the other thread sooner
-    threading.Thread(target=serve, daemon=True).start()
+    threading.Thread(target=answer, daemon=True).start()
     host, port = listener.getsockname()[:2]
     print(f"{reader.name}: http://{host}:{port}", file=sys.stderr, flush=True)
     engine.run()

@@ -603,6 +603,45 @@ def test_a_signal_does_not_wait_for_ever(number, status):
     assert time.monotonic() - begin < 30
 
 
+@NEEDS_EQUAL_ROWS
+def test_two_processes_serve_one_model(model, capsys, monkeypatch):
+    """Rank 0 has the clients. The texts are those of one process that adds up in two parts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    methods = [word for method in ("tree", "lookup", "sequential") for word in ("--method", method)]
+    flags = [*model_flags(model), *methods, "--batch_size", "2"]
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *flags]
+    other = subprocess.Popen(command, env=os.environ | ranks | {"RANK": "1"})
+    with monkeypatch.context() as patch:
+        for name, value in (ranks | {"RANK": "0"}).items():
+            patch.setenv(name, value)
+        server = Server(*flags)
+    ask = {"model": "chatty", "max_tokens": 24, "temperature": 1.0}
+
+    def text(i: int) -> str:
+        more = {"method": ("tree", "lookup")[i % 2]}
+        return (
+            server.client.completions.create(prompt=PROMPTS[i], seed=5 + i, extra_body=more, **ask)
+            .choices[0]
+            .text
+        )
+
+    left = server.client.completions.create(prompt="y", stream=True, **ask | {"max_tokens": 400})
+    next(iter(left))
+    left.close()
+    with ThreadPoolExecutor() as pool:
+        texts = list(pool.map(text, range(len(PROMPTS))))
+    drawn = server.client.completions.create(prompt="z", **ask)  # a seed that rank 0 draws
+    assert server.becomes_idle()
+    assert server.end() == 0 and other.wait(timeout=60) == 0
+    how = ("--sum_parts", "2", "--temperature", "1")
+    assert texts == [each["text"] for each in generated(model, capsys, PROMPTS, *how, tokens=24)]
+    again = generated(model, capsys, ["z"], *how, seed=drawn.seed, tokens=24)
+    assert drawn.choices[0].text == again[0]["text"]
+
+
 def refused(*flags: str, code: str = "pass") -> str:
     """The line with which a server refuses to begin."""
     program = (

@@ -147,7 +147,7 @@ def drafters(target) -> dict[str, Drafter]:
         "sure": TreeDrafter(guessing_head(target, noise=0.0), tree_size=6, tree_depth=3, tree_topk=2),
         "blocks": BlockDrafter(guessing_block_head(target, False), tree_size=9),
         "shifted blocks": BlockDrafter(guessing_block_head(target, True), tree_size=9, tree_topk=3),
-        "sized blocks": BlockDrafter(guessing_block_head(target, True, noise=0.0), tree_depth=3),
+        "sized blocks": BlockDrafter(guessing_block_head(target, True, noise=0.0), None, 3, 2),
         **hierarchies(target),
     }
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_HEAD, SHIPPED_SMALL, SHIPPED_TARGET, random_model
@@ -69,7 +70,11 @@ class Server:
     def __init__(self, *flags: str):
         command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *flags]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in the background
         )
         self.lines: list[str] = []
         line = next((line for line in self.process.stderr if "http://" in line), "")

@@ -47,6 +47,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_rotation.json": "rotation",
     "cpu_hadamard.json": "hadamard --shapes llama-3.2-1b,llama-3-8b",
     "cpu_sampling.json": "sampling",
+    "cpu_processes.json": "processes --precisions bf16,w4a16 --repeats 3 --max_new_tokens 100",
     "when.json": "when",
     "cpu_exact.json": "exact",
     "cpu_exact_qspec.json": "exact --precisions w4a16 --prompts 40",

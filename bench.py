@@ -77,9 +77,10 @@ from benchmarks.when import report_when
 from checkpoints import ALL_PRECISIONS, HEAD_FLAG
 from cli import OneLineParser, check_device, load_kernels
 from eagle import TREE_DEPTH, TREE_TOPK
+from generate import processes
 from gpt_spec import MIN_DRAFT_LENGTH
 from model import BadInput
-from parallel import Ranks, connected
+from parallel import Ranks
 from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
@@ -212,7 +213,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with connected(args.device, args.sum_parts) as ranks:
+    with processes(args) as ranks:
         check_arguments(args)
         if ranks != Ranks() and args.report not in IN_PARTS:
             others = f"{', '.join(IN_PARTS)} run in several, or with --sum_parts"

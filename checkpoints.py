@@ -46,6 +46,9 @@ from text import Tokenizer, load_tokenizer, read_json
 MODELS = Path(__file__).resolve().parent / "models"
 SHIPPED_TARGET, SHIPPED_SMALL = MODELS / "python-7m", MODELS / "python-1m"
 SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle"  # of these two
+SOURCES = sorted(
+    p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")
+)  # all of ours
 HINT = "config.json and the weights do not belong together"
 HEAD_FLAG = "--eagle_checkpoint_path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
@@ -431,6 +434,17 @@ def fingerprint(directory: Path) -> str:
                     file.seek(place)
                     digest.update(file.read(1 << 20))
     return digest.hexdigest()[:16]
+
+
+def facts(flags: dict[str, Any]) -> dict[str, Any]:
+    """What all processes of a model must have in common: flags, versions, and the files that flags name."""
+    paths = {name: path for name, path in flags.items() if name.endswith("checkpoint_path") and path}
+    files = {
+        f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
+    }
+    ours = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))).hexdigest()[:16]
+    versions = {"torch": torch.__version__, "gpt-spec": ours, "GPT_SPEC_KERNELS": kernels.PATH}
+    return versions | flags | files
 
 
 def announce(model: Transformer, q: Quantization | None) -> None:

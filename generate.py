@@ -51,8 +51,9 @@ from checkpoints import (  # noqa: E402
     SHIPPED_SMALL,
     SHIPPED_TARGET,
     SMALL_HEAD,
+    SOURCES,
+    facts,
     find_checkpoint,
-    fingerprint,
     load_model,
     stop_ids,
     weight_bytes,
@@ -107,9 +108,6 @@ CHAT_CONTEXT = 8192  # tokens of an --interactive conversation, where the model 
 SPECULATE_K = 4  # tokens of a sequence, unless --speculate_k gives another number
 METHODS = ["autoregressive", "lookup", "sequential", "tree", "dflash", "hierarchical", "qspec", "auto"]
 COSTS_LAST = 24 * 3600  # seconds; a machine changes
-SOURCES = sorted(
-    p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")
-)  # all of ours
 
 
 # --------------------------------------------------------------------------------------------------
@@ -698,21 +696,17 @@ def report_errors(outputs: list[Output]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Everything between the flags and the exit status."""
-    with connected(args.device, args.sum_parts, args.interactive) as ranks:
-        if ranks.group:
-            ranks.agree(facts(args))
+    with processes(args, args.interactive) as ranks:
         return run_with(ranks, args)
 
 
-def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What all processes of a model must have in common."""
-    paths = {name: value for name, value in vars(args).items() if name.endswith("checkpoint_path") and value}
-    files = {
-        f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
-    }
-    ours = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))).hexdigest()[:16]
-    versions = {"torch": torch.__version__, "gpt-spec": ours, "GPT_SPEC_KERNELS": kernels.PATH}
-    return versions | vars(args) | files
+@contextmanager
+def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks]:
+    """`parallel.connected`, for processes that have flags, versions and files in common."""
+    with connected(args.device, args.sum_parts, patient) as ranks:
+        if ranks.group:
+            ranks.agree(facts(vars(args)))
+        yield ranks
 
 
 def run_with(ranks: Ranks, args: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ from cli import OneLineParser, load_kernels
 from engine import Engine, News
 from gpt_spec import Decoder
 from model import BadInput, cache_length, check_window
-from parallel import Ranks, connected
+from parallel import Ranks
 from sampling import Sampling
 from show import metrics_text
 
@@ -298,9 +298,7 @@ class Answer:
 def run(argv: list[str] | None) -> int:
     """Serve until a signal says that it is enough -> the exit status."""
     args = read_flags(argv)
-    with connected(args.device, args.sum_parts, patient=True) as ranks:
-        if ranks.group:
-            ranks.agree(generate.facts(args))
+    with generate.processes(args, patient=True) as ranks:
         listener = listen(args) if ranks.rank == 0 else None  # before models are loaded
         target, decoders = load(args, ranks)
         name = args.served_name or Path(args.checkpoint_path or generate.SHIPPED_TARGET).resolve().name

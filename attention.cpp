@@ -11,7 +11,7 @@
 #include "team.h"
 #include "vectors.h"
 
-using at::Tensor, std::int64_t;
+using gpt_spec::Tensor, std::int64_t;
 
 namespace {
 
@@ -130,7 +130,7 @@ constexpr int64_t ROOM = 1 << 22;       // numbers of partial results at a time,
 constexpr int RANGE = 256;             // positions: few enough that threads can share the work for one text
 constexpr int SCORES = RANGE + LANES;  // from row to row; rows a power of two apart would compete for cache lines
 constexpr int KEYS = 2 * LANES;        // positions at a time
-constexpr int TOGETHER = MAX_SUMS == 12 ? 6 : 1;  // rows (a query, a head) that share keys and values in registers
+constexpr int TOGETHER = MAX_ROWS == 8 ? 6 : 1;  // rows (a query, a head) that share keys and values in registers
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {
@@ -399,7 +399,7 @@ namespace {
 
 }  // namespace
 
-void gpt_spec::move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any) {
+void gpt_spec::move(const Tensors& caches, const Tensor& path_any, const Tensor& length_any) {
   Tensor path = path_any.contiguous(), length = length_any.contiguous();
   TORCH_CHECK(path.scalar_type() == at::kLong && length.scalar_type() == at::kLong && path.dim() == 2 &&
                   length.numel() == path.size(0),

@@ -176,10 +176,10 @@ def check_device(name: str) -> None:
         raise BadInput(f"--device: {name} is not usable here; cpu always is, cuda with an NVIDIA GPU")
 
 
-def load_kernels() -> None:
-    """Load the compiled kernels. Raises BadInput for a GPT_SPEC_KERNELS that this machine does not have."""
+def load_kernels(patient: bool = True) -> None:
+    """`kernels.load`. Raises BadInput for a GPT_SPEC_KERNELS that this machine does not have."""
     try:
-        kernels.load()
+        kernels.load(patient)
     except ValueError as error:  # of the environment variable
         raise BadInput(str(error)) from None
 

@@ -712,7 +712,7 @@ def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks
 def run_with(ranks: Ranks, args: argparse.Namespace) -> int:
     """`run`, in a process that knows the others."""
     check_arguments(args)
-    load_kernels()
+    load_kernels(patient=ranks.count > 1 or args.check_head)
     structure = check_sampling(args)  # before a model is loaded
     target = load_target(args, ranks)
     method, drafter = build_drafter(args, target)

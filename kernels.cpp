@@ -11,7 +11,7 @@
 #include "team.h"
 #include "vectors.h"
 
-using gpt_spec::OptionalTensor, at::Tensor, std::int64_t;
+using gpt_spec::OptionalTensor, gpt_spec::Tensor, std::int64_t;
 
 namespace {
 
@@ -127,7 +127,7 @@ struct Weight {
   int inputs;             // in one step: 2 (bf16), 4 (int8) or 8 (4-bit)
   int64_t chunk, chunks;  // inputs that are added up together, a part of a group: 16 or 32 steps, if they come out even
 
-  Weight(const at::Tensor& packed, const uint16_t* scales, const uint16_t* zeros, int64_t out, int64_t groups)
+  Weight(const Tensor& packed, const uint16_t* scales, const uint16_t* zeros, int64_t out, int64_t groups)
       : bytes((const uint8_t*)packed.const_data_ptr()), scales(scales), zeros(zeros), out(out), groups(groups) {
     inputs = packed.scalar_type() == at::kBFloat16 ? 2 : packed.scalar_type() == at::kChar ? 4 : 8;
     blocks = packed.size(0), in = packed.size(1) * inputs;

@@ -27,18 +27,14 @@ at once computes what sixty-four steps would have computed. The reference promis
 
 from __future__ import annotations
 
-import atexit
+import ctypes
 import functools
-import hashlib
 import os
 import re
-import shlex
-import shutil
+import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Large tensors in huge pages: weights are read a tenth to a fifth faster. PyTorch reads this once.
@@ -47,6 +43,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from building import FLAGS, Build, cache_directory  # noqa: E402, F401
 from reference import (  # noqa: E402, F401
     BLOCK,
     INPUTS,
@@ -80,15 +77,6 @@ from reference import (  # noqa: E402, F401
     unpack,
 )
 
-FLAGS = {  # what the files of every path are compiled with
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
-        *("-mfma", "-mf16c"),
-    ],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "portable": [],
-}
-SOURCES = ("tape.cpp", "kernels.cpp", "attention.cpp", "sampling.cpp", "operators.h", "vectors.h", "team.h")
 LANES = 16  # groups of inputs are multiples of it
 
 
@@ -109,36 +97,121 @@ FORM = r"linear (bf16|w[48]a(16|8|4))(, groups of \d+)?(, zeros)?(, turned)?"  #
 # --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def load() -> bool:
-    """Compile the kernels, once per machine, and load them, and the GPU's bodies, too -> are the CPU's in
-    place?
+class Bodies:
+    """The compiled bodies for the CPU: the complete ones, or quick ones until these are there."""
 
-    Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
-    because there is no compiler, which is said once. ValueError for a path that this machine does not have,
-    or for an operation in GPT_SPEC_REFERENCE that there is none of.
-    """
+    loaded: bool | None = None  # None: nobody has tried
+    quick: torch.library.Library | None = None  # what gave the quick ones to PyTorch, while they are in use
+    building: subprocess.Popen | None = None  # what compiles the complete ones
+    failed: bool = False  # did it?
+
+    def load(self, patient: bool) -> bool:
+        if self.loaded is None:
+            self.loaded = self.find(patient)
+        return self.loaded
+
+    def find(self, patient: bool) -> bool:
+        check_environment()
+        if PATH == "reference":
+            return False
+        load_cuda()
+        if list(FLAGS).index(PATH) < list(FLAGS).index(best_path()):
+            raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}, but this CPU has only {best_path()}")
+        try:
+            self.put_in_place(Build.of(PATH), patient)
+        except (OSError, subprocess.CalledProcessError) as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            slow = "the kernels cannot be compiled or loaded, running on the slow reference"
+            print(f"{slow}: {reason}", file=sys.stderr)
+            return False
+        return True
+
+    def put_in_place(self, build: Build, patient: bool) -> None:
+        """The bodies of this build; if it is not made yet, quick ones may do."""
+        if not build.is_made():
+            line = f"compiling the kernels for {PATH}, once on this machine"
+            line += "" if patient else "; quick ones first, which do until the others are there"
+            print(line, file=sys.stderr, flush=True)
+        if patient or build.is_made():
+            torch.ops.load_library(str(build.make().library))
+        else:
+            self.quick = register_direct(Build.of(PATH, quick=True).make().library)
+
+    def is_quick(self) -> bool:
+        if self.quick is not None and self.building is None:  # not before: loading a model wants all cores
+            self.building = Build.of(PATH).begin(PATH)
+        elif self.quick is not None and self.building.poll() is not None and not self.failed:
+            build = Build.of(PATH)
+            if build.is_made():
+                self.quick = self.quick._destroy()  # -> None
+                torch.ops.load_library(str(build.library))
+            else:
+                self.failed = True
+                print("the kernels cannot be compiled, going on with the quick ones", file=sys.stderr)
+        return self.quick is not None
+
+
+def check_environment() -> None:
+    """Raise ValueError for what the variables name and there is none of."""
     if PATH not in (*FLAGS, "reference"):
         raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}; it must be reference, {', '.join(FLAGS)} or unset")
     unknown = [n for n in ON_REFERENCE if n not in OPERATIONS and not re.fullmatch(FORM, n)]
     if unknown:
         raise ValueError(f"GPT_SPEC_REFERENCE: {unknown[0]!r} is none of {', '.join(OPERATIONS)}")
-    if PATH == "reference":
-        return False
-    load_cuda()
-    if list(FLAGS).index(PATH) < list(FLAGS).index(best_path()):
-        raise ValueError(f"GPT_SPEC_KERNELS is {PATH!r}, but this CPU has only {best_path()}")
-    try:
-        torch.ops.load_library(str(compiled_library()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
-        reason = next((line for line in lines if "error" in line), lines[-1])
-        print(
-            f"the kernels cannot be compiled or loaded, running on the slow reference: {reason}",
-            file=sys.stderr,
-        )
-        return False
-    return True
+
+
+def register_direct(file: Path) -> torch.library.Library:
+    """Have the functions of a quick library be the bodies of the operators, through Python."""
+    functions, quick = ctypes.CDLL(str(file)), torch.library.Library("gpt_spec", "IMPL")
+    for name in OPERATIONS:
+        quick.impl(name, direct(functions, name), "CPU")
+    return quick
+
+
+def direct(functions: ctypes.CDLL, name: str) -> Callable:
+    """An operator whose body is a function of direct.cpp."""
+    function, results = functions[f"direct_{name}"], OPERATIONS[name][0].rpartition("->")[2].count("Tensor")
+    function.restype = ctypes.c_char_p
+
+    def body(*arguments):
+        flat = [part for a in arguments for part in ([len(a), *a] if isinstance(a, (list, tuple)) else [a])]
+        words, made = [word_of(value) for value in flat], [torch.empty(0) for _ in range(results)]
+        places = (ctypes.c_void_p * results)(*(tensor._cdata for tensor in made))
+        if (error := function((ctypes.c_int64 * len(words))(*words), places)) is not None:
+            raise RuntimeError(error.decode())
+        return made[0] if results == 1 else tuple(made) or None
+
+    return body
+
+
+def word_of(value: Tensor | float | None) -> int:
+    """64 bits: an address, a whole number, or the bits of a float."""
+    if isinstance(value, Tensor):
+        return value._cdata
+    return struct.unpack("q", struct.pack("d", value))[0] if isinstance(value, float) else int(value or 0)
+
+
+@functools.cache
+def bodies() -> Bodies:
+    return Bodies()
+
+
+def load(patient: bool = True) -> bool:
+    """Compile the kernels, once per machine, and load them, and the GPU's bodies, too -> are the CPU's in
+    place? If not `patient`, quick ones may do at first: see `is_quick`.
+
+    Where they are not, every operation runs its reference: because that is what GPT_SPEC_KERNELS asks for, or
+    because there is no compiler, which is said once. ValueError for a path that this machine does not have,
+    or for an operation in GPT_SPEC_REFERENCE that there is none of.
+    """
+    return bodies().load(patient)
+
+
+def is_quick() -> bool:
+    """Are the quick bodies in place? They give the same bits, row by row, and Python calls them. Where the
+    others are compiled by now, these take their place."""
+    return bodies().is_quick()
 
 
 @functools.cache
@@ -156,74 +229,6 @@ def load_cuda() -> bool:
         return False
     kernels_cuda.register(library)
     return True
-
-
-def compiled_library() -> Path:
-    """The shared library of `PATH`, compiled if the cache does not have it yet, or not all of it."""
-    torch_directory = Path(torch.__file__).parent
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
-    compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
-    if shutil.which(compiler) is None:
-        raise OSError(f"there is no C++ compiler {compiler}; install g++")
-    options += ["-O3", "-std=c++20", "-fPIC", "-pthread", "-ffp-contract=off", "-w", *FLAGS[PATH]]
-    options += ["-fno-trapping-math"]  # or comparisons would keep loops from becoming vectors
-    options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-    key = " ".join([compiler, *options, torch.__version__, str(torch_directory)])
-    content = b"".join(source.read_bytes() for source in sources)
-    name = f"kernels-{PATH}-{hashlib.sha256(key.encode() + content).hexdigest()[:16]}.so"
-    library = cache_directory() / name
-    if not is_whole(library):
-        print(f"compiling the kernels for {PATH}, once on this machine", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # others may be compiling it as well
-            link([compiler, *options], sources, torch_directory, Path(scratch, name))
-            seal(Path(scratch, name))
-            os.replace(f"{scratch}/{name}", library)
-    return library
-
-
-def link(compiler: list[str], sources: list[Path], torch_directory: Path, library: Path) -> None:
-    """Compile all sources side by side, and make a library of them."""
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-
-    def compile_one(source: Path) -> str:
-        output = str(library.with_name(f"{source.stem}.o"))
-        run([*compiler, f"-isystem{torch_directory / 'include'}", "-c", source, "-o", output])
-        return output
-
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, (source for source in sources if source.suffix == ".cpp")))
-    links = [f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
-    run([*compiler, "-shared", *objects, "-o", library, *links])
-
-
-def seal(file: Path) -> None:
-    """Append the hash of what is in the file, which a loader does not look at."""
-    digest = hashlib.sha256(file.read_bytes()).digest()
-    with file.open("ab") as end:
-        end.write(digest)
-
-
-def is_whole(file: Path) -> bool:
-    """Is the file there, as it was sealed? Loading a library that was cut off can kill the process."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def cache_directory() -> Path:
-    """Where compiled libraries are kept: the user's cache, or a directory that goes with the process."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_spec"
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(cache, os.W_OK):
-            return cache
-    except (OSError, RuntimeError):  # no home directory, or one that cannot be written to
-        pass
-    cache = Path(tempfile.mkdtemp(prefix="gpt_spec"))
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    return cache
 
 
 def uses_kernels(x: Tensor, weight: Tensor) -> bool:

@@ -1,24 +1,27 @@
-// operators.h: the operators that kernels.cpp, attention.cpp and sampling.cpp have bodies for, and tape.cpp gives
-// to PyTorch. Their schemas are in kernels.py.
+// operators.h: the operators that kernels.cpp, attention.cpp and sampling.cpp have bodies for. tape.cpp gives them to
+// PyTorch, and direct.cpp to Python. Their schemas are in kernels.py.
 //
 // The one idea: PyTorch's headers take most of the time that compiling takes, so a file includes only what it needs.
+// A tensor is a TensorBase here: what at::Tensor has without its operators.
 
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
+#include <ATen/core/TensorBase.h>
 
 namespace gpt_spec {
 
-using at::Tensor;
+using Tensor = at::TensorBase;
+using Tensors = std::vector<Tensor>;
 using OptionalTensor = const std::optional<Tensor>&;
 using std::int64_t;
 
-inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return at::detail::empty_cpu(sizes, type); }
 
 Tensor linear(const Tensor& x_any, const Tensor& packed, OptionalTensor scales, OptionalTensor zeros,
               OptionalTensor bias, OptionalTensor residual, OptionalTensor norm, double eps, bool gated,
@@ -31,7 +34,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any);
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
                  const Tensor& length_any);
-void move(at::TensorList caches, const Tensor& path_any, const Tensor& length_any);
+void move(const Tensors& caches, const Tensor& path_any, const Tensor& length_any);
 
 Tensor pick(const Tensor& logits, const Tensor& positions_any, const Tensor& seed_any, const Tensor& settings_any);
 Tensor gumbel(const Tensor& seed_any, const Tensor& positions_any, int64_t size);

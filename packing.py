@@ -319,7 +319,8 @@ def name_tensors(
     module: str, weight: Tensor, integers: Tensor, scales: Tensor, zeros: Tensor | None = None
 ) -> dict[str, Tensor]:
     """A quantized weight under the names of a file. BadInput for what float16 scales cannot hold."""
-    if not (weight.isfinite().all() and scales.isfinite().all()):
+    extremes = [each for tensor in (weight, scales) for each in tensor.aminmax()]  # NaN, if there is one
+    if not torch.stack([each.float() for each in extremes]).isfinite().all():
         raise BadInput(f"{module}.weight holds infinities, NaN or huge numbers, which cannot be quantized")
     tensors = {"quantized" if integers.dtype == torch.int8 else "packed": integers}
     tensors |= {"scales": scales} if zeros is None else {"scales": scales, "zeros": zeros}

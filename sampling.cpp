@@ -19,7 +19,7 @@
 #include "operators.h"
 #include "team.h"
 
-using at::Tensor, std::int64_t;
+using gpt_spec::Tensor, std::int64_t;
 
 namespace {
 

@@ -6,6 +6,7 @@
 // caller supply. So a tape is a list of calls whose arguments have holes.
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -36,7 +37,7 @@ struct Call {
 IValue typed(const IValue& value, const c10::TypePtr& type) {
   if (type->kind() == c10::TypeKind::TensorType && value.isScalar()) {
     const c10::Scalar scalar = value.toScalar();
-    Tensor number = gpt_spec::empty({}, scalar.isBoolean() ? at::kBool : scalar.isIntegral(false) ? at::kLong : at::kDouble);
+    Tensor number(gpt_spec::empty({}, scalar.isBoolean() ? at::kBool : scalar.isIntegral(false) ? at::kLong : at::kDouble));
     if (scalar.isBoolean())
       *number.mutable_data_ptr<bool>() = scalar.toBool();
     else if (scalar.isIntegral(false))
@@ -121,18 +122,48 @@ TORCH_LIBRARY_FRAGMENT(gpt_spec, m) {
       });
 }
 
+// A body of ours as PyTorch calls it.
+template <class T>
+struct Given { using type = T; };
+template <>
+struct Given<const gpt_spec::Tensor&> { using type = const Tensor&; };
+template <>
+struct Given<gpt_spec::OptionalTensor> { using type = const std::optional<Tensor>&; };
+template <>
+struct Given<const gpt_spec::Tensors&> { using type = at::TensorList; };
+
+template <class T>
+const T& ours(const T& argument) { return argument; }
+gpt_spec::Tensors ours(at::TensorList list) { return {list.begin(), list.end()}; }
+Tensor theirs(const gpt_spec::Tensor& result) { return Tensor(result); }
+std::tuple<Tensor, Tensor> theirs(const std::tuple<gpt_spec::Tensor, gpt_spec::Tensor>& results) {
+  return {Tensor(std::get<0>(results)), Tensor(std::get<1>(results))};
+}
+
+template <auto body, class Type = decltype(body)>
+struct Body;
+template <auto body, class R, class... A>
+struct Body<body, R (*)(A...)> {
+  static auto call(typename Given<A>::type... arguments) {
+    if constexpr (std::is_void_v<R>)
+      body(ours(arguments)...);
+    else
+      return theirs(body(ours(arguments)...));
+  }
+};
+
 // The operators of the other files are given to PyTorch here, since what that includes takes seconds to read.
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
-  m.impl("linear", gpt_spec::linear);
-  m.impl("rms_norm", gpt_spec::rms_norm);
-  m.impl("rotate", gpt_spec::rotate);
-  m.impl("rope", gpt_spec::rope);
-  m.impl("store", gpt_spec::store_all);
-  m.impl("attention", gpt_spec::attention);
-  m.impl("move", gpt_spec::move);
-  m.impl("pick", gpt_spec::pick);
-  m.impl("gumbel", gpt_spec::gumbel);
-  m.impl("penalize", gpt_spec::penalize);
-  m.impl("logsumexp", gpt_spec::logsumexp);
-  m.impl("top_k", gpt_spec::top_k);
+  m.impl("linear", Body<gpt_spec::linear>::call);
+  m.impl("rms_norm", Body<gpt_spec::rms_norm>::call);
+  m.impl("rotate", Body<gpt_spec::rotate>::call);
+  m.impl("rope", Body<gpt_spec::rope>::call);
+  m.impl("store", Body<gpt_spec::store_all>::call);
+  m.impl("attention", Body<gpt_spec::attention>::call);
+  m.impl("move", Body<gpt_spec::move>::call);
+  m.impl("pick", Body<gpt_spec::pick>::call);
+  m.impl("gumbel", Body<gpt_spec::gumbel>::call);
+  m.impl("penalize", Body<gpt_spec::penalize>::call);
+  m.impl("logsumexp", Body<gpt_spec::logsumexp>::call);
+  m.impl("top_k", Body<gpt_spec::top_k>::call);
 }

@@ -23,7 +23,11 @@
 #include <sys/resource.h>
 #include <time.h>
 
-#include <ATen/Parallel.h>
+#include <ATen/Config.h>
+
+namespace at {
+int get_num_threads();  // of ATen/Parallel.h, which takes long to read
+}
 
 namespace team {
 

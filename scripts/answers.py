@@ -255,5 +255,5 @@ def write_answers(target: Target, prompts: list[Prompt], answers: AnswerFile, ar
                     bar.update(answers.tokens - bar.n)
                     if args.tokens and answers.tokens >= args.tokens:
                         return
-            if todo and len(answers.texts) == before:
+            if len(todo) == len(prompts) and len(answers.texts) == before:  # not just the rest of a pass
                 raise BadInput(f"--data: no prompt has fewer than --max_length {args.max_length} tokens")

@@ -30,13 +30,11 @@ import json  # noqa: E402
 import random  # noqa: E402
 from contextlib import AbstractContextManager  # noqa: E402
 from dataclasses import dataclass, field, replace  # noqa: E402
-from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -68,7 +66,7 @@ LEAST = {  # of flags that are whole numbers
 }
 DECAY = 0.8  # of the weight of the loss, from step to step of a draft
 WINDOW = 16  # steps whose texts are sorted by length together
-LABEL_ROWS = 256  # whose logits over the target's whole vocabulary are in memory together
+LABEL_ROWS = 1024  # whose logits over a vocabulary are in memory together
 JUDGED = 40  # batches of held-out texts, at most
 BLOCK_FLAGS = {"block_size": 8, "layers": 5, "anchors": 32, "mask_token_id": None}  # of block heads alone
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
@@ -174,17 +172,39 @@ def teach(target: Transformer, taps: tuple[int, ...], ids: Tensor, tokens: Tenso
     for rows in features[answered].split(LABEL_ROWS):
         logits = target.lm_head(rows[None])[0].float()  # [rows, V]
         known.append(draftable[logits.argmax(-1)])
-        labels.append(logits[known[-1]][:, ids].softmax(-1))
+        labels.append(logits[:, ids][known[-1]].softmax(-1))
     taught = answered.clone()
     taught[answered] = torch.cat(known)
     row = taught.flatten().cumsum(0).view_as(taught) - 1
     return Lesson(tokens, states, answered, taught, torch.cat(labels), row)
 
 
-def step_loss(head: Eagle3Head, guess: Tensor, labels: Tensor, row: Tensor) -> Tensor:
-    """Cross-entropies with distributions `labels`[row], summed. guess: [rows, hidden]; row: int64 [rows]"""
-    logits = head.logits(guess[None])[0].float()  # [rows, drafted]
-    return F.cross_entropy(logits, labels[row], reduction="sum")
+class LabelLoss(torch.autograd.Function):
+    """Cross-entropies with given distributions, summed, and their gradients at the same time: logits exist
+    for some rows at once. Those of all rows would fill the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, row: Tensor) -> Tensor:
+        """x: [rows, hidden]; weight: [drafted, hidden]; their distributions are labels[row], float32"""
+        total, to_x, to_weight = (
+            x.new_zeros((), dtype=torch.float32),
+            torch.empty_like(x),
+            torch.zeros_like(weight),
+        )
+        small = weight.to(x.dtype)
+        for part, places, slope_x in zip(x.split(LABEL_ROWS), row.split(LABEL_ROWS), to_x.split(LABEL_ROWS)):
+            logs, wanted = (part @ small.T).float().log_softmax(-1), labels[places]  # [some, drafted]
+            total -= torch.dot(wanted.flatten(), logs.flatten())
+            slope = logs.exp_().sub_(wanted).to(x.dtype)  # of the logits
+            torch.mm(slope, small, out=slope_x)
+            to_weight += slope.T @ part
+        ctx.save_for_backward(to_x, to_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        to_x, to_weight = ctx.saved_tensors
+        return to_x * slope.to(to_x.dtype), to_weight * slope, None, None
 
 
 def lesson_loss(head: Eagle3Head, lesson: Lesson, steps: int) -> Tensor:
@@ -192,9 +212,8 @@ def lesson_loss(head: Eagle3Head, lesson: Lesson, steps: int) -> Tensor:
     total, weights = torch.zeros((), device=lesson.tokens.device), 0.0
     for i, guess in enumerate(unroll(head, lesson.tokens, lesson.states, steps)):
         taught = lesson.taught[:, 1 + i :]  # [B, n - 1 - i], as the rows of the guess
-        # Logits are computed again for the gradient: those of all steps would fill the memory.
-        part = (guess[taught], lesson.labels, lesson.row[:, 1 + i :][taught])
-        loss = checkpoint(partial(step_loss, head), *part, use_reentrant=False)
+        x, row = head.norm(guess[taught]).to(guess.dtype), lesson.row[:, 1 + i :][taught]
+        loss = LabelLoss.apply(x, head.lm_head.weight, lesson.labels, row)
         total = total + DECAY**i * loss / lesson.answered[:, 1 + i :].sum().clamp(min=1)
         weights += DECAY**i
     return total / weights

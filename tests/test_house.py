@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import kernels
+import building
 
 BUDGETS = {  # lines of each file; what is not listed may have OTHERS
-    **{"reference.py": 420, "kernels.py": 500, "kernels_cuda.py": 820},
+    **{"reference.py": 420, "kernels.py": 510, "kernels_cuda.py": 820},
     **{"sampling_cuda.py": 330, "sampling.py": 350, "sampling.cpp": 440},
     **{
         "kernels.cpp": 520,
@@ -23,8 +23,10 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
         "operators.h": 50,
         "vectors.h": 420,
         "team.h": 280,
-        "tape.cpp": 140,
+        "tape.cpp": 180,
+        "direct.cpp": 120,
         "tape.py": 190,
+        "building.py": 160,
     },
     **{"model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250},
     **{"eagle.py": 550, "heads.py": 540, "check_head.py": 160, "auto.py": 500, "packing.py": 400},
@@ -88,7 +90,7 @@ def test_a_file_keeps_to_its_budget(path):
     assert lines <= BUDGETS.get(str(path.relative_to(ROOT)), OTHERS)
 
 
-@pytest.mark.parametrize("name", kernels.SOURCES)
+@pytest.mark.parametrize("name", building.SOURCES)
 def test_kernels_for_cpus_keep_to_their_budget(name):
     assert len((ROOT / name).read_text().splitlines()) <= BUDGETS[name]
 

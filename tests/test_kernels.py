@@ -787,36 +787,3 @@ def test_recorded_forwards_are_bitwise_the_same_for_every_n(config, precision):
 
 
 # ---- the compiled library ------------------------------------------------------------------------
-
-COMPILER = """#!/bin/sh
-echo compiled >> "{log}"
-while [ "$1" != -o ]; do shift; done
-cat "{library}" > "$2"
-"""
-
-
-@pytest.mark.skipif(not kernels.load(), reason="no kernels were compiled here")
-def test_a_library_that_was_cut_off_is_compiled_again(tmp_path, monkeypatch):
-    """Or changed, or of a version that did not seal it. The compiler copies the true library."""
-    compiler, log, unsealed = tmp_path / "compiler", tmp_path / "log", tmp_path / "unsealed"
-    unsealed.write_bytes(kernels.compiled_library().read_bytes()[:-32])
-    compiler.write_text(COMPILER.format(log=log, library=unsealed))
-    compiler.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(compiler))
-    library = kernels.compiled_library()
-    whole = library.read_bytes()
-    assert kernels.is_whole(library) and kernels.compiled_library() == library
-    calls = log.read_text().count("compiled")  # one for each source, and one that puts them together
-    middle = len(whole) // 2
-    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    for i, damaged in enumerate((whole[:middle], b"", whole[:-1], whole[:-32], changed), start=2):
-        library.write_bytes(damaged)
-        assert not kernels.is_whole(library)
-        assert kernels.compiled_library() == library and library.read_bytes() == whole
-        assert log.read_text().count("compiled") == i * calls
-    assert [path.name for path in (tmp_path / "gpt_spec").iterdir()] == [library.name]
-    library.write_bytes(whole[:middle])
-    command = [sys.executable, "-c", "import kernels; print(kernels.load())"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "True\n")

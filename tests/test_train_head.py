@@ -150,7 +150,8 @@ def trained_looking_head(target, drafted=40, seed=3):
 # ---- what is learnt ------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_naive_one():
+def test_the_loss_is_the_naive_one(monkeypatch):
+    monkeypatch.setattr(train_head, "LABEL_ROWS", 3)
     target = random_model(num_layers=LAYERS)
     head = trained_looking_head(target)
     both = [Text("a", 0, torch.randint(61, (10,)).tolist(), [[2, 5], [7, 10]]),
@@ -175,6 +176,9 @@ def test_the_loss_is_the_naive_one():
         assert losses and any(loss == 0 for loss in losses)
         total, weights = total + 0.8**i * torch.stack(losses).mean(), weights + 0.8**i
     torch.testing.assert_close(ours, total / weights, rtol=1e-5, atol=1e-6)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    for mine, naive in zip(*(torch.autograd.grad(loss, trained) for loss in (ours, total / weights))):
+        torch.testing.assert_close(mine, naive, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -315,9 +319,13 @@ def test_answers_are_the_targets_own(directory, data, answered):
 
 
 def test_answers_that_were_interrupted_go_on(monkeypatch, directory, data, tmp_path):
-    flags = ["--data", data, "--steps", 0, "--tokens", 500]
+    """With a prompt, too, that never has room for an answer."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(data.read_text() + json.dumps({"prompt_ids": [1] * 100}) + "\n")
+    flags = ["--data", prompts, "--steps", 0, "--tokens", 500, "--max_length", 100]
     assert run(directory, *flags, "--answers", tmp_path / "whole.jsonl") == 0
     whole = lines(tmp_path / "whole.jsonl")
+    assert all(len(text["token_ids"]) <= 100 for text in whole)  # not the one that is too long
     assert sum(end - begin for text in whole for begin, end in text["answers"]) >= 500
     assert {text["sample"] for text in whole} == {0, 1, 2}
     assert len({tuple(text["token_ids"]) for text in whole}) > 8  # other seeds, other answers

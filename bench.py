@@ -126,8 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
     only = p.add_mutually_exclusive_group()
     only.add_argument("--uncompiled", action="store_true", help="exact: only what is not; others: all")
     only.add_argument("--compiled", action="store_true", help="exact: only what is compiled")
-    p.add_argument("--prompts", type=int, help="so many (default: 20; auto 24, sampling 8, synthetic 4)")
-    p.add_argument("--max_new_tokens", type=int, help="(200; auto 128, sampling 100, synthetic, peers 64)")
+    p.add_argument(
+        "--prompts", type=int, help="so many (default: 20; auto 24, cost, sampling 8, synthetic 4)"
+    )
+    p.add_argument(
+        "--max_new_tokens", type=int, help="(200; auto 128, sampling 100, cost, synthetic, peers 64)"
+    )
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_p", type=float, default=1.0)
     add_model_flags(p)
@@ -160,7 +164,9 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dflash_checkpoint_path", help="methods, auto, exact: a block head of the target")
     p.add_argument("--sum_parts", type=int, help=f"{', '.join(IN_PARTS)}: as in generate.py")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
-    p.add_argument("--prompt_file", help="methods, auto, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]")
+    p.add_argument(
+        "--prompt_file", help="methods, auto, cost, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]"
+    )
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")
     p.add_argument("--shapes", default=",".join(REAL_SHAPES), help="kernels, hadamard: which, with commas")

@@ -20,6 +20,7 @@ from benchmarks.common import (
     Parts,
     chosen_paths,
     compiles,
+    fitting_prompts,
     freeze,
     head_bits,
     in_each_precision,
@@ -28,12 +29,14 @@ from benchmarks.common import (
 )
 from benchmarks.shapes import SHAPES, SMALLER, random_parts, weights_of_a_step
 from benchmarks.timing import copy_bandwidth, interleave, interleave_on_device, on_gpu, shares_of_copy
+from check_head import measure
 from drafts import Draft, Drafter
 from eagle import EagleHead, TreeDrafter
 from gpt_spec import Decoder, SequentialDrafter, speculate
 from model import Transformer
 from packing import PRECISIONS, lower_precisions, share_weights
 
+LEVEL = "a level of the EAGLE head"
 DRAFTED = 16384  # tokens, of a vocabulary more than twice as large: a head that is restricted to these
 
 
@@ -57,7 +60,10 @@ def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[
         parts = load_parts(precision, chosen_paths(args), args.device, bits)
     # Calls in bursts bring what fits into the cache there first. The weights of a shape never fit.
     effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
-    costs = measure_cost(parts, numbers(args.sizes), *effort)
+    heads = head_variants(parts)
+    costs = measure_cost(parts, heads, numbers(args.sizes), *effort)
+    if heads and not args.shape:  # random weights accept nothing
+        costs["acceptance"] = measure_acceptance(parts, heads, args)
     nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
     costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
     for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
@@ -66,12 +72,24 @@ def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[
     return costs
 
 
-def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile: bool) -> dict[str, dict]:
+def measure_acceptance(
+    parts: Parts, heads: dict[str, EagleHead], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Of chains of five that each head drafts, greedily, the share of steps that accepted at least 1, 2, ...
+    tokens; by the name that its level has. A cheaper level accepts less."""
+    prompts = [prompt.tokens for prompt in fitting_prompts(parts, args)]
+    how = (prompts, args.max_new_tokens, parts.target.stop_ids, compiles(args))
+    return {f"{LEVEL}{name}": measure(parts.target.model, head, *how)[0] for name, head in heads.items()}
+
+
+def measure_cost(
+    parts: Parts, heads: dict[str, EagleHead], sizes: list[int], turns: int, burst: int, compile: bool
+) -> dict[str, dict]:
     """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name.
     All take turns, with 200 tokens in the caches.
 
     A token of the small model is a third of a draft of 3. A level of the head is the difference between trees
-    of depth 6 and 2, divided by the 4 levels between them; also for the heads of `head_variants`.
+    of depth 6 and 2, divided by the 4 levels between them, for each of `heads`: see `head_variants`.
     """
     target = parts.target.model
 
@@ -88,7 +106,6 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
         functions[f"a token in {lower}"] = partial(twin.commit, Draft.chain(drafts[0].tokens[:, :1]))
     if parts.small:
         drafters["a token of the small model"] = SequentialDrafter(parts.small, 3)
-    heads = head_variants(parts)
     for name, head in heads.items():
         drafters |= {(name, depth): TreeDrafter(head, 8, depth) for depth in (2, 6)}
     for name, drafter in drafters.items():
@@ -99,7 +116,7 @@ def measure_cost(parts: Parts, sizes: list[int], turns: int, burst: int, compile
     if parts.small:
         drafting["a token of the small model"] = seconds["a token of the small model"] / 3
     for name in heads:
-        drafting[f"a level of the EAGLE head{name}"] = (seconds[name, 6] - seconds[name, 2]) / 4
+        drafting[f"{LEVEL}{name}"] = (seconds[name, 6] - seconds[name, 2]) / 4
     costs = {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
     return costs | ({"on_device": measure_graphs(plain, drafts, turns)} if on_gpu(device) else {})
 
@@ -141,4 +158,6 @@ def print_cost(precision: str, cost: dict[str, dict]) -> None:
     for name, values in rows.items():
         print(f"    {name:12}" + "".join(f"{value:7.2f}" for value in values.values()))
     for name, seconds in cost["drafting"].items():
-        print(f"    {name:28} {seconds * 1e3:9.3f} ms   {seconds / first:6.2f} T(1)", flush=True)
+        shares = cost.get("acceptance", {}).get(name, [])
+        accepted = "   accepted " + " ".join(f"{share:.2f}" for share in shares) if shares else ""
+        print(f"    {name:45} {seconds * 1e3:9.3f} ms   {seconds / first:6.2f} T(1){accepted}", flush=True)

@@ -11,6 +11,7 @@ EVERY_PRECISION = ",".join(["bf16", *PRECISIONS])
 DEFAULTS = {  # of flags with a default for each report; "" is for the reports without one
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
     | {"acceptance": "eagle2-8b", "precision": "bf16"},
+    "cost": {"prompts": 8, "max_new_tokens": 64},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
     "methods": {"batch_sizes": "1"},
     "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64, "batch_sizes": "1"},

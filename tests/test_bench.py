@@ -353,6 +353,32 @@ def test_costs_are_positive_and_drawn(tiny_shape, tmp_path, capsys, monkeypatch)
     assert file["device"].startswith("cpu ") and "commit" in file
 
 
+def test_levels_have_their_acceptance(tmp_path, capsys, held_out, monkeypatch):
+    """The shipped head accepts less with the fewest tokens that there are."""
+    monkeypatch.setattr(cost, "DRAFTED", 40)
+    path = tmp_path / "cpu_cost.json"
+    flags = [
+        "--sizes",
+        "1",
+        "--precisions",
+        "bf16",
+        "--repeats",
+        "1",
+        "--prompts",
+        "2",
+        "--max_new_tokens",
+        "24",
+    ]
+    assert bench.main(["cost", *flags, "--output", str(path)]) == 0
+    costs = json.loads(path.read_text())["results"]["bf16"]
+    levels = [name for name in costs["drafting"] if cost.LEVEL in name]
+    assert list(costs["acceptance"]) == levels == [cost.LEVEL, f"{cost.LEVEL}, 40 tokens"]
+    usual, few = costs["acceptance"].values()
+    assert 1 > usual[0] > few[0] and usual == sorted(usual, reverse=True)
+    assert list(draw.read_results(path).table) == ["bf16"]
+    assert f"accepted {usual[0]:.2f}" in capsys.readouterr().out
+
+
 def test_bits_of_lm_head_in_reports(tiny_shape, tmp_path, capsys, held_out):
     """quality takes several; the others have fewer bytes to read with fewer bits."""
     path = tmp_path / "q.json"

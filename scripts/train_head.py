@@ -60,7 +60,9 @@ from generate import Target, load_target  # noqa: E402
 from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
 
 LEAST = {  # of flags that are whole numbers
-    **dict.fromkeys(("max_new_tokens", "batch_size", "tokens", "sequences", "ttt_steps", "every"), 1),
+    **dict.fromkeys(
+        ("max_new_tokens", "batch_size", "tokens", "sequences", "ttt_steps", "ttt_every", "every"), 1
+    ),
     **{"layers": 1, "anchors": 1, "mask_token_id": 0},
     **{"steps": 0, "draft_vocab_size": 2, "block_size": 2},
 }
@@ -254,19 +256,25 @@ def read_taps(text: str) -> tuple[int, ...]:
     return taps
 
 
+@torch.no_grad()
 def build_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: int) -> Eagle3Head:
-    """A head that adds nothing yet to what `fc` makes of the states, and reads it as the target would."""
+    """A head that adds nothing yet to the last of the states. It learns fast from there: states have norms,
+    since they differ in size; every head of attention has keys and values of its own, through which alone the
+    token comes in; queries and keys are equal, so that a row sees itself first; and guesses are flat."""
     torch.manual_seed(seed)
     c, like = target.config, target.norm.weight
     plain = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False, "sliding_window": None}
-    config = replace(c, num_layers=1, tied_embeddings=False, **plain)
-    head = Eagle3Head(config, Eagle3(taps, c.hidden_size, len(ids)))
+    config = replace(c, num_layers=1, num_kv_heads=c.num_heads, tied_embeddings=False, **plain)
+    switches = Eagle3(taps, c.hidden_size, len(ids), fc_norm=True, norm_before_residual=True)
+    head = Eagle3Head(config, switches)
     silence(head)
     head.draft_ids = ids
     head = head.to(like.device)
-    with torch.no_grad():
-        head.norm.weight.copy_(like)
-        head.lm_head.weight.copy_(lm_head_rows(target, ids))
+    head.fc.weight.mul_(0.3)[:, -c.hidden_size :] += torch.eye(c.hidden_size, device=like.device)
+    queries, keys, _ = head.layers[0].self_attn.qkv_proj.weight.chunk(3)  # [hidden, 2 hidden] each
+    keys.copy_(queries.normal_(std=(2 * c.hidden_size) ** -0.5))
+    head.norm.weight.copy_(like).mul_(0.25)
+    head.lm_head.weight.copy_(lm_head_rows(target, ids))
     return head.attach(target)
 
 
@@ -295,7 +303,7 @@ def write_head(folder: Path, head: Eagle3Head, taps: tuple[int, ...], raw: dict[
     config |= {key: raw[key] for key in ROPE_KEYS if raw.get(key) is not None}
     config |= {"architectures": ["LlamaForCausalLMEagle3"], "tie_word_embeddings": False}
     outputs = [tap - 1 for tap in taps]  # there, a layer is named by the state that leaves it
-    config |= {"draft_vocab_size": len(ids)}
+    config |= {"draft_vocab_size": len(ids), "fc_norm": True, "norm_before_residual": True}
     config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": outputs, "use_aux_hidden_state": True}}
     write_folder(folder, tensors, config)
 
@@ -347,7 +355,8 @@ class Training:
             return self.loss_of(lesson, step)
 
     def loss_of(self, lesson: Any, step: int) -> Tensor:
-        return lesson_loss(self.head, lesson, self.args.ttt_steps)
+        steps = 1 if torch.is_grad_enabled() and step % self.args.ttt_every else self.args.ttt_steps
+        return lesson_loss(self.head, lesson, steps)
 
     def count_right(self, lesson: Any, step: int) -> tuple[int, list[int]]:
         return count_right(self.head, lesson, self.args.ttt_steps)
@@ -387,7 +396,7 @@ class Training:
 
     def settings(self) -> dict[str, Any]:
         """What an interrupted training must have in common with the one that goes on."""
-        flags = ["seed", "max_length", "sequences", "ttt_steps", "held_out", "every"]
+        flags = ["seed", "max_length", "sequences", "ttt_steps", "ttt_every", "held_out", "every"]
         flags += ["kind", *BLOCK_FLAGS] if self.args.kind == "dflash" else []
         found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
         found.setdefault("kind", None)  # as in states from before there were two
@@ -497,8 +506,10 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--taps", type=read_taps, metavar="I,J,...", help=taps)
     unrolled = "tokens of the drafts in training, and of those that are judged (5)"
     p.add_argument("--ttt_steps", type=int, default=5, metavar="K", help=unrolled)
-    p.add_argument("--learning_rate", type=float, default=1e-3, help="of lm_head and norms, by AdamW (1e-3)")
-    p.add_argument("--muon_rate", type=float, default=0.02, help="of all other matrices, by Muon (0.02)")
+    often = "unroll in one of N batches; in the others, learn the first token alone, which is faster (1)"
+    p.add_argument("--ttt_every", type=int, default=1, metavar="N", help=often)
+    p.add_argument("--learning_rate", type=float, default=2e-3, help="of lm_head and norms, by AdamW (2e-3)")
+    p.add_argument("--muon_rate", type=float, default=0.04, help="of all other matrices, by Muon (0.04)")
     p.add_argument("--held_out", type=float, default=0.05, help="share of prompts to judge by (0.05)")
     p.add_argument("--every", type=int, default=500, help="steps between judgements, and saved states (500)")
 

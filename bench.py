@@ -8,6 +8,7 @@
     python bench.py when        # where hierarchies begin to win over trees: computed, nothing is measured
     python bench.py quality     # what a precision costs: perplexity, agreement with bf16, GSM8K
     python bench.py tree        # trees of 4 to 60 nodes, and of as many as pay, in three precisions
+    python bench.py heads       # tokens per step of chains and trees, by kind of prompt
     python bench.py hierarchical  # a decoder as a drafter, next to flat methods, in two precisions
     python bench.py qspec       # the target's own weights as drafter, at several batch sizes
     python bench.py qspec_shape --shape llama-3.2-1b --max_new_tokens 32    # of random weights
@@ -59,6 +60,7 @@ from benchmarks.cost import report_cost
 from benchmarks.decode import report_decode
 from benchmarks.drafts import report_confidence, report_hierarchical, report_noise, report_tree
 from benchmarks.exact import report_exact
+from benchmarks.heads import report_heads
 from benchmarks.linears import report_hadamard, report_kernels
 from benchmarks.machine import machine
 from benchmarks.methods import report_auto, report_methods
@@ -90,10 +92,19 @@ REPORTS = {
     **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
     **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
     **{"peers": report_peers, "sampling": report_sampling, "processes": report_processes},
-    **{"when": report_when, "serve": report_serve},
+    **{"when": report_when, "serve": report_serve, "heads": report_heads},
 }
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
-ON_GPU = ("cost", "methods", "auto", "synthetic", "quality", "exact", "kernels")  # reports that take --device
+ON_GPU = (
+    "cost",
+    "heads",
+    "methods",
+    "auto",
+    "synthetic",
+    "quality",
+    "exact",
+    "kernels",
+)  # reports that take --device
 SAVED = ("exact", "kernels", "methods", "quality", "synthetic")  # long ones, written to --output as they go
 
 
@@ -165,7 +176,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sum_parts", type=int, help=f"{', '.join(IN_PARTS)}: as in generate.py")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument(
-        "--prompt_file", help="methods, auto, cost, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]"
+        "--prompt_file", help="methods, auto, cost, heads, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]"
     )
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")

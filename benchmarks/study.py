@@ -12,6 +12,7 @@ DEFAULTS = {  # of flags with a default for each report; "" is for the reports w
     "": {"precisions": "bf16,w4a16,w4a8", "batch_sizes": "1,4,8,16", "prompts": 20, "max_new_tokens": 200}
     | {"acceptance": "eagle2-8b", "precision": "bf16"},
     "cost": {"prompts": 8, "max_new_tokens": 64},
+    "heads": {"prompts": 52},
     "auto": {"batch_sizes": "1,8", "prompts": 24, "max_new_tokens": 128},
     "methods": {"batch_sizes": "1"},
     "synthetic": {"shape": "llama-3.2-1b", "prompts": 4, "max_new_tokens": 64, "batch_sizes": "1"},
@@ -38,6 +39,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_synthetic.json": "synthetic",
     "cpu_quality.json": "quality",
     "cpu_lm_head.json": "quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
+    "cpu_heads.json": "heads",
     "cpu_tree.json": "tree --prompts 14",
     "cpu_hierarchical.json": "hierarchical --prompts 14",
     "cpu_qspec.json": "qspec --prompts 64 --repeats 3 --max_new_tokens 64",

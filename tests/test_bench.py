@@ -379,6 +379,30 @@ def test_levels_have_their_acceptance(tmp_path, capsys, held_out, monkeypatch):
     assert f"accepted {usual[0]:.2f}" in capsys.readouterr().out
 
 
+def test_heads_by_kind_of_prompt(tmp_path, capsys):
+    """Every token but the first of each text is one of a step, and steps that accepted more are among those
+    that accepted less."""
+    lines = [
+        {"category": c, "turns": [t]} for c, t in (("a", "def f("), ("b", "import os"), ("a", "class A"))
+    ]
+    file, path = tmp_path / "p.jsonl", tmp_path / "heads.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--precisions", "w4a8", "--max_new_tokens", "24", "--prompt_file", str(file)]
+    assert bench.main(["heads", *flags, "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]["w4a8"]
+    assert {kind: row.pop("prompts") for kind, row in rows.items()} == {"a": 2, "b": 1, "all": 3}
+    for row in rows.values():
+        assert list(row) == ["chain of 5", "tree of 8", "tree of 16"]
+        for found in row.values():
+            shares = found["acceptance_by_position"]
+            assert shares == sorted(shares, reverse=True)
+            assert found["tokens_per_step"] <= 1 + sum(shares) + 1e-9  # a cut may take some
+    steps = [sum(rows[kind]["chain of 5"]["steps"] for kind in kinds) for kinds in ("ab", ["all"])]
+    assert steps[0] == steps[1] > 0
+    assert bench.main(["heads", "--checkpoint_path", str(SHIPPED_TARGET)]) == 2
+    assert "heads: --eagle_checkpoint_path is missing" in capsys.readouterr().err
+
+
 def test_bits_of_lm_head_in_reports(tiny_shape, tmp_path, capsys, held_out):
     """quality takes several; the others have fewer bytes to read with fewer bits."""
     path = tmp_path / "q.json"

@@ -1,4 +1,4 @@
-"""heads.py: what an EAGLE head is worth to its target, by kind of prompt. Tokens are counted; nothing is timed.
+"""heads.py: what an EAGLE head is worth to its target, by kind of prompt. Tokens are counted, not timed.
 
     python bench.py heads
     python bench.py heads --checkpoint_path DIR --eagle_checkpoint_path HEAD --prompt_file PROMPTS.jsonl

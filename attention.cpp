@@ -130,7 +130,7 @@ constexpr int64_t ROOM = 1 << 22;       // numbers of partial results at a time,
 constexpr int RANGE = 256;             // positions: few enough that threads can share the work for one text
 constexpr int SCORES = RANGE + LANES;  // from row to row; rows a power of two apart would compete for cache lines
 constexpr int KEYS = 2 * LANES;        // positions at a time
-constexpr int TOGETHER = MAX_ROWS == 8 ? 6 : 1;  // rows (a query, a head) that share keys and values in registers
+constexpr int TOGETHER = MAX_SUMS == 12 && MAX_ROWS > 1 ? 6 : 1;  // rows (a query, a head) that share registers
 
 // The queries of one text, and where the keys of their positions are.
 struct Text {

@@ -261,11 +261,18 @@ def set_costs(drafter: Any, seconds: dict[int, float]) -> None:
     drafter.pace.start(seconds, {n: drafter.max_depth(n) for n in seconds})
 
 
+def assumed_seconds(n: int) -> float:
+    """Of a step of n nodes, until steps can be measured: a node more takes a tenth of a step more."""
+    return 0.01 * (1 + 0.1 * (n - 1))
+
+
 def assume_costs(drafter: Any) -> None:
-    """Until steps are measured, in this process or the next: a row more takes a tenth of a step more."""
+    """Costs for all drafters that ask for them, those of inner levels, too."""
     for each in contestants(drafter).values():
-        if each.needs_costs:
-            set_costs(each, {n: 0.01 * (1 + 0.1 * (n - 1)) for n in each.draft_sizes()})
+        if drafter.needs_costs:
+            set_costs(each, {n: assumed_seconds(n) for n in each.draft_sizes()})
+        if hasattr(each, "level"):  # a decoder that drafts
+            assume_costs(each.level.drafter)
 
 
 def measure_costs(level: Any, costs: dict[str, float]) -> None:

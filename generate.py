@@ -712,7 +712,8 @@ def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks
 def run_with(ranks: Ranks, args: argparse.Namespace) -> int:
     """`run`, in a process that knows the others."""
     check_arguments(args)
-    load_kernels(patient=ranks.count > 1 or args.check_head)
+    alone = ranks.count == 1 and args.device.startswith("cpu")
+    load_kernels(patient=not alone or args.check_head or bool(args.profile))
     structure = check_sampling(args)  # before a model is loaded
     target = load_target(args, ranks)
     method, drafter = build_drafter(args, target)

@@ -43,7 +43,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from building import FLAGS, Build, cache_directory  # noqa: E402, F401
+from building import FLAGS, Build, cache_directory, reason_of, user_cache  # noqa: E402, F401
 from reference import (  # noqa: E402, F401
     BLOCK,
     INPUTS,
@@ -102,8 +102,9 @@ class Bodies:
 
     loaded: bool | None = None  # None: nobody has tried
     quick: torch.library.Library | None = None  # what gave the quick ones to PyTorch, while they are in use
-    building: subprocess.Popen | None = None  # what compiles the complete ones
-    failed: bool = False  # did it?
+    complete: Build | None = None  # what the complete ones are made of
+    building: subprocess.Popen | None = None  # what makes them; its last word is why that failed
+    failed: bool = False  # has it?
 
     def load(self, patient: bool) -> bool:
         if self.loaded is None:
@@ -120,36 +121,43 @@ class Bodies:
         try:
             self.put_in_place(Build.of(PATH), patient)
         except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
-            reason = next((line for line in lines if "error" in line), lines[-1])
             slow = "the kernels cannot be compiled or loaded, running on the slow reference"
-            print(f"{slow}: {reason}", file=sys.stderr)
+            print(f"{slow}: {reason_of(error)}", file=sys.stderr)
             return False
         return True
 
     def put_in_place(self, build: Build, patient: bool) -> None:
-        """The bodies of this build; if it is not made yet, quick ones may do."""
+        """The bodies of this build; if it is not made yet, quick ones may do, where it will be kept."""
+        patient = patient or build.is_made() or user_cache() is None
         if not build.is_made():
             line = f"compiling the kernels for {PATH}, once on this machine"
             line += "" if patient else "; quick ones first, which do until the others are there"
             print(line, file=sys.stderr, flush=True)
-        if patient or build.is_made():
+        if patient:
             torch.ops.load_library(str(build.make().library))
         else:
             self.quick = register_direct(Build.of(PATH, quick=True).make().library)
+            self.complete = build
 
     def is_quick(self) -> bool:
-        if self.quick is not None and self.building is None:  # not before: loading a model wants all cores
-            self.building = Build.of(PATH).begin(PATH)
-        elif self.quick is not None and self.building.poll() is not None and not self.failed:
-            build = Build.of(PATH)
-            if build.is_made():
-                self.quick = self.quick._destroy()  # -> None
-                torch.ops.load_library(str(build.library))
-            else:
-                self.failed = True
-                print("the kernels cannot be compiled, going on with the quick ones", file=sys.stderr)
+        if self.quick is None or self.failed:
+            return self.quick is not None
+        if self.building is None:  # not before: loading a model wants all cores
+            self.building = self.complete.begin(PATH)
+        elif self.building.poll() is not None:
+            self.change()
         return self.quick is not None
+
+    def change(self) -> None:
+        """Put the complete bodies in place of the quick ones. Ctrl-C may come at any point: then again."""
+        if not self.complete.is_made():
+            self.failed = True
+            reason = self.building.stderr.read().decode(errors="replace").strip() or "no reason given"
+            print(f"the kernels cannot be compiled, going on with the quick ones: {reason}", file=sys.stderr)
+            return
+        self.quick._destroy()
+        torch.ops.load_library(str(self.complete.library))
+        self.quick = None
 
 
 def check_environment() -> None:

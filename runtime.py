@@ -81,7 +81,9 @@ class Runtime:
         function = without_owner(function)
         if self.records:
             return Recorded(function, self.pool, self.mode)
-        tapes = self.compile and self.device.type == "cpu" and kernels.load()  # tape.cpp is among the kernels
+        tapes = (
+            self.compile and self.device.type == "cpu" and kernels.load()
+        )  # then tape.cpp is there, or will be
         return Taped(function, self.mode) if tapes else function
 
     @cached_property
@@ -224,14 +226,12 @@ def to_host(tensor: Tensor) -> Tensor:
 @no_grad
 def warm_up(level: Any, costs: dict[str, float] | None = None) -> float:
     """Run everything once that decoding will run, so that it is compiled and recorded -> seconds. The level
-    must hold no text yet.
-
-    `costs`: what steps cost, if that was measured before. What is missing and needed is measured and added.
+    must hold no text yet. `costs`: what steps cost, if it was measured before; what is missing is added.
     """
-    watch = Stopwatch()
-    if kernels.is_quick():  # nothing is recorded, and what steps take now says nothing about later ones
+    if kernels.is_quick():  # then nothing is recorded, nor measured
         assume_costs(level.drafter)
-        return watch.seconds
+        return 0.0
+    watch = Stopwatch()
     level.extend_blank()
     for _ in range(2 if level.setup.runtime.records else 1):  # the second time records
         if level.is_one_graph:

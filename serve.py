@@ -100,7 +100,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, ranks: Ranks) -> tuple[generate.Target, dict[str, Decoder]]:
     """The target, and a warm decoder for each method."""
-    load_kernels(patient=ranks.count > 1)
+    load_kernels()
     target, decoders, methods = generate.load_target(args, ranks), {}, args.method or [None]
     if target.tokenizer is None:
         raise BadInput(f"{args.checkpoint_path}: has no tokenizer, which a server needs")

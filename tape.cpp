@@ -1,5 +1,5 @@
 // tape.cpp: operator calls that were recorded once, made again without Python between them. tape.py records them, and
-// kernels.py compiles this file together with kernels.cpp.
+// building.py compiles this file together with kernels.cpp.
 //
 // The one idea: a step of a small model is hundreds of short operators, and Python takes longer to call them than
 // they take to run. What they are called with is known after one step, but for the tensors that earlier calls or the

@@ -186,7 +186,7 @@ class LabelLoss(torch.autograd.Function):
     for some rows at once. Those of all rows would fill the memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, row: Tensor, learns: bool) -> Tensor:
         """x: [rows, hidden]; weight: [drafted, hidden]; their distributions are labels[row], float32"""
         total, to_x, to_weight = (
             x.new_zeros((), dtype=torch.float32),
@@ -197,6 +197,8 @@ class LabelLoss(torch.autograd.Function):
         for part, places, slope_x in zip(x.split(LABEL_ROWS), row.split(LABEL_ROWS), to_x.split(LABEL_ROWS)):
             logs, wanted = (part @ small.T).float().log_softmax(-1), labels[places]  # [some, drafted]
             total -= torch.dot(wanted.flatten(), logs.flatten())
+            if not learns:
+                continue
             slope = logs.exp_().sub_(wanted).to(x.dtype)  # of the logits
             torch.mm(slope, small, out=slope_x)
             to_weight += slope.T @ part
@@ -206,7 +208,7 @@ class LabelLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         to_x, to_weight = ctx.saved_tensors
-        return to_x * slope.to(to_x.dtype), to_weight * slope, None, None
+        return to_x * slope.to(to_x.dtype), to_weight * slope, None, None, None
 
 
 def lesson_loss(head: Eagle3Head, lesson: Lesson, steps: int) -> Tensor:
@@ -215,7 +217,8 @@ def lesson_loss(head: Eagle3Head, lesson: Lesson, steps: int) -> Tensor:
     for i, guess in enumerate(unroll(head, lesson.tokens, lesson.states, steps)):
         taught = lesson.taught[:, 1 + i :]  # [B, n - 1 - i], as the rows of the guess
         x, row = head.norm(guess[taught]).to(guess.dtype), lesson.row[:, 1 + i :][taught]
-        loss = LabelLoss.apply(x, head.lm_head.weight, lesson.labels, row)
+        part = (x, head.lm_head.weight, lesson.labels, row, torch.is_grad_enabled())
+        loss = LabelLoss.apply(*part)
         total = total + DECAY**i * loss / lesson.answered[:, 1 + i :].sum().clamp(min=1)
         weights += DECAY**i
     return total / weights
@@ -258,9 +261,10 @@ def read_taps(text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def build_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: int) -> Eagle3Head:
-    """A head that adds nothing yet to the last of the states. It learns fast from there: states have norms,
-    since they differ in size; every head of attention has keys and values of its own, through which alone the
-    token comes in; queries and keys are equal, so that a row sees itself first; and guesses are flat."""
+    """A head that adds nothing yet to what `fc` makes of the states, mostly of the last. It learns fast from
+    there: states have norms, since they differ in size; every head of attention has keys and values of its
+    own, through which alone the token comes in; queries and keys are equal, so that a row sees itself first;
+    and guesses are flat."""
     torch.manual_seed(seed)
     c, like = target.config, target.norm.weight
     plain = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False, "sliding_window": None}

@@ -16,13 +16,18 @@ import building
 import generate
 import kernels
 from building import Build
+from costs import assume_costs, assumed_seconds, contestants
+from gpt_spec import Decoder
+
+METHODS = ["lookup", "tree", "auto", "hierarchical"]
 
 pytestmark = pytest.mark.skipif(not kernels.load(), reason="no kernels were compiled here")
 
 # It says that it was called, waits if it has to, and copies the true library.
 COMPILER = """#!/bin/sh
 echo compiled >> "{log}"
-while [ -n "$WAIT_FOR" ] && [ ! -e "$WAIT_FOR" ]; do sleep 0.05; done
+n=0
+while [ -n "$WAIT_FOR" ] && [ ! -e "$WAIT_FOR" ] && [ $n -lt 600 ]; do sleep 0.05; n=$((n + 1)); done
 while [ "$1" != -o ]; do shift; done
 cat "{library}" > "$2"
 """
@@ -81,7 +86,8 @@ def test_a_library_that_was_cut_off_is_compiled_again(tmp_path, copier):
         assert not build.is_made()
         assert build.make().library.read_bytes() == whole
         assert copier.read_text().count("compiled") == i * calls
-    assert [path.name for path in (tmp_path / "gpt_spec").iterdir()] == [library.name]
+    kept = {path.name for path in (tmp_path / "gpt_spec").iterdir()}
+    assert kept == {library.name, library.with_suffix(".lock").name}
     library.write_bytes(whole[:middle])
     command = [sys.executable, "-c", "import kernels; print(kernels.load())"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -133,12 +139,17 @@ def test_quick_bodies_have_the_same_bits(quick_library):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_quick_linears_have_the_same_bits(quick_library, form):
+@pytest.mark.parametrize("turned", [False, True])
+def test_quick_linears_have_the_same_bits(quick_library, form, turned):
+    """With all that may come before and after."""
     linear = kernels.direct(ctypes.CDLL(str(quick_library)), "linear")
     *weights, bits = random_weights(form, 100, 96, 32)
     for n in (1, 7, 20):
-        arguments = (torch.randn(n, 96).bfloat16(), *packed(*weights), torch.randn(100).bfloat16(), None)
-        arguments += (torch.rand(96).bfloat16(), 1e-5, False, None, 1, 1, None, 100, bits, n == 7)
+        x, residual = torch.randn(n, 96 * (1 + turned)).bfloat16(), torch.randn(n, 100).bfloat16()
+        before = (None if turned else torch.rand(96).bfloat16(), 1e-5, turned)
+        order = (torch.ones(1, 1), 32, 1, torch.randperm(96).int()) if turned else (None, 1, 1, None)
+        bias = None if turned else torch.randn(100).bfloat16()
+        arguments = (x, *packed(*weights), bias, residual, *before, *order, 100, bits, n == 7)
         assert same(linear(*arguments), torch.ops.gpt_spec.linear(*arguments))
 
 
@@ -148,23 +159,25 @@ def test_quick_bodies_refuse_what_the_others_refuse(quick_library):
         kernels.direct(functions, "top_k")(torch.randn(2, 5), 9)
 
 
-@pytest.mark.parametrize("method", [None, "lookup", "tree", "auto"])
-def test_bodies_change_in_mid_text(tmp_path, quick_library, copier, method, capsys):
+@pytest.mark.parametrize("how", ["", "--compile none", *(f"--method {m}" for m in METHODS)])
+def test_bodies_change_in_mid_text(tmp_path, quick_library, copier, how, capsys):
     flags = ["--prompt", "def f(", "--max_new_tokens", "40", "--precision", "w4a8", "--temperature", "1"]
-    flags += ["--ignore_eos", "--json", *(["--method", method] if method else [])]
+    flags += ["--ignore_eos", "--json", *how.split()]
     assert generate.main(flags) == 0
     expected = json.loads(capsys.readouterr().out)["outputs"]
-    outputs, log = run_cold(quick_library, flags, 30)
+    outputs, log = run_cold(quick_library, flags, 8)
     assert outputs == expected and "quick ones first" in log
     quick, calls = map(int, log.split()[-2:])
-    assert quick == 30 < calls  # both were in place for some steps
+    assert quick == 8 < calls  # both were in place for some steps
 
 
 def test_a_compiler_that_fails_in_the_background(tmp_path, quick_library, monkeypatch):
-    use_compiler(tmp_path, monkeypatch, "#!/bin/sh\nexit 1\n")
+    use_compiler(tmp_path, monkeypatch, "#!/bin/sh\necho no more memory, error >&2\nexit 1\n")
     outputs, log = run_cold(quick_library, ["--prompt", "def f(", "--max_new_tokens", "40", "--json"], 5)
     assert len(outputs[0]["token_ids"]) == 40
-    assert log.count("the kernels cannot be compiled, going on with the quick ones") == 1
+    assert (
+        log.count("the kernels cannot be compiled, going on with the quick ones: no more memory, error") == 1
+    )
 
 
 def run_cold(quick_library, flags, calls):
@@ -181,4 +194,18 @@ def run_cold(quick_library, flags, calls):
 
 def test_all_sources_are_compiled():
     parts = {name for quick in (True, False) for part in Build.of("portable", quick).parts for name in part}
-    assert parts | set(building.HEADERS) == set(building.SOURCES)
+    there = {path.name for pattern in ("*.cpp", "*.h") for path in ROOT.glob(pattern)}
+    assert parts | set(building.HEADERS) == set(building.SOURCES) == there
+
+
+@pytest.mark.parametrize("method", ["auto", "hierarchical"])
+def test_assumed_costs_are_of_one_kind(method):
+    """For every drafter that `auto` compares, and for the tree inside a hierarchy."""
+    args = generate.build_parser().parse_args(["--method", method])
+    target = generate.load_target(args)
+    _, drafter = generate.build_drafter(args, target)
+    Decoder(target.model, drafter, max_length=64)
+    assume_costs(drafter)
+    asking = list(contestants(drafter).values()) if method == "auto" else [drafter.level.drafter]
+    assert len(asking) == (4 if method == "auto" else 1)
+    assert all(each.pace.seconds == {n: assumed_seconds(n) for n in each.draft_sizes()} for each in asking)

@@ -784,6 +784,3 @@ def test_recorded_forwards_are_bitwise_the_same_for_every_n(config, precision):
                 for ours, theirs in zip((*cache.keys, *cache.values), (*one.keys, *one.values)):
                     written = ours[:, PAST + on_path]
                     assert torch.equal(written, theirs[:, PAST : PAST + len(on_path)].expand_as(written))
-
-
-# ---- the compiled library ------------------------------------------------------------------------

@@ -111,7 +111,6 @@ class Build:
         """Have another process make the library of `path`. It goes on when this one ends, by Ctrl-C, too."""
         command = [sys.executable, __file__, path, str(self.library.parent)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        # A group of its own is enough; a new session would not heed the priority (`autogroup` of Linux).
         return subprocess.Popen(command, process_group=0, **streams)
 
 
@@ -151,8 +150,7 @@ def reason_of(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    os.nice(10)  # somebody is decoding
-    try:
+    try:  # at the usual priority: at a lower one, beside two decoding threads, it takes minutes
         Build.of(sys.argv[1], cache=Path(sys.argv[2])).make()
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(reason_of(error))

@@ -107,8 +107,8 @@ void store_rows(const Tensor& cache, const Tensor& x, const int64_t* slots) {
 
 }  // namespace
 
-void gpt_spec::store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v,
-                         const Tensor& slots_any) {
+void gpt_spec::store(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v,
+                     const Tensor& slots_any) {
   Tensor slots = slots_any.contiguous();
   TORCH_CHECK(slots.scalar_type() == at::kLong && k.dim() == 4 && k.sizes() == v.sizes() &&
                   slots.numel() == k.size(0) * k.size(1),

@@ -95,16 +95,8 @@ REPORTS = {
     **{"when": report_when, "serve": report_serve, "heads": report_heads},
 }
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
-ON_GPU = (
-    "cost",
-    "heads",
-    "methods",
-    "auto",
-    "synthetic",
-    "quality",
-    "exact",
-    "kernels",
-)  # reports that take --device
+# Reports that take --device:
+ON_GPU = ("cost", "heads", "methods", "auto", "synthetic", "quality", "exact", "kernels")
 SAVED = ("exact", "kernels", "methods", "quality", "synthetic")  # long ones, written to --output as they go
 
 

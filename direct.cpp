@@ -74,20 +74,9 @@ const char* call(R (*body)(A...), const int64_t* word, c10::TensorImpl* const* o
 
 }  // namespace
 
-#define DIRECT(name, body)                                                                           \
+#define DIRECT(name)                                                                                 \
   extern "C" const char* direct_##name(const std::int64_t* words, c10::TensorImpl* const* out) {     \
-    return call(gpt_spec::body, words, out);                                                         \
+    return call(gpt_spec::name, words, out);                                                         \
   }
 
-DIRECT(linear, linear)
-DIRECT(rms_norm, rms_norm)
-DIRECT(rotate, rotate)
-DIRECT(rope, rope)
-DIRECT(store, store_all)
-DIRECT(attention, attention)
-DIRECT(move, move)
-DIRECT(pick, pick)
-DIRECT(gumbel, gumbel)
-DIRECT(penalize, penalize)
-DIRECT(logsumexp, logsumexp)
-DIRECT(top_k, top_k)
+EACH_OPERATOR(DIRECT)

@@ -31,7 +31,7 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps);
 Tensor rotate(const Tensor& x_any, const Tensor& matrix, int64_t power, int64_t stride);
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos_any, const Tensor& sin_any);
-void store_all(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any);
+void store(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& slots_any);
 Tensor attention(const Tensor& q_any, const Tensor& keys, const Tensor& values, const Tensor& ancestors_any,
                  const Tensor& length_any);
 void move(const Tensors& caches, const Tensor& path_any, const Tensor& length_any);
@@ -44,3 +44,7 @@ Tensor logsumexp(const Tensor& logits);
 std::tuple<Tensor, Tensor> top_k(const Tensor& x_any, int64_t k);
 
 }  // namespace gpt_spec
+
+// F(name) for every operator.
+#define EACH_OPERATOR(F) F(linear) F(rms_norm) F(rotate) F(rope) F(store) F(attention) F(move) F(pick) F(gumbel) \
+  F(penalize) F(logsumexp) F(top_k)

@@ -81,9 +81,7 @@ class Runtime:
         function = without_owner(function)
         if self.records:
             return Recorded(function, self.pool, self.mode)
-        tapes = (
-            self.compile and self.device.type == "cpu" and kernels.load()
-        )  # then tape.cpp is there, or will be
+        tapes = self.compile and self.device.type == "cpu" and kernels.load()  # tape.cpp comes with them
         return Taped(function, self.mode) if tapes else function
 
     @cached_property

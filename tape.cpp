@@ -154,16 +154,6 @@ struct Body<body, R (*)(A...)> {
 
 // The operators of the other files are given to PyTorch here, since what that includes takes seconds to read.
 TORCH_LIBRARY_IMPL(gpt_spec, CPU, m) {
-  m.impl("linear", Body<gpt_spec::linear>::call);
-  m.impl("rms_norm", Body<gpt_spec::rms_norm>::call);
-  m.impl("rotate", Body<gpt_spec::rotate>::call);
-  m.impl("rope", Body<gpt_spec::rope>::call);
-  m.impl("store", Body<gpt_spec::store_all>::call);
-  m.impl("attention", Body<gpt_spec::attention>::call);
-  m.impl("move", Body<gpt_spec::move>::call);
-  m.impl("pick", Body<gpt_spec::pick>::call);
-  m.impl("gumbel", Body<gpt_spec::gumbel>::call);
-  m.impl("penalize", Body<gpt_spec::penalize>::call);
-  m.impl("logsumexp", Body<gpt_spec::logsumexp>::call);
-  m.impl("top_k", Body<gpt_spec::top_k>::call);
+#define IMPLEMENT(name) m.impl(#name, Body<gpt_spec::name>::call);
+  EACH_OPERATOR(IMPLEMENT)
 }

@@ -340,7 +340,7 @@ inline Floats dot(Floats sum, Pairs w, int32_t x) {
 
 #endif
 
-#ifdef QUICK  // the same bits, row by row, compiled in a third of the time: see building.py
+#ifdef QUICK  // the same bits, row by row, compiled in a quarter of the time: see building.py
 constexpr int MAX_ROWS = 1;
 #else
 constexpr int MAX_ROWS = MOST_ROWS;

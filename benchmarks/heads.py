@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from itertools import zip_longest
 
 from benchmarks.common import (
-    Prompt,
     chosen_paths,
     decode_all,
     fitting_prompts,
@@ -22,6 +21,7 @@ from benchmarks.common import (
     in_each_precision,
     load_parts,
 )
+from benchmarks.compare import groups_of
 from costs import Stats
 from eagle import TreeDrafter
 from gpt_spec import Decoder
@@ -45,7 +45,8 @@ def heads_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
     prompts, head = fitting_prompts(parts, args), parts.head(parts.target.model)
     longest = max(len(prompt.tokens) for prompt in prompts) + args.max_new_tokens
     sizes = (cache_length(parts.target.model.config, longest), ROWS, not args.uncompiled)
-    stops, kinds = parts.target.stop_ids if args.prompt_file else [], by_category(prompts)
+    stops = parts.target.stop_ids if args.prompt_file else []
+    kinds = {some[0].category or "prompts": some for some in groups_of(prompts, len(prompts))}
     rows: dict[str, dict] = {kind: {"prompts": len(some)} for kind, some in kinds.items()}
     for name, shape in DRAFTS.items():
         decoder = Decoder(parts.target.model, TreeDrafter(head, *shape), Sampling(args.temperature), *sizes)
@@ -60,13 +61,6 @@ def heads_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
             }
     print_rows(precision, rows)
     return rows
-
-
-def by_category(prompts: list[Prompt]) -> dict[str, list[Prompt]]:
-    kinds: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        kinds.setdefault(prompt.category or "prompts", []).append(prompt)
-    return kinds
 
 
 def total(counts: Iterable[Stats]) -> Stats:

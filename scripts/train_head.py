@@ -399,14 +399,15 @@ class Training:
         (self.args.output / "training.jsonl").write_text(lines)
 
     def settings(self) -> dict[str, Any]:
-        """What an interrupted training must have in common with the one that goes on."""
-        flags = ["seed", "max_length", "sequences", "ttt_steps", "ttt_every", "held_out", "every"]
+        """What an interrupted training must have in common with the one that goes on. The number of steps is
+        not among it: a finished head learns further when it is given more of them."""
+        flags = ["seed", "max_length", "sequences", "ttt_steps", "ttt_every", "held_out"]
         flags += ["kind", *BLOCK_FLAGS] if self.args.kind == "dflash" else []
         found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
         found.setdefault("kind", None)  # as in states from before there were two
         found |= {"checkpoint_path": str(self.args.checkpoint_path), "precision": self.args.precision}
         found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
-        return found | {"steps": self.steps, "taps": list(self.taps), "draft_vocab_size": len(self.ids)}
+        return found | {"taps": list(self.taps), "draft_vocab_size": len(self.ids)}
 
 
 class BlockTraining(Training):

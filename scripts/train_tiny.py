@@ -151,22 +151,32 @@ def train_tokenizer() -> None:
     write_prompts(held_out)
 
 
+def beginnings(text: str) -> list[str]:
+    """Prompts of up to 17 lines of a module, each ending where the body of a function begins."""
+    lines = text.split("\n")
+    starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ") and line.endswith(":")]
+    return ["\n".join(lines[i - 16 : i + 1]) + "\n" for i in starts if i > 30]
+
+
 def write_prompts(held_out: dict[str, str]) -> None:
-    """models/held_out.jsonl: two prompts of up to 17 lines per module, each ending where a body begins."""
-    lines_out = []
+    """models/held_out.jsonl: two prompts per module that no model has seen."""
+    lines = []
     for name, text in held_out.items():
-        lines = text.split("\n")
-        starts = [
-            i
-            for i, line in enumerate(lines)
-            if line.lstrip().startswith("def ") and line.endswith(":") and i > 30
-        ]
-        for i in (starts[len(starts) // 3], starts[2 * len(starts) // 3]) if len(starts) > 2 else starts[:2]:
-            prompt = "\n".join(lines[max(0, i - 16) : i + 1]) + "\n"
-            lines_out.append(json.dumps({"module": name, "prompt": prompt}))
-    (ROOT / "models" / "held_out.jsonl").write_text("\n".join(lines_out) + "\n")
+        found = beginnings(text)
+        chosen = (found[len(found) // 3], found[2 * len(found) // 3]) if len(found) > 2 else found[:2]
+        lines += [json.dumps({"module": name, "prompt": prompt}) for prompt in chosen]
+    (ROOT / "models" / "held_out.jsonl").write_text("\n".join(lines) + "\n")
     (ROOT / "models" / "NOTICE").write_text(NOTICE)
-    print(f"{len(lines_out)} prompts from {len(held_out)} held-out modules")
+    print(f"{len(lines)} prompts from {len(held_out)} held-out modules")
+
+
+def write_training_prompts() -> None:
+    """.training/prompts.jsonl: every third beginning in the library, for train_head.py."""
+    prompts = [prompt for text in read_library()[0] for prompt in beginnings(text)][::3]
+    STATE.mkdir(exist_ok=True)
+    path = STATE / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    print(f"{path}: {len(prompts)} prompts from modules that the models have seen")
 
 
 def load_tokens() -> tuple[Tensor, Tensor]:
@@ -341,11 +351,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tokenizer", *STEPS])
+    parser.add_argument("what", choices=["tokenizer", "prompts", *STEPS])
     parser.add_argument("--steps", type=int, help=f"steps of {BATCH} x {SEQUENCE} tokens (default: {STEPS})")
     args = parser.parse_args()
     if args.what == "tokenizer":
         train_tokenizer()
+    elif args.what == "prompts":
+        write_training_prompts()
     else:
         train(args.what, args.steps or STEPS[args.what])
 

@@ -107,13 +107,14 @@ def compare(count: int, model: list[str], runs: list[tuple[str, str, str, list[s
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
-def test_every_method_in_two_processes(precision, tmp_path):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_every_method(count, precision, tmp_path):
     methods = [*METHODS, "qspec"] if precision == "w4a16" else METHODS
     runs = [(t, b, method, []) for t, b in (("0", "1"), ("1", "4")) for method in methods]
     runs.append(("1", "4", "tree", ["--draft_vocab_size", "300"]))
     shipped_block_head(load_model(SHIPPED_TARGET), None, tmp_path)
     runs.append(("1", "4", "dflash", ["--dflash_checkpoint_path", str(tmp_path)]))
-    compare(2, [*SHIPPED_SHORT, precision], runs)
+    compare(count, [*SHIPPED_SHORT, precision], runs)
 
 
 @NEEDS_EQUAL_ROWS

@@ -34,38 +34,32 @@ from text import TextStream
 
 MOST_TEXTS, MOST_STOPS, MOST_LOGPROBS = 128, 16, 20
 SAMPLING = {  # fields of `Sampling` that a request may set, and what they are if it does not
-    **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0},
-    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
-}
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0,
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
 FIELDS: dict[str, tuple[Any, ...]] = {  # other fields: what they are if a request is silent, and their kinds
-    **{
-        "model": (None, str),
-        "method": (None, str),
-        "n": (1, int),
-        "seed": (None, int),
-        "stop": ([], str, list),
-    },
-    **{"prompt": (None, str, list), "messages": (None, list), "chat_template_kwargs": ({}, dict)},
-    **{"max_tokens": (None, int), "max_completion_tokens": (None, int), "logit_bias": ({}, dict)},
-    **{"stream": (False, bool), "stream_options": ({}, dict), "response_format": ({}, dict)},
-    **{"logprobs": (None, bool, int), "top_logprobs": (None, int), "include_usage": (False, bool)},
-    **{"ignore_eos": (False, bool), "explain": (False, bool)},
-}
+    "model": (None, str), "method": (None, str), "n": (1, int), "seed": (None, int), "stop": ([], str, list),
+    "prompt": (None, str, list), "messages": (None, list), "chat_template_kwargs": ({}, dict),
+    "max_tokens": (None, int), "max_completion_tokens": (None, int), "logit_bias": ({}, dict),
+    "stream": (False, bool), "stream_options": ({}, dict), "response_format": ({}, dict),
+    "logprobs": (None, bool, int), "top_logprobs": (None, int), "include_usage": (False, bool),
+    "ignore_eos": (False, bool), "explain": (False, bool),
+}  # fmt: skip
 NOT_HERE = (  # fields that are not implemented
-    *("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction"),
-    *("web_search_options", "verbosity", "reasoning_effort", "store", "service_tier", "suffix", "echo"),
-    *("best_of", "use_beam_search", "bad_words", "stop_token_ids", "documents", "allowed_token_ids"),
-    *("prompt_logprobs", "chat_template", "add_generation_prompt", "continue_final_message", "grammar"),
-    *("regex", "include_stop_str_in_output", "skip_special_tokens", "structured_outputs", "guided_json"),
-    *("guided_regex", "guided_choice", "guided_grammar", "json_schema", "no_repeat_ngram_size"),
-    *("length_penalty", "logits_processors"),
-)
+    "tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
+    "web_search_options", "verbosity", "reasoning_effort", "store", "service_tier", "suffix", "echo",
+    "best_of", "use_beam_search", "bad_words", "stop_token_ids", "documents", "allowed_token_ids",
+    "prompt_logprobs", "chat_template", "add_generation_prompt", "continue_final_message", "grammar",
+    "regex", "include_stop_str_in_output", "skip_special_tokens", "structured_outputs", "guided_json",
+    "guided_regex", "guided_choice", "guided_grammar", "json_schema", "no_repeat_ngram_size",
+    "length_penalty", "logits_processors",
+)  # fmt: skip
 NOTHING = (False, 0, "", [], {})  # values that ask for nothing
 USUAL: dict[str, tuple] = {  # where others do
-    **{"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)},
-    **{"service_tier": ("auto", "default"), "reasoning_effort": ("none",), "best_of": (1,)},
-    **{"add_generation_prompt": (True,), "skip_special_tokens": (True,), "length_penalty": (1,)},
-}
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "best_of": (1,),
+    "add_generation_prompt": (True,), "skip_special_tokens": (True,), "length_penalty": (1,),
+}  # fmt: skip
 ERRORS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -223,9 +217,8 @@ def read_structure(form: dict[str, Any]) -> str | None:
     holder = form.get("json_schema", form) if kind == "json_schema" else form
     usual = {"type": "object"} if kind == "json_object" else None
     schema = holder.get("schema", usual) if isinstance(holder, dict) else None
-    if kind not in ("text", "json_object", "json_schema") or (
-        kind != "text" and not isinstance(schema, dict)
-    ):
+    known = kind in ("text", "json_object", "json_schema")
+    if not known or (kind != "text" and not isinstance(schema, dict)):
         raise BadInput("response_format is text, json_object, or json_schema with a schema")
     try:
         return None if kind == "text" else grammar_text(json_schema=schema)
@@ -253,9 +246,8 @@ class Writer:
         if chat and news.accepted is None:
             found.append({"delta": {"role": "assistant", "content": ""}})
         if text or news.said or self.ask.explain:
-            found.append(
-                ({"delta": {"content": text}} if chat else {"text": text}) | self.logprobs(news.said)
-            )
+            written = {"delta": {"content": text}} if chat else {"text": text}
+            found.append(written | self.logprobs(news.said))
         if news.finish_reason:
             found.append(({"delta": {}} if chat else {"text": ""}) | {"finish_reason": news.finish_reason})
         usual = {"index": news.choice, "logprobs": None, "finish_reason": None}
@@ -272,10 +264,8 @@ class Writer:
         """The answer that is not streamed, when all its texts have ended."""
         choices = []
         for choice in self.ask.choices:
-            text, said = (
-                choice.output.stream.text,
-                [s for n in news if n.choice == choice.index for s in n.said],
-            )
+            text = choice.output.stream.text
+            said = [s for n in news if n.choice == choice.index for s in n.said]
             message = {"message": {"role": "assistant", "content": text, "refusal": None}}
             body = (message if self.ask.chat else {"text": text}) | self.logprobs(said)
             choices.append({"index": choice.index, **body, "finish_reason": choice.output.finish_reason})
@@ -283,10 +273,8 @@ class Writer:
 
     def usage(self) -> dict[str, Any]:
         each = self.ask.choices
-        new, prompts = (
-            sum(len(choice.output.token_ids) for choice in each),
-            {id(c.text.prompt): c for c in each},
-        )
+        new = sum(len(choice.output.token_ids) for choice in each)
+        prompts = {id(choice.text.prompt): choice for choice in each}
         prompt = sum(len(choice.text.prompt) for choice in prompts.values())
         usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         return usage | {"prompt_tokens_details": {"cached_tokens": each[0].text.shared}}
@@ -298,14 +286,12 @@ class Writer:
         if self.ask.chat:
             entries = [self.entry(each.token, each.logprob) for each in own]
             more = [{"top_logprobs": [self.entry(*pair) for pair in top]} for top in tops]
-            return {
-                "logprobs": {"content": [entry | top for entry, top in zip(entries, more)], "refusal": None}
-            }
+            content = [entry | top for entry, top in zip(entries, more)]
+            return {"logprobs": {"content": content, "refusal": None}}
         parts = {"tokens": [self.name(each.token) for each in own], "text_offset": [s.begin for s in said]}
         parts |= {"token_logprobs": [least(each.logprob) for each in own]}
-        return {
-            "logprobs": parts | {"top_logprobs": [{self.name(t): least(v) for t, v in top} for top in tops]}
-        }
+        parts |= {"top_logprobs": [{self.name(t): least(v) for t, v in top} for top in tops]}
+        return {"logprobs": parts}
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
         written = list(self.tokenizer.token_bytes(token))

@@ -86,14 +86,14 @@ from parallel import Ranks
 from quantize import PERPLEXITY_TOKENS
 
 REPORTS = {
-    **{"cost": report_cost, "methods": report_methods, "auto": report_auto, "synthetic": report_synthetic},
-    **{"quality": report_quality, "noise": report_noise, "exact": report_exact, "tree": report_tree},
-    **{"hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape},
-    **{"confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation},
-    **{"hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode},
-    **{"peers": report_peers, "sampling": report_sampling, "processes": report_processes},
-    **{"when": report_when, "serve": report_serve, "heads": report_heads},
-}
+    "cost": report_cost, "methods": report_methods, "auto": report_auto, "synthetic": report_synthetic,
+    "quality": report_quality, "noise": report_noise, "exact": report_exact, "tree": report_tree,
+    "hierarchical": report_hierarchical, "qspec": report_qspec, "qspec_shape": report_qspec_shape,
+    "confidence": report_confidence, "perplexity": report_perplexity, "rotation": report_rotation,
+    "hadamard": report_hadamard, "kernels": report_kernels, "decode": report_decode,
+    "peers": report_peers, "sampling": report_sampling, "processes": report_processes,
+    "when": report_when, "serve": report_serve, "heads": report_heads,
+}  # fmt: skip
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 # Reports that take --device:
 ON_GPU = ("cost", "heads", "methods", "auto", "synthetic", "quality", "exact", "kernels")

@@ -47,13 +47,13 @@ FOREIGN = {  # parts of the names of tensors that only other kinds of heads have
     "sink": "attention with sinks",
 }
 NAMES = {  # of architectures, in the same way
-    **{"laguna": "a Laguna head", "glimmer": "a Muse-Glimmer head", "dflare": "a DFlare head"},
-    **{"domino": "a Domino head", "dflash2": "a DFlash2 head", "treeflash": "a TreeFlash head"},
-}
+    "laguna": "a Laguna head", "glimmer": "a Muse-Glimmer head", "dflare": "a DFlare head",
+    "domino": "a Domino head", "dflash2": "a DFlash2 head", "treeflash": "a TreeFlash head",
+}  # fmt: skip
 DFLASH_CONFIG = {  # keys of `dflash_config` that are read
-    *("target_layer_ids", "mask_token_id", "block_size", "num_target_layers", "projector_type"),
-    *("causal", "is_causal", "use_swa", "swa_window_size", "attention_sink_bias", "sample_from_anchor"),
-}
+    "target_layer_ids", "mask_token_id", "block_size", "num_target_layers", "projector_type",
+    "causal", "is_causal", "use_swa", "swa_window_size", "attention_sink_bias", "sample_from_anchor",
+}  # fmt: skip
 SPECULATORS_BLOCK = 8  # places, where a configuration of speculators does not say
 
 

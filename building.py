@@ -28,13 +28,11 @@ from itertools import chain
 from pathlib import Path
 
 FLAGS = {  # what the files of every path are compiled with
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
-        *("-mfma", "-mf16c"),
-    ],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
+               "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
-}
+}  # fmt: skip
 BODIES = ("kernels.cpp", "attention.cpp", "sampling.cpp")
 QUICK_PARTS = (("kernels.cpp", "direct.cpp"), ("attention.cpp", "sampling.cpp"))  # for two cores
 HEADERS = ("operators.h", "vectors.h", "team.h")

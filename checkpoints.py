@@ -60,9 +60,9 @@ PICKLE = "a pickle; convert it to safetensors"
 FOREIGN = {  # files that hold no checkpoint that is read here, and what they are
     "adapter_model.*": "a LoRA adapter and no model; merge it into its model",
     "consolidated*.safetensors": "weights under Mistral's own names; those of Hugging Face are read",
-    **{"pytorch_model*.bin": PICKLE, "consolidated*.pth": PICKLE, "*.pt": PICKLE},
-    **{"*.gguf": "a GGUF file, which is not read", "*.npz": "weights of MLX, which are not read"},
-}
+    "pytorch_model*.bin": PICKLE, "consolidated*.pth": PICKLE, "*.pt": PICKLE,
+    "*.gguf": "a GGUF file, which is not read", "*.npz": "weights of MLX, which are not read",
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

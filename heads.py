@@ -76,10 +76,10 @@ EAGLE_CONFIG = {  # what the keys of `eagle_config` must say to be what is compu
 SWITCHES = ("norm_before_residual", "norm_output", "return_hidden_post_norm", "norm_before_fc", "fc_norm")
 ELSEWHERE = {"eagle_aux_hidden_state_layer_ids", *SWITCHES}  # keys that are read in their place
 OTHER_ARITHMETIC = (  # keys that no head computed here has, unless they say null, 0 or false
-    *("mask_token_id", "pard_token", "pard_token_id"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"),
-    *("residual_multiplier", "embedding_multiplier"),
-)
+    "mask_token_id", "pard_token", "pard_token_id",
+    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling",
+    "residual_multiplier", "embedding_multiplier",
+)  # fmt: skip
 NEUTRAL_IF_ONE = ("logits_scaling", "residual_multiplier", "embedding_multiplier")
 
 

@@ -30,11 +30,11 @@ IN_ORDER, AWQ_ORDER = tuple(range(8)), (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of
 ONLINE = ("transform_config", "rotation", "rotation_config", "hadamard_config", "adapter")
 DROPPED = re.compile(r"(^|\.)(input|output|q|k|v|kv|prob|prob_output)_((global_)?scale|zero_point)$")
 NAMES = {  # whose tensors end like this
-    **{"absmax": "bitsandbytes", "SCB": "bitsandbytes", "W_q": "HQQ", "codebooks": "AQLM", "Qidxs": "QuIP#"},
-    **{"q_weight": "EXL2", "trellis": "EXL3", "centroids.weight": "VPTQ", "weight_scale_2": "ModelOpt NVFP4"},
-    **{"weight_scale_inv": "fp8", "weight_blocks": "MXFP4", "lora_A.weight": "a LoRA adapter"},
-    **{"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors"},
-}
+    "absmax": "bitsandbytes", "SCB": "bitsandbytes", "W_q": "HQQ", "codebooks": "AQLM", "Qidxs": "QuIP#",
+    "q_weight": "EXL2", "trellis": "EXL3", "centroids.weight": "VPTQ", "weight_scale_2": "ModelOpt NVFP4",
+    "weight_scale_inv": "fp8", "weight_blocks": "MXFP4", "lora_A.weight": "a LoRA adapter",
+    "qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors",
+}  # fmt: skip
 
 Forms = dict[str, list[tuple[str, tuple[int, ...]]]]  # (kind, shape) that a tensor may have, by suffix
 

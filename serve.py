@@ -54,10 +54,10 @@ from sampling import Sampling
 from show import metrics_text
 
 FLAGS = (  # of generate.py: those that choose models, methods and precisions, and how they run
-    *("checkpoint_path", "precision", "lm_head_bits", "draft_checkpoint_path", "eagle_checkpoint_path"),
-    *("draft_precision", "speculate_k", "draft_confidence", "tree_size", "tree_depth", "tree_topk"),
-    *("draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device", "sum_parts"),
-)
+    "checkpoint_path", "precision", "lm_head_bits", "draft_checkpoint_path", "eagle_checkpoint_path",
+    "draft_precision", "speculate_k", "draft_confidence", "tree_size", "tree_depth", "tree_topk",
+    "draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device", "sum_parts",
+)  # fmt: skip
 PAGE = Path(__file__).with_name("serve.html")
 SLOW = 30  # seconds in which the body of a request must have come
 
@@ -106,16 +106,13 @@ def load(args: argparse.Namespace, ranks: Ranks) -> tuple[generate.Target, dict[
         raise BadInput(f"{args.checkpoint_path}: has no tokenizer, which a server needs")
     config, compile = target.model.config, generate.can_compile(args)
     window = min(config.max_context, config.sliding_window or config.max_context)
-    sizes = (
-        min(args.max_length, cache_length(config, min(args.max_length, window))),
-        args.batch_size,
-        compile,
-    )
+    length = min(args.max_length, cache_length(config, min(args.max_length, window)))
+    sizes = (length, args.batch_size, compile)
     more = {"every_control": True, "logprobs": min(MOST_LOGPROBS, config.vocab_size)}
     for args.method in methods:
         method, drafter = generate.build_drafter(only_used(args, methods), target)
         for model in drafter.models:
-            check_window(model.config, sizes[0])
+            check_window(model.config, length)
         decoder = decoders[method] = Decoder(target.model, drafter, Sampling(1.0), *sizes, **more)
         for full in (True, False) if args.device.startswith("cuda") else (False,):
             decoder.expect([], full, None)  # a CPU records other steps when they are first asked for
@@ -153,11 +150,7 @@ class Front:
                 Route("/v1/chat/completions", partial(self.answer, chat=True), methods=["POST"]),
                 Route("/v1/completions", partial(self.answer, chat=False), methods=["POST"]),
             ],
-            exception_handlers={
-                Refused: self.refuse,
-                HTTPException: self.refuse,
-                ClientDisconnect: self.refuse,
-            },
+            exception_handlers=dict.fromkeys((Refused, HTTPException, ClientDisconnect), self.refuse),
         )
 
     async def refuse(self, request: Request | None, error: Any) -> Response:

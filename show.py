@@ -177,17 +177,17 @@ def peak_memory(device: str) -> int:
 
 
 STATS_FIELDS = [
-    *("new_tokens", "prefill_seconds", "time_to_first_token_seconds"),
-    *("decode_seconds", "decode_tokens_per_second", "target_forwards"),
-    *("drafted_tokens", "accepted_tokens", "tokens_per_step"),
-    *("acceptance_by_position", "compile_seconds"),
-    *("aggregate_tokens_per_second", "occupancy"),
-]
+    "new_tokens", "prefill_seconds", "time_to_first_token_seconds",
+    "decode_seconds", "decode_tokens_per_second", "target_forwards",
+    "drafted_tokens", "accepted_tokens", "tokens_per_step",
+    "acceptance_by_position", "compile_seconds",
+    "aggregate_tokens_per_second", "occupancy",
+]  # fmt: skip
 TREE_FIELDS = ["expected_accepted_tokens", "nodes_histogram"]
 LEVEL_FIELDS = [
-    *("drafted_tokens", "accepted_tokens", "tokens_per_step"),
-    *("drafting_seconds", "verification_seconds"),
-]
+    "drafted_tokens", "accepted_tokens", "tokens_per_step",
+    "drafting_seconds", "verification_seconds",
+]  # fmt: skip
 
 
 def stats_json(
@@ -259,12 +259,12 @@ def format_stats(s: dict[str, Any]) -> str:
 
 
 METRICS = {  # fields of `Stats`, as Prometheus reads them; most names are those of vLLM
-    **{"outputs": "texts_total", "new_tokens": "generation_tokens_total", "occupancy": "occupancy"},
-    **{"prefill_seconds": "prefill_seconds_total", "decode_seconds": "decode_seconds_total"},
-    **{"target_forwards": "spec_decode_num_drafts_total", "tokens_per_step": "tokens_per_step"},
-    **{"drafted_tokens": "spec_decode_num_draft_tokens_total"},
-    **{"accepted_tokens": "spec_decode_num_accepted_tokens_total"},
-}
+    "outputs": "texts_total", "new_tokens": "generation_tokens_total", "occupancy": "occupancy",
+    "prefill_seconds": "prefill_seconds_total", "decode_seconds": "decode_seconds_total",
+    "target_forwards": "spec_decode_num_drafts_total", "tokens_per_step": "tokens_per_step",
+    "drafted_tokens": "spec_decode_num_draft_tokens_total",
+    "accepted_tokens": "spec_decode_num_accepted_tokens_total",
+}  # fmt: skip
 
 
 def metrics_text(stats: dict[str, Stats], more: dict[str, float], times: dict[str, Histogram]) -> str:

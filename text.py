@@ -33,10 +33,10 @@ LLAMA3_PATTERN = (
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
 LLAMA3_SPECIALS = [
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
-    *("eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))),
-]
+    "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+    "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id",
+    "eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248)),
+]  # fmt: skip
 LONG_BLANK = 5_000  # blanks in a row that tiktoken's regular expression need not try
 
 

@@ -91,7 +91,10 @@ def measure_qspec(
         rows[p] = {
             "prompts": len(prompts),
             "seconds_of_a_step": {"drafting": drafting, "verification": verification},
-            **{"r": r, "v": v, "tokens_per_step": e, "expected": e / (k * r + v)},
+            "r": r,
+            "v": v,
+            "tokens_per_step": e,
+            "expected": e / (k * r + v),
             "at_096": (1 if p == "w4a16" else (1 - 0.96 ** (k + 1)) / 0.04) / (k * r + v),
             "speedup": quartiles([a / b for a, b in zip(speeds[p], speeds["w4a16"])]),
             "tokens_per_second": median(speeds[p]),

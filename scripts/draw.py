@@ -75,11 +75,11 @@ QUANTITIES = {
     "cpu_synthetic.json": ("speedup", "predicted"),
 }
 STYLE = {
-    **{"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 9},
-    **{"legend.frameon": False, "axes.axisbelow": True, "grid.color": "#DDDDDD", "hatch.linewidth": 0.6},
-    **{"axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4.5},
-    **{"text.parse_math": False},  # a $ in a name is a $
-}
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 9,
+    "legend.frameon": False, "axes.axisbelow": True, "grid.color": "#DDDDDD", "hatch.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4.5,
+    "text.parse_math": False,  # a $ in a name is a $
+}  # fmt: skip
 
 
 def read_results(path: Path) -> Results:

@@ -27,18 +27,10 @@ PROMPTS = ("import os\n", "def add(a, b):\n", "class Stack:\n    ", "x = ", "# \
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 NONSENSE: tuple[Any, ...] = (None, -1, 1e9, "", "x", [], {}, [[]], True, {"a": [1]}, "\ud800", 10**30, [None])
 NAMES = (  # of fields, to be filled with nonsense
-    *("prompt", "model", "n", "seed", "stop", "stream", "max_tokens", "temperature", "top_p", "top_k"),
-    *(
-        "logprobs",
-        "logit_bias",
-        "response_format",
-        "messages",
-        "stream_options",
-        "tools",
-        "min_tokens",
-        "method",
-    ),
-)
+    "prompt", "model", "n", "seed", "stop", "stream", "max_tokens", "temperature", "top_p", "top_k",
+    "logprobs", "logit_bias", "response_format", "messages", "stream_options", "tools", "min_tokens",
+    "method",
+)  # fmt: skip
 BROKEN = (
     b"",
     b"{",

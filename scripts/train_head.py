@@ -60,12 +60,10 @@ from generate import Target, load_target  # noqa: E402
 from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
 
 LEAST = {  # of flags that are whole numbers
-    **dict.fromkeys(
-        ("max_new_tokens", "batch_size", "tokens", "sequences", "ttt_steps", "ttt_every", "every"), 1
-    ),
-    **{"layers": 1, "anchors": 1, "mask_token_id": 0},
-    **{"steps": 0, "draft_vocab_size": 2, "block_size": 2},
-}
+    "max_new_tokens": 1, "batch_size": 1, "tokens": 1, "sequences": 1, "ttt_steps": 1, "ttt_every": 1,
+    "every": 1, "layers": 1, "anchors": 1, "mask_token_id": 0, "steps": 0, "draft_vocab_size": 2,
+    "block_size": 2,
+}  # fmt: skip
 DECAY = 0.8  # of the weight of the loss, from step to step of a draft
 WINDOW = 16  # steps whose texts are sorted by length together
 LABEL_ROWS = 1024  # whose logits over a vocabulary are in memory together

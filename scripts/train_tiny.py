@@ -68,33 +68,11 @@ UNROLL = 3  # of a head: one row from the target's features and two from its own
 
 # Modules that no model has seen; files test_<name>.py are left out as well.
 HELD_OUT = [
-    *(
-        "argparse",
-        "base64",
-        "bisect",
-        "calendar",
-        "cmd",
-        "colorsys",
-        "configparser",
-        "contextlib",
-        "copy",
-        "csv",
-    ),
-    *(
-        "dataclasses",
-        "difflib",
-        "fileinput",
-        "fnmatch",
-        "fractions",
-        "getopt",
-        "glob",
-        "graphlib",
-        "gzip",
-        "heapq",
-    ),
-    *("inspect", "mailbox", "netrc", "optparse", "pprint", "queue", "random", "sched", "shlex", "shutil"),
-    *("statistics", "string", "tabnanny", "textwrap", "timeit", "uuid", "wave"),
-]
+    "argparse", "base64", "bisect", "calendar", "cmd", "colorsys", "configparser", "contextlib", "copy",
+    "csv", "dataclasses", "difflib", "fileinput", "fnmatch", "fractions", "getopt", "glob", "graphlib",
+    "gzip", "heapq", "inspect", "mailbox", "netrc", "optparse", "pprint", "queue", "random", "sched",
+    "shlex", "shutil", "statistics", "string", "tabnanny", "textwrap", "timeit", "uuid", "wave",
+]  # fmt: skip
 
 NOTICE = """The prompts in held_out.jsonl are the beginnings of classes and functions of modules of the Python
 standard library, Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved. They are used under

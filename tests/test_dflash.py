@@ -86,11 +86,11 @@ def naive_block(w, target, text, s):
 # ---- layouts -----------------------------------------------------------------------------------------
 
 FLAT = {
-    **{"model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": SIZE},
-    **{"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "num_hidden_layers": 2},
-    **{"max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
-    **{"vocab_size": VOCABULARY, "hidden_act": "silu"},
-}
+    "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": SIZE,
+    "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "num_hidden_layers": 2,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "vocab_size": VOCABULARY, "hidden_act": "silu",
+}  # fmt: skip
 
 
 def tensors_of(target, drafted=None):

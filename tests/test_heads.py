@@ -155,19 +155,19 @@ def draw(shape):
 
 
 FLAT = {
-    **{"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS, "hidden_act": "silu"},
-    **{"num_key_value_heads": GROUPS, "head_dim": SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-5},
-    **{"vocab_size": VOCABULARY, "max_position_embeddings": 2048, "model_type": "llama"},
-}
+    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS, "hidden_act": "silu",
+    "num_key_value_heads": GROUPS, "head_dim": SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "model_type": "llama",
+}  # fmt: skip
 IDS = torch.arange(DRAFTED) * 3
 MAPS = {"d2t": IDS - torch.arange(DRAFTED), "t2d": torch.isin(torch.arange(VOCABULARY), IDS)}
 QK = {f"layers.0.self_attn.{name}_norm": (SIZE,) for name in "qk"}
 BIASES = {
-    **{"layers.0.self_attn.q_proj.bias": (HEADS * SIZE,), "layers.0.self_attn.k_proj.bias": (GROUPS * SIZE,)},
-    **{"layers.0.self_attn.v_proj.bias": (GROUPS * SIZE,), "layers.0.self_attn.o_proj.bias": (HIDDEN,)},
-    **{"layers.0.mlp.gate_proj.bias": (INNER,), "layers.0.mlp.up_proj.bias": (INNER,)},
-    **{"layers.0.mlp.down_proj.bias": (HIDDEN,), "fc.bias": (HIDDEN,)},
-}
+    "layers.0.self_attn.q_proj.bias": (HEADS * SIZE,), "layers.0.self_attn.k_proj.bias": (GROUPS * SIZE,),
+    "layers.0.self_attn.v_proj.bias": (GROUPS * SIZE,), "layers.0.self_attn.o_proj.bias": (HIDDEN,),
+    "layers.0.mlp.gate_proj.bias": (INNER,), "layers.0.mlp.up_proj.bias": (INNER,),
+    "layers.0.mlp.down_proj.bias": (HIDDEN,), "fc.bias": (HIDDEN,),
+}  # fmt: skip
 FC_NORM = {f"fc_norm.{i}": (HIDDEN,) for i in range(3)}
 EAGLE = "eagle_aux_hidden_state_layer_ids"
 

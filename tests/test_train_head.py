@@ -306,6 +306,9 @@ def test_an_interrupted_training_ends_as_any_other(monkeypatch, directory, answe
     assert all(torch.equal(tensor, cut["model"][name]) for name, tensor in whole["model"].items())
     assert run(directory, *flags, "--output", tmp_path / "cut", "--seed", 7) == 2
     assert "seed 1234, not 7" in capsys.readouterr().err.splitlines()[-1]
+    assert run(directory, *flags, "--output", tmp_path / "cut", "--steps", 8) == 0  # more than before
+    assert "going on at step 6" in capsys.readouterr().err
+    assert [note["step"] for note in lines(tmp_path / "cut" / "training.jsonl")] == [2, 4, 6, 8]
 
 
 # ---- answers -------------------------------------------------------------------------------------

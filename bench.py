@@ -168,7 +168,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sum_parts", type=int, help=f"{', '.join(IN_PARTS)}: as in generate.py")
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument(
-        "--prompt_file", help="methods, auto, cost, heads, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]"
+        "--prompt_file",
+        help="methods, auto, exact, cost, heads, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]",
     )
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")

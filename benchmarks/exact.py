@@ -2,6 +2,7 @@
 
     python bench.py exact
     python bench.py exact --uncompiled --precisions w4a16 --output exact.json
+    python bench.py exact --checkpoint_path DIR --eagle_checkpoint_path HEAD --prompt_file PROMPTS.jsonl
 
 The one idea: speculation must not change a single token, so texts are compared as they are, in every method,
 precision and temperature, and the right number of differences is 0.
@@ -13,12 +14,21 @@ import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from benchmarks.common import SHIPPED, decode_all, head_bits, load_parts, read_prompts, recording_only, split
+from benchmarks.common import (
+    Parts,
+    chosen_paths,
+    decode_all,
+    fitting_prompts,
+    head_bits,
+    load_parts,
+    recording_only,
+    split,
+)
 from dflash import BlockDrafter
 from drafts import Drafter
 from eagle import TreeDrafter
 from gpt_spec import Decoder, HierarchicalDrafter, LookupDrafter, SequentialDrafter
-from model import Transformer
+from model import Transformer, cache_length
 from packing import lower_precisions, share_weights
 from sampling import Sampling
 
@@ -32,9 +42,11 @@ def report_exact(args: argparse.Namespace, save: Callable[[dict], None] = lambda
 
     `save` is given all rows so far after each new one, so that a time limit does not lose them.
     """
-    rows, prompts = {}, read_prompts(args.prompts)
+    rows = {}
     for precision in split(args.precisions):
-        target, compiled, uncompiled = exact_contestants(precision, args)
+        parts = load_parts(precision, chosen_paths(args), args.device, head_bits(args, precision), args.ranks)
+        target, prompts = parts.target.model, [prompt.tokens for prompt in fitting_prompts(parts, args)]
+        compiled, uncompiled = exact_contestants(parts)
         for temperature in (0.0, 1.0):
             kinds = {True: {} if args.uncompiled else compiled, False: {} if args.compiled else uncompiled}
             for compile, entries in kinds.items():
@@ -67,29 +79,26 @@ def decode_entry(
     """The texts of one drafter and batch size; `records`: recorded, but nothing compiled."""
     drafter, batch_size = entry
     with recording_only() if records else nullcontext():
-        decoder = Decoder(target, drafter, sampling, 1024, batch_size, compile or records)
+        length = cache_length(target.config, max(len(prompt) for prompt in prompts) + tokens)
+        decoder = Decoder(target, drafter, sampling, length, batch_size, compile or records)
         decoder.warm_up()
         return decode_all(decoder, prompts, tokens)
 
 
-def exact_contestants(precision: str, args: argparse.Namespace) -> tuple[Transformer, dict, dict]:
-    """The shipped target, and drafters with batch sizes by name, to run compiled and uncompiled. The first of
-    each kind is the one that the others are compared with."""
-    paths = SHIPPED._replace(block_head=args.dflash_checkpoint_path)
-    parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
+def exact_contestants(parts: Parts) -> tuple[dict, dict]:
+    """All drafters that the parts allow, with batch sizes, by name, to run compiled and uncompiled. The first
+    of each kind is the one that the others are compared with."""
     target, small = parts.target.model, parts.small
-    inner = TreeDrafter(parts.small_head(small))
-    flat = {
-        "autoregressive": Drafter(),
-        "lookup": LookupDrafter(4),
-        "sequential": SequentialDrafter(small, 4),
-        "tree": TreeDrafter(parts.head(target)),
-    }
+    flat = {"autoregressive": Drafter(), "lookup": LookupDrafter(4)}
+    flat |= {"sequential": SequentialDrafter(small, 4)} if small else {}
+    flat |= {"tree": TreeDrafter(parts.head(target))} if parts.head else {}
     flat |= {"dflash": BlockDrafter(parts.block_head(target))} if parts.block_head else {}
-    qspecs, more = {}, {"hierarchical": HierarchicalDrafter(small, inner)}
-    for lower in lower_precisions(precision):
+    qspecs, more = {}, {}
+    if small and parts.small_head:
+        more["hierarchical"] = HierarchicalDrafter(small, TreeDrafter(parts.small_head(small)))
+    for lower in lower_precisions(parts.target.precision):
         twin = share_weights(target, lower)
-        own = TreeDrafter(parts.head(twin))
+        own = TreeDrafter(parts.head(twin)) if parts.head else LookupDrafter(7)
         qspecs[f"qspec {lower}"] = SequentialDrafter(twin, 3, shares_cache=True)
         more[f"hierarchical, {lower} self"] = HierarchicalDrafter(twin, own, shares_cache=True)
     one, eight = ", batch of 1", ", batch of 8"
@@ -97,4 +106,4 @@ def exact_contestants(precision: str, args: argparse.Namespace) -> tuple[Transfo
     compiled |= {name + eight: (drafter, 8) for name, drafter in qspecs.items()}
     uncompiled = {"autoregressive" + one: (Drafter(), 1)}
     uncompiled |= {name + eight: (drafter, 8) for name, drafter in (flat | qspecs | more).items()}
-    return target, compiled, uncompiled
+    return compiled, uncompiled

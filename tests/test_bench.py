@@ -492,6 +492,16 @@ def test_exact_saves_every_row_at_once(tmp_path, monkeypatch, capsys):
     assert file["unfinished"] and file["report"] == "exact"
 
 
+def test_exact_with_a_checkpoint_of_ones_own(tmp_path):
+    """Without a draft model, and with a head."""
+    flags = ["--checkpoint_path", str(common.SHIPPED_SMALL), "--eagle_checkpoint_path", str(common.SMALL_HEAD)]
+    flags += ["--precisions", "w4a16", "--uncompiled", "--prompts", "1", "--max_new_tokens", "6"]
+    assert bench.main(["exact", *flags, "--output", str(tmp_path / "exact.json")]) == 0
+    rows = json.loads((tmp_path / "exact.json").read_text())["results"]
+    assert "w4a16 T=1.0 tree, batch of 8, recorded" in rows and not any("sequential" in name for name in rows)
+    assert all(row == {"texts": 1, "different": 0} for row in rows.values())
+
+
 def test_shares_of_the_copy_bandwidth(tiny_shape, tmp_path, monkeypatch, capsys):
     """Bytes of the weights over seconds over what copying moves in a second, for steps and for linears."""
     assert timing.shares_of_copy({"1": 2.0, "8": 4.0}, 12, 3.0) == {"1": 2.0, "8": 1.0}

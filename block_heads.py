@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dflash import Block, BlockHead
-from heads import (
+from head_files import (
     Published,
     check_width,
     drop_copies,
@@ -36,7 +36,7 @@ from heads import (
 from model import ModelConfig, Transformer
 
 BLOCK_HEAD_FLAG = "--dflash_checkpoint_path"
-FOREIGN = {  # parts of the names of tensors that only other kinds of heads have; see also `heads.FOREIGN`
+FOREIGN = {  # parts of names of tensors that only other kinds of heads have; see also `head_files.FOREIGN`
     "qkv_proj": "a Laguna head",
     "g_proj": "a Laguna head",
     "aux_hidden_norms": "a Laguna head",

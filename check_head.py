@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot, sqrt
 from typing import Any
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from sampling import Sampling
 
 DEPTH = 5  # of a chain
 BETTER = 1.05  # so much more must another reading accept to be worth a word
+SURE = 3  # standard errors, by which it must be more
 POOR = 0.2  # of first drafts accepted: no head that fits is so bad
 ENOUGH = 100  # steps, for a verdict
 PUBLISHED = {  # acceptance by position of chains on MT-Bench, greedy, as vLLM's tests have it
@@ -50,6 +52,12 @@ class Reading:
     @property
     def tokens_per_step(self) -> float:
         return 1 + sum(self.acceptance_by_position)
+
+    @property
+    def error(self) -> float:
+        """The standard error of `tokens_per_step`, of steps that do not depend on each other."""
+        squares = sum((2 * i + 1) * share for i, share in enumerate(self.acceptance_by_position))
+        return sqrt(max(squares - (self.tokens_per_step - 1) ** 2, 0.0) / max(self.steps, 1))
 
     def as_json(self) -> dict[str, Any]:
         changes = {name: value for name, value in self.changes.items() if name != "rope_scaling"}
@@ -74,6 +82,7 @@ def other_readings(head: EagleHead, target: ModelConfig) -> dict[str, dict[str, 
         found[normed[not s.norm_output]] = {"norm_output": not s.norm_output}
         normed = ("added to before the norm", "added to after the norm")
         found[normed[not s.norm_before_residual]] = {"norm_before_residual": not s.norm_before_residual}
+        found["features normed twice"] = {"double_norm": True}
     if isinstance(head, BlockHead):
         shifted, causal = head.block.shifted, any(head.block.causal)
         found[f"a place guesses the {'token there' if shifted else 'next token'}"] = {"shifted": not shifted}
@@ -131,9 +140,7 @@ def check_head(
 def show(readings: list[Reading], as_json: bool) -> None:
     """The readings as one JSON object, or as a table and what follows from it."""
     if as_json:
-        return print(
-            json.dumps({"definition": DEFINITION, "readings": [each.as_json() for each in readings]})
-        )
+        return print(json.dumps({"definition": DEFINITION, "readings": [r.as_json() for r in readings]}))
     width = max(len(name) for name in (*PUBLISHED, *(reading.name for reading in readings)))
     print(f"{'':{width}}  " + "".join(f"{i + 1:6}" for i in range(DEPTH)) + "  tokens/step")
     for reading in readings:
@@ -152,9 +159,12 @@ def verdict(readings: list[Reading]) -> str:
         return f"{configured.steps} steps say little: give more prompts, or more --max_new_tokens"
     if best.acceptance_by_position[0] < POOR:
         question = "is it a head of this very target, and are the prompts as it learnt them (--chat)?"
-        return f"no reading fits: {question}"
-    if best.tokens_per_step > BETTER * configured.tokens_per_step:
-        return f"read it differently: '{best.name}' accepts more than what config.json says"
+        return f"no reading fits, with one switch changed at a time: {question}"
+    gain = best.tokens_per_step - configured.tokens_per_step
+    if gain > (BETTER - 1) * configured.tokens_per_step:
+        if gain < SURE * hypot(best.error, configured.error):
+            return f"'{best.name}' may fit better, or it is chance: give more prompts"
+        return f"read it differently (docs/heads.md): '{best.name}' accepts more than what config.json says"
     if len(readings) == 1:
         return "it is read as config.json says; there is no other reading to compare with"
     return "it is read as config.json says, and no other reading accepts more"

@@ -166,7 +166,7 @@ class EagleHead(CheckpointModule):
 
 @dataclass(frozen=True)
 class Eagle3:
-    """What makes an EAGLE-3 head, beside its layers. The last three leave no trace in its tensors."""
+    """What makes an EAGLE-3 head, beside its layers. The last four leave no trace in its tensors."""
 
     taps: tuple[int, ...]  # of the target: see `Transformer.forward`
     target_hidden_size: int
@@ -178,6 +178,7 @@ class Eagle3:
     fc_norm: bool = False  # before fc, over each tap alone
     norm_before_residual: bool = False  # what attention is added to has been normed
     norm_output: bool = False  # what goes round has been normed: EAGLE-3.1
+    double_norm: bool = False  # features have the embedding's norm, too, before their own: some of ModelOpt
     window: int | None = None  # entries that each one sees, itself included; None for all
 
 
@@ -236,7 +237,8 @@ class Eagle3Head(EagleHead):
 
     def enter(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.layers[0].input_layernorm(self.embed_tokens(tokens))  # [B, n, hidden]
-        normed = self.layers[0].hidden_norm(features)
+        twice = self.switches.double_norm
+        normed = self.layers[0].hidden_norm(self.layers[0].input_layernorm(features) if twice else features)
         residual = normed if self.switches.norm_before_residual else features
         return torch.cat((embedded, normed), dim=-1), residual  # [B, n, 2 hidden], [B, n, hidden]
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import naming_flags, read_turns  # noqa: E402
 from generate import Conversation, Target, can_compile  # noqa: E402
-from gpt_spec import Decoder, check_window  # noqa: E402
+from gpt_spec import Decoder  # noqa: E402
 from model import BadInput  # noqa: E402
 from sampling import Sampling  # noqa: E402
 from show import Output  # noqa: E402
@@ -50,10 +50,11 @@ WAVE = 16  # prompts that are begun together, for each row of the batch
 class Prompt:
     key: str  # a hash of what it says: the same in any file and any order
     said: list[str] | list[int]  # the texts of a user, turn by turn, or token ids
+    where: str  # its file and line
 
     @staticmethod
-    def of(said: list[str] | list[int]) -> Prompt:
-        return Prompt(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16], said)
+    def of(said: list[str] | list[int], where: str) -> Prompt:
+        return Prompt(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16], said, where)
 
 
 def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
@@ -61,15 +62,17 @@ def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     for path in paths:
         for number, line in enumerate(read_file(path).split("\n"), start=1):
+            where = f"{path} line {number}"
             try:
-                prompt = Prompt.of(read_turns(line)) if line.strip() else None
+                prompt = Prompt.of(read_turns(line), where) if line.strip() else None
                 ids = [n for n in prompt.said if isinstance(n, int)] if prompt else []
                 wrong = next((n for n in ids if not 0 <= n < vocabulary), None)
                 if wrong is not None:
                     raise BadInput(f"has the token id {wrong}; the model knows 0 to {vocabulary - 1}")
             except BadInput as error:
-                raise BadInput(f"--data: {path} line {number}: {error}") from None
-            prompts |= {prompt.key: prompt} if prompt else {}
+                raise BadInput(f"--data: {where}: {error}") from None
+            if prompt:
+                prompts.setdefault(prompt.key, prompt)
     if not prompts:
         raise BadInput(f"--data: {' '.join(paths)} has no lines")
     return list(prompts.values())
@@ -78,7 +81,7 @@ def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
 def read_file(path: str) -> str:
     try:
         raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
+        return (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadInput(f"--data: {path} cannot be read: {error}") from None
 
@@ -139,7 +142,7 @@ class AnswerFile:
         self.tokens = sum(text.answered for text in self.texts)
 
     def add(self, texts: list[Text]) -> None:
-        """Append texts, and have them on the disk before anything else happens."""
+        """Append texts, in place of a last line without an end."""
         lines = "".join(json.dumps(asdict(text), separators=(",", ":")) + "\n" for text in texts)
         with self.path.open("ab") as file:
             file.truncate(self.size)
@@ -157,6 +160,8 @@ class AnswerFile:
                 beside.write_text(json.dumps(facts, indent=2) + "\n")
         except (OSError, ValueError) as error:
             raise BadInput(f"--answers: {beside} cannot be read or written: {error}") from None
+        if not isinstance(known, dict | None):
+            raise BadInput(f"--answers: {beside} is no JSON object")
         for name, value in facts.items() if known else ():
             if known.get(name) != value:
                 was = f"were written with {name} {known.get(name)!r}, not {value!r}"
@@ -164,6 +169,7 @@ class AnswerFile:
 
     def check_writable(self) -> None:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("ab").close()
         except OSError as error:
             raise BadInput(f"--answers: {self.path} cannot be written: {error}") from None
@@ -184,11 +190,16 @@ class Exchange:
             raise BadInput(f"--data: {args.checkpoint_path} has no tokenizer, so prompts must be prompt_ids")
 
     def ask(self) -> bool:
-        """Begin the next turn. False where there is none, or no room for an answer to it."""
+        """Begin the next turn. False where there is none, or no room for an answer to it, or where the target
+        cannot be asked that, which is said in a line."""
         if not self.turns:
             return False
         turn = self.turns.popleft()
-        ids = turn if isinstance(turn, list) else self.conversation.ask(turn)
+        try:
+            ids = turn if isinstance(turn, list) else self.conversation.ask(turn)
+        except BadInput as error:
+            tqdm.write(f"left out: {self.prompt.where}: {error}", file=sys.stderr)
+            return False
         self.output = Output(ids, TextStream(self.conversation.tokenizer, []))
         return 0 < len(ids) < self.longest
 
@@ -239,7 +250,6 @@ def write_answers(target: Target, prompts: list[Prompt], answers: AnswerFile, ar
     """Have the target answer the prompts, until all are answered once or there are --tokens of answers."""
     if args.tokens and answers.tokens >= args.tokens:
         return
-    check_window(target.model.config, args.max_length)
     with naming_flags():
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     decoder = Decoder(target.model, None, sampling, args.max_length, args.batch_size, can_compile(args))

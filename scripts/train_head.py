@@ -57,7 +57,7 @@ from cli import OneLineParser, check_device, json_object, load_kernels  # noqa: 
 from dflash import Block  # noqa: E402
 from eagle import Eagle3, Eagle3Head, EagleHead, choose_vocabulary, default_taps  # noqa: E402
 from generate import Target, load_target  # noqa: E402
-from model import BadInput, ModelConfig, Transformer, causal_attention  # noqa: E402
+from model import BadInput, ModelConfig, Transformer, causal_attention, check_window  # noqa: E402
 
 LEAST = {  # of flags that are whole numbers
     "max_new_tokens": 1, "batch_size": 1, "tokens": 1, "sequences": 1, "ttt_steps": 1, "ttt_every": 1,
@@ -69,7 +69,10 @@ WINDOW = 16  # steps whose texts are sorted by length together
 LABEL_ROWS = 1024  # whose logits over a vocabulary are in memory together
 JUDGED = 40  # batches of held-out texts, at most
 BLOCK_FLAGS = {"block_size": 8, "layers": 5, "anchors": 32, "mask_token_id": None}  # of block heads alone
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
+ROPE_KEYS = (
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
+)
 
 
 # ---- texts, in batches ---------------------------------------------------------------------------
@@ -302,12 +305,18 @@ def write_head(folder: Path, head: Eagle3Head, taps: tuple[int, ...], raw: dict[
     drafted[ids] = True
     tensors |= {"d2t": ids - torch.arange(len(ids)), "t2d": drafted}
     config = config_json(head.config)
-    config |= {key: raw[key] for key in ROPE_KEYS if raw.get(key) is not None}
-    config |= {"architectures": ["LlamaForCausalLMEagle3"], "tie_word_embeddings": False}
-    outputs = [tap - 1 for tap in taps]  # there, a layer is named by the state that leaves it
+    config |= rope_of(raw) | {"architectures": ["LlamaForCausalLMEagle3"], "tie_word_embeddings": False}
     config |= {"draft_vocab_size": len(ids), "fc_norm": True, "norm_before_residual": True}
-    config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": outputs, "use_aux_hidden_state": True}}
+    # vLLM reads the first list, where a layer is named by the state that enters it; SGLang reads the second,
+    # where it is named by the state that leaves it.
+    name, outputs = "eagle_aux_hidden_state_layer_ids", [tap - 1 for tap in taps]
+    config |= {name: list(taps), "eagle_config": {name: outputs, "use_aux_hidden_state": True}}
     write_folder(folder, tensors, config)
+
+
+def rope_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """What the config.json of a target says about RoPE, which its head shares."""
+    return {key: raw[key] for key in ROPE_KEYS if raw.get(key) is not None}
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -319,6 +328,8 @@ class Training:
     def __init__(self, target: Transformer, texts: list[Text], args: argparse.Namespace):
         c = target.config
         texts = [text for text in texts if can_teach(text, args.max_length, args.ttt_steps)]
+        if not texts:
+            raise BadInput(f"--ttt_steps {args.ttt_steps}: no answer is long enough for such drafts")
         learnt, held_out = split_texts(texts, args.held_out)
         counts = answer_counts(learnt, c.vocab_size)
         most = c.vocab_size if args.kind == "dflash" else 32000
@@ -394,6 +405,7 @@ class Training:
         if best:
             self.write()
         lines = "".join(json.dumps(each) + "\n" for each in [*notes, figures])
+        self.args.output.mkdir(parents=True, exist_ok=True)
         (self.args.output / "training.jsonl").write_text(lines)
 
     def settings(self) -> dict[str, Any]:
@@ -403,7 +415,8 @@ class Training:
         flags += ["kind", *BLOCK_FLAGS] if self.args.kind == "dflash" else []
         found = {name: getattr(self.args, name) for name in (*flags, "learning_rate", "muon_rate")}
         found.setdefault("kind", None)  # as in states from before there were two
-        found |= {"checkpoint_path": str(self.args.checkpoint_path), "precision": self.args.precision}
+        found |= {"checkpoint_path": whole_path(self.args.checkpoint_path), "precision": self.args.precision}
+        found["lm_head_bits"] = self.args.lm_head_bits
         found |= {"texts": len(self.batches.texts), "tokens": sum(t.answered for t in self.batches.texts)}
         return found | {"taps": list(self.taps), "draft_vocab_size": len(self.ids)}
 
@@ -433,8 +446,7 @@ class BlockTraining(Training):
         return count_right_blocks(self.head, lesson, *drawn)
 
     def write(self) -> None:
-        rope = {key: self.raw[key] for key in ROPE_KEYS if self.raw.get(key) is not None}
-        write_block_head(self.args.output, self.head, rope)
+        write_block_head(self.args.output, self.head, rope_of(self.raw))
 
 
 def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> None:
@@ -459,7 +471,9 @@ def train(target: Transformer, texts: list[Text], args: argparse.Namespace) -> N
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of train_head.py."""
-    p = OneLineParser("scripts/train_head.py", description="Train an EAGLE-3 head.", allow_abbrev=False)
+    p = OneLineParser(
+        "scripts/train_head.py", description="Train an EAGLE-3 or block head.", allow_abbrev=False
+    )
     p.add_argument("--checkpoint_path", required=True, help="the target, as in generate.py")
     p.add_argument("--precision", choices=ALL_PRECISIONS, help="as in generate.py")
     p.add_argument("--lm_head_bits", type=int, choices=[4, 8, 16], help="as in generate.py")
@@ -554,6 +568,7 @@ def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
     if not least <= args.max_length <= context:
         room = f"{least} to {context}, the target's context"
         raise BadInput(f"--max_length is {args.max_length}; it must be {room}")
+    check_window(config, args.max_length)
     if (args.draft_vocab_size or 2) > config.vocab_size:
         raise BadInput(f"--draft_vocab_size is {args.draft_vocab_size}; the target has {config.vocab_size}")
     if args.mask_token_id is not None and args.mask_token_id >= config.vocab_size:
@@ -562,9 +577,15 @@ def check_shape(args: argparse.Namespace, config: ModelConfig) -> None:
         raise BadInput(f"--taps: the layers of the target are 0 to {config.num_layers - 1}")
 
 
+def whole_path(path: str) -> str:
+    """The same for all ways to write the path of a directory; an id of the hub stays."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def origin(target: Target, args: argparse.Namespace, writing: bool) -> dict[str, Any]:
     """Who answers, and how: see `AnswerFile.check_origin`."""
-    facts = {"checkpoint_path": str(args.checkpoint_path), "precision": target.precision}
+    facts = {"checkpoint_path": whole_path(args.checkpoint_path), "precision": target.precision}
+    facts["lm_head_bits"] = args.lm_head_bits
     sampling = ("temperature", "top_k", "top_p", "max_new_tokens", "system", "template_kwargs")
     return facts | ({name: getattr(args, name) for name in sampling} if writing else {})
 
@@ -574,6 +595,10 @@ def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     vocabulary = target.model.config.vocab_size
     prompts = read_data(args.data, vocabulary) if args.data else []
     file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary)
+    if (args.system is not None or args.template_kwargs) and getattr(
+        target.tokenizer, "template", None
+    ) is None:
+        raise BadInput("--system and --template_kwargs: the target has no chat template")
     if prompts:
         file.check_writable()
     file.check_origin(origin(target, args, bool(prompts)))
@@ -590,7 +615,8 @@ def run(args: argparse.Namespace) -> None:
     load_kernels()
     target = load_target(args)
     config = target.model.config
-    args.max_length = min(2048, config.max_context) if args.max_length is None else args.max_length
+    usual = min(2048, config.max_context, config.sliding_window or 2048)
+    args.max_length = usual if args.max_length is None else args.max_length
     check_shape(args, config)
     file = find_texts(target, args)
     if args.steps == 0:

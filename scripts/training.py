@@ -182,7 +182,7 @@ def load_state(path, model, optimizers, settings: dict[str, Any] | None) -> tupl
     """Bring back a state, if there is one -> (steps that are done, notes)."""
     if not path.exists():
         return 0, []
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in (settings or {}).items():
         if (kept := state["settings"].get(name)) != value:
             was = f"is of a training with {name} {kept}, not {value}"

@@ -494,7 +494,12 @@ def test_exact_saves_every_row_at_once(tmp_path, monkeypatch, capsys):
 
 def test_exact_with_a_checkpoint_of_ones_own(tmp_path):
     """Without a draft model, and with a head."""
-    flags = ["--checkpoint_path", str(common.SHIPPED_SMALL), "--eagle_checkpoint_path", str(common.SMALL_HEAD)]
+    flags = [
+        "--checkpoint_path",
+        str(common.SHIPPED_SMALL),
+        "--eagle_checkpoint_path",
+        str(common.SMALL_HEAD),
+    ]
     flags += ["--precisions", "w4a16", "--uncompiled", "--prompts", "1", "--max_new_tokens", "6"]
     assert bench.main(["exact", *flags, "--output", str(tmp_path / "exact.json")]) == 0
     rows = json.loads((tmp_path / "exact.json").read_text())["results"]

@@ -31,6 +31,7 @@ def test_the_readings_of_a_head(deep, tmp_path):
         "states 3, 5, 6": {"taps": (3, 5, 6)},
         "goes round after the norm": {"norm_output": True},
         "added to before the norm": {"norm_before_residual": False},
+        "features normed twice": {"double_norm": True},
         "RoPE base 10000": {"rope_theta": 10000.0},
         "RoPE base 500000": {"rope_theta": 5e5},
     }
@@ -66,6 +67,11 @@ def test_a_better_reading_is_named(capsys):
     poor = Reading("as configured", {}, [0.1, 0.0, 0.0, 0.0, 0.0], 200)
     assert "'states 2, 4, 5' accepts more" in verdict([configured, hardly, better])
     assert "no other reading accepts more" in verdict([configured, hardly])
+    perhaps = replace(hardly, acceptance_by_position=[0.5, 0.4, 0.15, 0.1, 0.0])
+    assert "may fit better, or it is chance" in verdict([configured, perhaps])
+    assert "accepts more than" in verdict([replace(configured, steps=9000), replace(perhaps, steps=9000)])
+    # Of drafts of which 0, 1, 1 and 3 tokens were accepted.
+    assert Reading("", {}, [0.75, 0.25, 0.25, 0, 0], 4).error == pytest.approx((1.1875 / 4) ** 0.5)
     assert "no reading fits" in verdict([poor])
     assert "no other reading to compare" in verdict([configured])
     assert "5 steps say little" in verdict([Reading("as configured", {}, [1.0] * 5, 5)])

@@ -36,6 +36,7 @@ class Switches:
     taps: tuple[int, ...] = (2, 4, 5)
     before_residual: bool = False
     output: bool = False
+    double: bool = False
     theta: float = 10000.0
     window: int = 10**6
 
@@ -76,7 +77,9 @@ def feed_forward(w, layer, x):
 
 def rows(w, tokens, g, s):
     """Tokens after each row and what enters it [n, HIDDEN] -> what goes round, and logits"""
-    e, h = norm(w["embed_tokens.weight"][tokens], w["layers.0.input_layernorm.weight"]), norm(g, w["layers.0.hidden_norm.weight"])  # fmt: skip  # noqa: E501
+    plain = w["layers.0.input_layernorm.weight"]
+    e, h = norm(w["embed_tokens.weight"][tokens], plain), norm(g, plain) if s.double else g
+    h = norm(h, w["layers.0.hidden_norm.weight"])
     x, residual, layer = torch.cat((e, h), -1), h if s.before_residual else g, 0
     while f"layers.{layer}.self_attn.q_proj.weight" in w:
         name = f"layers.{layer}"
@@ -207,14 +210,23 @@ def speculators(inner=(), **config):
 RESIDUAL = Switches(before_residual=True)
 LAYOUTS = {
     "SafeAILab": Layout(
-        FLAT | {"draft_vocab_size": DRAFTED, "num_hidden_layers": 40}, tensors_of(), names=MID
+        FLAT | {"draft_vocab_size": DRAFTED, "num_hidden_layers": 40}, tensors_of(embedding=False), names=MID
     ),
     "SpecForge": Layout(
         FLAT
         | {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {EAGLE: [0, 3, 6]}, "fc_norm": True},
-        tensors_of(extra=FC_NORM),
+        tensors_of(embedding=False, extra=FC_NORM),
         Switches(taps=(1, 4, 7)),
         MID,
+    ),
+    "SpecForge, all tokens": Layout(
+        FLAT | {"architectures": ["LlamaForCausalLMEagle3"]},
+        tensors_of(drafted=VOCABULARY),
+        names=MID,
+        maps={
+            "d2t": torch.zeros(VOCABULARY, dtype=torch.int64),
+            "t2d": torch.ones(VOCABULARY, dtype=torch.bool),
+        },
     ),
     "speculators": Layout(speculators({"rope_theta": 1e6}), tensors_of(), replace(RESIDUAL, theta=1e6)),
     "speculators, its own taps": Layout(
@@ -232,8 +244,13 @@ LAYOUTS = {
     ),
     "ModelOpt": Layout(
         FLAT | {"eagle_config": {EAGLE: [1, 3, 4], "use_aux_hidden_state": True, "parallel_draft_step": 1}},
-        tensors_of(),
+        tensors_of(embedding=False),
         maps={"d2t": MAPS["d2t"]},
+    ),
+    "ModelOpt, two norms": Layout(
+        FLAT | {"eagle_config": {EAGLE: [1, 3, 4], "use_last_layernorm": True}, "double_norm": True},
+        tensors_of(),
+        Switches(double=True),
     ),
     "ModelOpt, carrying what is normed": Layout(
         FLAT | {"eagle_config": {EAGLE: [1, 3, 4], "return_hidden_post_norm": True}},
@@ -269,6 +286,7 @@ LAYOUTS = {
         speculators(), tensors_of(extra=FC_NORM), RESIDUAL, names=(("^fc_norm", "fc_norms"),)
     ),
     "absolute d2t": Layout(FLAT, tensors_of(), maps={"d2t": IDS}, names=MID),
+    "absolute d2t beside t2d": Layout(FLAT, tensors_of(), maps=MAPS | {"d2t": IDS}, names=MID),
     "a short window": Layout(
         speculators({"layer_types": ["sliding_attention"] * 2, "sliding_window": 3}),
         tensors_of(layers=2),
@@ -286,7 +304,8 @@ def test_a_layout_is_read_as_its_equations_say(deep, tmp_path, name):
     layout = LAYOUTS[name]
     head = load_head(layout.write(tmp_path / "head"), deep)
     assert head.taps(LAYERS) == layout.switches.taps
-    expected = naive_logits(layout.tensors, deep, TEXT, PATH, layout.switches)
+    tensors = {"embed_tokens.weight": deep.embed_tokens.weight} | layout.tensors
+    expected = naive_logits(tensors, deep, TEXT, PATH, layout.switches)
     for ours, theirs in zip(cached_logits(head, deep, TEXT, PATH), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     ids = None if len(layout.tensors["lm_head.weight"]) == VOCABULARY else IDS.tolist()
@@ -297,6 +316,7 @@ WRONG = [  # a reading, a layout, and the first step that it changes
     ({"taps": (1, 3, 4)}, "SafeAILab", 0),
     ({"norm_before_residual": False}, "speculators", 0),
     ({"norm_output": True}, "SafeAILab", 1),
+    ({"double_norm": True}, "ModelOpt", 0),
     ({"norm_output": False}, "speculators, all it has", 1),
     ({"rope_theta": 10000.0}, "speculators", 0),
     ({"window": None}, "speculators, all it has", 0),
@@ -368,6 +388,16 @@ REFUSED = {
     "MLA": (changed(add={"layers.0.self_attn.kv_a_proj_with_mqa.weight": ONE}), "latent attention"),
     "DSpark": (changed(add={"markov_head.weight": ONE}), "DSpark"),
     "pard": (changed(pard_token=7), "pard_token is 7"),
+    "a multiplier": (changed(attention_multiplier=0.5), "attention_multiplier is 0.5"),
+    "a norm of another kind": (changed("speculators", norm_input=True), "norm_input is True"),
+    "a scale inside": (
+        changed("speculators", transformer_layer_config=FLAT | {"embedding_scale": 3}),
+        "_scale is 3",
+    ),
+    "two norms before fc": (
+        changed("SpecForge", add={"input_norm.weight": torch.ones(3 * HIDDEN)}),
+        "have one",
+    ),
     "an unknown key": (
         changed("ModelOpt", eagle_config={"use_magic": True}),
         "use_magic of eagle_config is not known",
@@ -409,6 +439,10 @@ REFUSED = {
         changed("ModelOpt, carrying what is normed", norm_output=False),
         "say different things",
     ),
+    "one word in two places": (
+        changed("ModelOpt, carrying what is normed", return_hidden_post_norm=False),
+        "return_hidden_post_norm and eagle_config.return_hidden_post_norm say different things",
+    ),
     "a window without a size": (changed(layer_types=["sliding_attention"]), "sliding_window is 0"),
     "no map": (replace(changed(), maps={}), "lack d2t"),
     "maps that disagree": (replace(changed(), maps=MAPS | {"t2d": MAPS["t2d"].roll(1)}), "t2d and d2t"),
@@ -442,6 +476,16 @@ NOTED = {
             "ModelOpt", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
         ),
         "ModelOpt writes YaRN",
+    ),
+    "an eagle_config without states": (
+        changed("ModelOpt", eagle_config={"use_aux_hidden_state": True}),
+        "the usual [2, 4, 5] are taken",
+    ),
+    "two norms of ModelOpt": (changed("ModelOpt, two norms"), "two norms of the features"),
+    "a residual of ModelOpt": (changed("ModelOpt, two norms", norm_before_residual=True), "converted heads"),
+    "distances that could be tokens": (
+        replace(changed(), maps={"d2t": 2 * torch.arange(DRAFTED)}),
+        "distances",
     ),
     "no norm at all, once": (
         changed(norm_output=False, architectures=["LlamaForCausalLMEagle3"]),
@@ -516,7 +560,7 @@ def test_frequent_tokens():
 
 def test_the_flags_of_a_drafted_vocabulary(tmp_path):
     text = tmp_path / "text.py"
-    text.write_text("def f(x):\n    return x\n" * 20)
+    text.write_text("def f(x):\n    return x\n" * 2000)  # more than the model takes
     run = lambda *flags: subprocess.run(  # noqa: E731
         [sys.executable, str(ROOT / "generate.py"), "--compile", "none", "--max_new_tokens", "20", *flags],
         capture_output=True,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SHIPPED_TARGET, random_model, save_checkpoint, texts
 
 from block_heads import load_block_head
+from check_head import check_head
 from checkpoints import load_model
 from costs import Stats
 from dflash import Block, BlockDrafter
@@ -20,6 +21,8 @@ from eagle import TreeDrafter
 from generate import load_head
 from model import BadInput
 from process import INTERRUPTED
+from sampling import Sampling
+from text import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import answers
@@ -260,16 +263,56 @@ def test_overfitting_and_the_head_that_is_written(directory, answered, tmp_path,
     drafter = TreeDrafter(load_head(tmp_path / "head", target), 8, 3, 3)
     prompts = [first["token_ids"][: first["answers"][0][0]], [5, 6, 7]]
     assert texts(target, prompts, drafter) == texts(target, prompts)
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]
+    # A file that says something else about the same tensors is found out.
+    wrong = config | {"norm_before_residual": False}
+    (tmp_path / "head" / "config.json").write_text(json.dumps(wrong))
+    load = partial(load_head, tmp_path / "head", target)
+    readings = check_head(load(), load, target, prompts[:1], 24, [], compile=False)
+    found = {reading.name: reading.tokens_per_step for reading in readings}
+    assert found["added to after the norm"] == max(found.values()) > 2 * found["as configured"]
 
 
 def test_a_quantized_target_teaches(tmp_path, data):
+    """And its head changes no text, in whatever precision both are loaded."""
     model = random_model(num_layers=LAYERS, hidden_size=64, intermediate_size=96, head_dim=16)
     source = save_checkpoint(model, tmp_path / "target", torch.bfloat16)
     flags = ["--precision", "w4a8", "--data", data, "--output", tmp_path / "head", "--steps", 4, "--every", 2]
     assert run(source, *flags) == 0
-    target = load_model(source, "w4a8")
-    drafter = TreeDrafter(load_head(tmp_path / "head", target), 4, 2, 2)
-    assert texts(target, [[5, 6, 7]], drafter) == texts(target, [[5, 6, 7]])
+    prompts = [[5, 6, 7], [9], [3, 4, 5, 6], [8, 1]]
+    for precision in ("bf16", "w4a16", "w4a8"):
+        target = load_model(source, precision)
+        for sampling in (Sampling(), Sampling(temperature=1.0, seed=3)):
+            expected = texts(target, prompts, sampling=sampling)
+            for batch_size in (1, 4):
+                drafter = TreeDrafter(load_head(tmp_path / "head", target), 8, 3, 3)
+                assert texts(target, prompts, drafter, sampling, batch_size=batch_size) == expected
+
+
+def test_what_a_target_cannot_be_asked_is_left_out(directory, tmp_path, capsys):
+    """A prompt that is surely too long for it, and half a character; with what is around them all is well."""
+    target = SimpleNamespace(tokenizer=load_tokenizer(SHIPPED_TARGET, 1024))
+    args = SimpleNamespace(max_length=500, system=None, template_kwargs=None)
+    said = [["def f(x):"], ["x = 1\n" * 90_000], ["\ud800"], ["one", "\ud800"]]
+    prompts = [answers.Prompt.of(turns, f"file line {i}") for i, turns in enumerate(said)]
+    assert [answers.Exchange(p, 0, 1, target, args).ask() for p in prompts] == [True, False, False, True]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and "left out: file line 1: the text is at least" in err[0] and "half a" in err[1]
+
+
+def test_flags_for_chats_need_a_template(capsys, directory, data, tmp_path):
+    flags = ["--data", data, "--answers", tmp_path / "new" / "a.jsonl", "--steps", 0]
+    assert "has no chat template" in refusal(capsys, directory, *flags, "--system", "You are a tree.")
+    assert run(directory, *flags) == 0
+    with pytest.raises(BadInput, match="lm_head_bits None, not 8"):
+        AnswerFile(tmp_path / "new" / "a.jsonl", 61).check_origin({"lm_head_bits": 8})
+    (tmp_path / "new" / "a.jsonl.json").write_text("[]")
+    assert "is no JSON object" in refusal(capsys, directory, *flags)
+
+
+def test_answers_that_are_too_short_for_a_draft(capsys, directory, answered, tmp_path):
+    flags = ["--answers", answered, "--output", tmp_path / "head", "--ttt_steps", 50]
+    assert "--ttt_steps 50: no answer is long enough" in refusal(capsys, directory, *flags)
 
 
 def test_the_best_head_is_kept(monkeypatch, directory, answered, tmp_path):
@@ -369,7 +412,7 @@ class Talk(answers.Exchange):
     """An exchange without a tokenizer, in which the test says both parts."""
 
     def __init__(self):
-        self.prompt, self.sample, self.texts = answers.Prompt.of([1]), 0, []
+        self.prompt, self.sample, self.texts = answers.Prompt.of([1], ""), 0, []
         self.conversation = SimpleNamespace(answer=lambda output: None)
 
     def say(self, prompt, said):
@@ -411,7 +454,7 @@ def test_compressed_data_and_doubles(tmp_path):
         (["--device", "abacus"], "--device"),
         (["--speed", 3], "--speed"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["--answers", "/nowhere/at.jsonl"], "/nowhere/at.jsonl cannot be written"),
+        (["--answers", "/dev/null/at.jsonl"], "/dev/null/at.jsonl cannot be written"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(capsys, directory, data, tmp_path, flags, message):
@@ -437,7 +480,7 @@ BAD_FILES = [
     ("--answers", '{"prompt": "a"}', "line 1: not a text"),
     ("--answers", json.dumps(TEXT | {"token_ids": [1, 99]}), "line 1: has the token id 99"),
     ("--answers", json.dumps(TEXT | {"answers": [[1, 3]]}), "line 1: answers [[1, 3]] are no ranges"),
-    ("--answers", json.dumps(TEXT), "single prompt"),
+    ("--answers", json.dumps(TEXT | {"token_ids": [1] * 9, "answers": [[1, 9]]}), "single prompt"),
 ]
 
 

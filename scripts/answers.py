@@ -61,7 +61,7 @@ def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
     """All prompts of JSON lines in the forms of `generate.py --prompts`, once each. Raises BadInput."""
     prompts: dict[str, Prompt] = {}
     for path in paths:
-        for number, line in enumerate(read_file(path).split("\n"), start=1):
+        for number, line in enumerate(read_unpacked(path).split("\n"), start=1):
             where = f"{path} line {number}"
             try:
                 prompt = Prompt.of(read_turns(line), where) if line.strip() else None
@@ -78,7 +78,7 @@ def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
     return list(prompts.values())
 
 
-def read_file(path: str) -> str:
+def read_unpacked(path: str) -> str:
     try:
         raw = Path(path).read_bytes()
         return (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")

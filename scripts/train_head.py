@@ -249,7 +249,7 @@ def three_taps(layers: int) -> tuple[int, ...]:
     return default_taps(layers) if layers > 6 else (min(layers - 3, 1), layers // 2, layers - 1)
 
 
-def read_taps(text: str) -> tuple[int, ...]:
+def tap_list(text: str) -> tuple[int, ...]:
     """The type of --taps."""
     try:
         taps = tuple(int(part) for part in text.split(","))
@@ -261,7 +261,7 @@ def read_taps(text: str) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def build_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: int) -> Eagle3Head:
+def fresh_head(target: Transformer, taps: tuple[int, ...], ids: Tensor, seed: int) -> Eagle3Head:
     """A head that adds nothing yet to what `fc` makes of the states, mostly of the last. It learns fast from
     there: states have norms, since they differ in size; every head of attention has keys and values of its
     own, through which alone the token comes in; queries and keys are equal, so that a row sees itself first;
@@ -353,7 +353,7 @@ class Training:
         return three_taps(layers)
 
     def build(self) -> EagleHead:
-        return build_head(self.target, self.taps, self.ids, self.args.seed)
+        return fresh_head(self.target, self.taps, self.ids, self.args.seed)
 
     def lesson(self, texts: list[Text]) -> Any:
         tokens, wrote = collate(texts, self.args.max_length, self.device)
@@ -520,7 +520,7 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     mask = "dflash: the token of all places but the root; one that no text has (default: the last)"
     p.add_argument("--mask_token_id", type=int, help=mask)
     taps = "layers whose input the head sees (default: 2, the middle one, the third last; of dflash: five)"
-    p.add_argument("--taps", type=read_taps, metavar="I,J,...", help=taps)
+    p.add_argument("--taps", type=tap_list, metavar="I,J,...", help=taps)
     unrolled = "tokens of the drafts in training, and of those that are judged (5)"
     p.add_argument("--ttt_steps", type=int, default=5, metavar="K", help=unrolled)
     often = "unroll in one of N batches; in the others, learn the first token alone, which is faster (1)"

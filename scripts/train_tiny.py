@@ -5,6 +5,7 @@
     python scripts/train_tiny.py small          # models/python-1m: 2 layers of width 128        20 minutes
     python scripts/train_tiny.py target-eagle   # models/python-7m-eagle: its EAGLE-2 head        40 minutes
     python scripts/train_tiny.py small-eagle    # models/python-1m-eagle: the small model's       10 minutes
+    python scripts/train_tiny.py prompts        # .training/prompts.jsonl, for train_head.py        seconds
 
 In this order, on two CPU cores; a GPU is used where there is one. An interrupted run resumes from
 `.training/`.
@@ -182,7 +183,7 @@ def build_model(kind: str) -> Transformer:
     return model
 
 
-def build_head(target: Transformer) -> EagleHead:
+def fresh_head(target: Transformer) -> EagleHead:
     torch.manual_seed(0)
     head = EagleHead(replace(target.config, num_layers=1))
     silence(head)
@@ -277,7 +278,7 @@ def train(kind: str, steps: int) -> None:
     print(f"{len(tokens) / 1e6:.1f} M training tokens, {len(held_out) / 1e6:.2f} M held out")
     if kind in HEADS:
         target = load_shipped(kind.removesuffix("-eagle")).to(device).requires_grad_(False)
-        model = build_head(target).to(device)
+        model = fresh_head(target).to(device)
         loss, judge = make_head_loss(model, target), lambda: evaluate_head(model, target, held_out)
     else:
         model = build_model(kind).to(device)

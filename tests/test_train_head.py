@@ -142,7 +142,7 @@ def test_unrolling_is_drafting():
 def trained_looking_head(target, drafted=40, seed=3):
     """A head whose every weight matters."""
     ids = torch.randperm(61, generator=torch.Generator().manual_seed(seed))[:drafted].sort().values
-    head = train_head.build_head(target, TAPS, ids, seed)
+    head = train_head.fresh_head(target, TAPS, ids, seed)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.requires_grad and parameter.ndim == 2 and not name.startswith("lm_head"):

@@ -172,6 +172,12 @@ def target() -> Transformer:
 
 
 @pytest.fixture(scope="session")
+def deep() -> Transformer:
+    """A target of 8 layers, whose states 2, 4 and 5 an EAGLE-3 head reads."""
+    return random_model(num_layers=8)
+
+
+@pytest.fixture(scope="session")
 def held_out() -> list[list[int]]:
     """The modules that the shipped models have not seen, in their tokens."""
     try:

@@ -18,11 +18,6 @@ from heads import load_head
 from rope import RopeScaling
 
 
-@pytest.fixture(scope="module")
-def deep():
-    return random_model(num_layers=8)
-
-
 def test_the_readings_of_a_head(deep, tmp_path):
     """All that its tensors allow, and none that is what the file says."""
     head = load_head(LAYOUTS["speculators"].write(tmp_path / "head"), deep)

@@ -44,11 +44,6 @@ GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0, seed=7)
 LAYERS, MASK, PLACES = 8, VOCABULARY - 1, 5
 
 
-@pytest.fixture(scope="module")
-def deep():
-    return random_model(num_layers=LAYERS)
-
-
 # ---- the equations -----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_model, random_prompts
+from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_prompts
 from safetensors.torch import save_file
 
 from checkpoints import load_model
@@ -21,11 +21,6 @@ from model import BadInput, KVCache, causal_attention
 from sampling import Sampling
 
 HIDDEN, HEADS, GROUPS, SIZE, INNER, VOCABULARY, DRAFTED, LAYERS = 48, 4, 2, 12, 80, 61, 20, 8
-
-
-@pytest.fixture(scope="module")
-def deep():
-    return random_model(num_layers=LAYERS)
 
 
 # ---- the equations -----------------------------------------------------------------------------------

@@ -148,12 +148,6 @@ def write(directory, tensors, config, as_bin=False):
     return tensors
 
 
-@pytest.fixture(scope="module")
-def deep():
-    """A target whose states 2, 4 and 5 an EAGLE-3 head reads."""
-    return random_model(num_layers=8)
-
-
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # The same by hand: base, change of the frequencies, scale. The 6 pairs of a head make 10.2, 2.2, 0.5, ...
 # cycles in 64 positions. So the limits, 32 cycles and one, are pairs 0 and 2: pair 0 is left alone, pair 1 is

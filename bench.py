@@ -97,7 +97,7 @@ REPORTS = {
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 # Reports that take --device:
 ON_GPU = ("cost", "heads", "methods", "auto", "synthetic", "quality", "exact", "kernels")
-SAVED = ("exact", "kernels", "methods", "quality", "synthetic")  # long ones, written to --output as they go
+SAVED = ("auto", "exact", "kernels", "methods", "quality", "synthetic")  # long: --output has what is done
 
 
 def run_study(results: Path, only_list: bool) -> int:
@@ -174,9 +174,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")
     p.add_argument("--shapes", default=",".join(REAL_SHAPES), help="kernels, hadamard: which, with commas")
-    p.add_argument(
-        "--quantizer", help=f"4-bit targets of methods, quality (several with ;): {', '.join(QUANTIZERS)}"
-    )
+    quantizers = f"of 4-bit targets, methods and auto: {', '.join(QUANTIZERS)}; quality: several, with ;"
+    p.add_argument("--quantizer", help=quantizers)
     p.add_argument("--run_code", action="store_true", help="quality: of HumanEval, run what a model wrote")
     p.add_argument("--llama_cpp", help="peers, serve: the directory of llama-bench, llama-server")
     p.add_argument("--gguf", help="peers: the file for llama.cpp (default: random weights of the same shape)")

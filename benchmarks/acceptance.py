@@ -131,4 +131,4 @@ def read_acceptance(text: str, flag: str) -> Acceptance:
     except ValueError:
         names = ", ".join(PRESETS)
         raise BadInput(f"{flag}: {text!r} is neither a list like 0.8,0.7 nor one of {names}") from None
-    return Acceptance(probabilities, f"{flag} {text}")
+    return Acceptance(probabilities, f"{flag} {text}, breadth as of eagle3-8b", EAGLE3.breadth)

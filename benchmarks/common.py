@@ -10,9 +10,9 @@ the drafters that it makes of them.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import gzip
+import hashlib
 import json
 import tempfile
 import zlib
@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+import packing
 import quantize
 from benchmarks.timing import on_gpu
 from block_heads import load_block_head
+from building import cache_directory
 from checkpoints import (
     HEAD_FLAG,
     MODELS,
@@ -42,7 +44,7 @@ from costs import Stats
 from dflash import BlockHead
 from drafts import Drafter
 from eagle import EagleHead
-from generate import Target, load_draft_model, load_target
+from generate import METHODS, Target, load_draft_model, load_target
 from gpt_spec import Decoder, Request, cache_length
 from heads import load_head
 from model import BadInput, Transformer
@@ -106,6 +108,12 @@ def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False
 def held_out_prompts(count: int) -> list[Prompt]:
     """`count` prompts of held-out modules in the tokens of the shipped models."""
     return read_prompt_file(HELD_OUT, load_tokenizer(SHIPPED_TARGET), count)
+
+
+def by_kind(prompts: list[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts by their categories."""
+    kinds = dict.fromkeys(prompt.category for prompt in prompts)
+    return {kind or "prompts": [prompt for prompt in prompts if prompt.category == kind] for kind in kinds}
 
 
 def read_prompts(count: int) -> list[list[int]]:
@@ -227,18 +235,26 @@ def write_quantized(checkpoint: str | Path, flags: list[str], folder: str) -> st
     return output
 
 
-@functools.cache
-def quantized_copy(checkpoint: str | Path, quantizer: str) -> tuple[str, tempfile.TemporaryDirectory]:
-    """A directory with a checkpoint in 4 bits, made once, and what removes it when the process ends."""
-    scratch = tempfile.TemporaryDirectory()
-    return write_quantized(checkpoint, QUANTIZERS[quantizer], scratch.name), scratch
+def quantized_copy(checkpoint: str | Path, quantizer: str) -> Path:
+    """A directory with a checkpoint in 4 bits, made once. It stays in the user's cache, since gptq takes
+    minutes; another checkpoint, other flags or another quantize.py have another one."""
+    flags, source = QUANTIZERS[quantizer], find_checkpoint(str(checkpoint))
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.iterdir())]
+    code = [Path(module.__file__).read_bytes() for module in (quantize, packing)]
+    key = hashlib.sha256(repr((str(source.resolve()), files, flags, code)).encode()).hexdigest()[:16]
+    kept = cache_directory() / f"quantized-{key}"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            Path(write_quantized(source, flags, scratch)).rename(kept)
+        print(f"{quantizer}: kept in {kept}", flush=True)
+    return kept
 
 
 def quantized_by(quantizer: str | None, checkpoint: str | Path, precision: str) -> str | Path:
     """The checkpoint as this quantizer leaves it in 4 bits; itself where only rounding is asked for."""
     if quantizer in (None, "rtn") or PRECISIONS.get(precision, (16, 16))[0] != 4:
         return checkpoint
-    return quantized_copy(checkpoint, quantizer)[0]
+    return quantized_copy(checkpoint, quantizer)
 
 
 def recording_only() -> AbstractContextManager:
@@ -286,7 +302,7 @@ def chosen_methods(methods: dict[str, Any], args: argparse.Namespace) -> dict[st
     if args.methods is None:
         return methods
     words = {name: name.replace(",", " ").split()[0] for name in methods}
-    unknown = set(split(args.methods)) - set(words.values())
+    unknown = set(split(args.methods)) - set(words.values()) - set(METHODS)  # some precisions lack some
     if unknown:
         raise BadInput(
             f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(dict.fromkeys(words.values()))}"
@@ -313,10 +329,10 @@ def build_decoders(
     return decoders
 
 
-def freeze(decoder: Decoder) -> Decoder:
-    """Put 200 tokens into the caches of every row. From then on a step does the same work each time."""
+def freeze(decoder: Decoder, held: int = 200) -> Decoder:
+    """Put `held` tokens into the caches of every row. From then on a step does the same work each time."""
     vocabulary = decoder.model.config.vocab_size
-    tokens = [3 + i % (vocabulary - 3) for i in range(200)]
+    tokens = [3 + i % (vocabulary - 3) for i in range(held)]
     for row in range(decoder.setup.batch_size):
         decoder.prefill(row, tokens, Request(decoder.setup.sampling, row))
     decoder.state.active.fill_(False)

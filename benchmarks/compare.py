@@ -39,31 +39,38 @@ def compare(
     args: argparse.Namespace,
     stop_ids: Iterable[int] = (),
     over: str | None = None,
-    effort: tuple[int, int] = (20, 10),
+    effort: tuple[int, int] | None = None,
     note: str = "",
     batch_size: int = 1,
 ) -> dict[str, dict]:
-    """Every decoder on the same prompts, taking turns, each with `batch_size` rows, which take so many
-    prompts of a category at once. The others are compared with the first.
+    """Every decoder on the same prompts, taking turns: see `groups_of`. The others are compared with the
+    first.
 
     Per decoder: tokens per step (tau), seconds of drafting in a step (of `auto`, with catching up), T(n)
-    averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the prompts'
-    ratios), and what the cost model makes of the first three, tau * T(1) / (drafting + T(n)). T(n) / T(1) is
-    measured apart from the texts, `effort` being the turns and the calls in each; T(1) is what a step of the
-    first decoder took in them, since the machine may be slower by then, and drafting was.
+    averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the turns' ratios,
+    and the ratio of all texts together), and what the cost model makes of the first three for all texts
+    together, tau * T(1) / (drafting + T(n)). In a batch, tau is of all rows, those without a text included.
+    T(n) / T(1) is measured apart from the texts, with as many tokens in the cache as halfway through a usual
+    text, `effort` being the turns (--repeats) and the calls in each; T(1) is what a step of the first decoder
+    took in them, since the machine may be slower by then, and drafting was.
 
     `over` names the decoder of the bf16 target, if the others are to be compared with it as well. Its own
     texts are not those of the others, and it gets no row. With a `note`, which ends every line and row,
     texts are not compared.
     """
-    base, cost = next(iter(decoders)), measure_verification(decoders, *effort)
-    totals, runs, used = {name: Stats() for name in decoders}, {name: [] for name in decoders}, []
+    base = next(iter(decoders))
+    held = int(median(len(prompt.tokens) for prompt in prompts)) + args.max_new_tokens // 2
+    cost = measure_verification(decoders, held, *(effort or (args.repeats, 4)))
+    totals, runs = {name: Stats() for name in decoders}, {name: [] for name in decoders}
+    different, used = dict.fromkeys(decoders, 0), []
     for turn, group in enumerate(groups_of(prompts, batch_size)):
         tokens = [prompt.tokens for prompt in group]
         once = {
             name: timed(decoders[name], tokens, args.max_new_tokens, totals[name], stop_ids)
             for name in rotate_names(list(decoders), turn)
         }
+        for name, run in once.items():
+            different[name] += count_different([run], [once[base]])
         if all(run.tokens for run in once.values()):  # a text of one token takes no step
             used.append(group[0].category)
             for name, run in once.items():
@@ -77,11 +84,9 @@ def compare(
     for name in decoders:
         if name == base or name != over:
             seconds = {n: slowness * apart for n, apart in cost[name].items()}
-            steps = totals[name].row_forwards / batch_size
-            rows[name] = summarize(totals[name], runs[name], runs[base], seconds, first, steps)
-            rows[name] |= by_category(used, runs[name], runs[base])
-            different = {"different_texts": count_different(runs[name], runs[base])}
-            rows[name] |= {"note": note} if note else different
+            rows[name] = summarize(totals, name, base, runs, seconds, batch_size)
+            rows[name] |= by_category(used, runs[name], runs[base]) if batch_size == 1 else {}
+            rows[name] |= {"note": note} if note else {"different_texts": different[name]}
         if over and name in rows:
             ratio = cost[over][1] / cost[base][1]
             rows[name]["speedup_over_bf16"] = quartiles(speed_ratios(runs[name], runs[over]))
@@ -100,22 +105,33 @@ def count_different(ours: list[Run], theirs: list[Run]) -> int:
 
 
 def summarize(
-    stats: Stats, runs: list[Run], base: list[Run], cost: dict[int, float], first: float, steps: float
+    totals: dict[str, Stats],
+    name: str,
+    base: str,
+    runs: dict[str, list[Run]],
+    cost: dict[int, float],
+    batch_size: int,
 ) -> dict[str, Any]:
-    """A row of `compare`; `cost`: seconds by number of nodes, `first`: T(1), `steps`: of all rows at once."""
-    ratios = speed_ratios(runs, base)
+    """A row of `compare`; `cost`: seconds by number of nodes."""
+    stats, ratios = totals[name], speed_ratios(runs[name], runs[base])
+    # Steps, and tokens of a step: of all rows at once.
+    steps, bases = (each.row_forwards / batch_size for each in (stats, totals[base]))
+    gained, plain = (each.new_tokens - each.outputs for each in (stats, totals[base]))
+    first = totals[base].decode_seconds / bases
     verification = sum(cost[n] * count for n, count in stats.nodes_histogram.items()) / stats.target_forwards
     drafting = stats.drafting_seconds / steps if stats.drafted_tokens else 0.0
     return {
         "tokens_per_step": stats.tokens_per_step,
         "drafting_seconds": drafting,
         "verification_seconds": verification,
-        "tokens_per_second": median(run.speed for run in runs),
+        "tokens_per_second": median(run.speed for run in runs[name]),
         "speedup": quartiles(ratios),
         "slowest": min(ratios),
         "fastest": max(ratios),
-        "predicted": stats.tokens_per_step * first / (drafting + verification),
-        "time_to_first_token_seconds": median(run.prefill_seconds for run in runs),
+        "speedup_of_totals": total_speed(runs[name]) / total_speed(runs[base]),
+        "predicted": gained / steps / (plain / bases) * first / (drafting + verification),
+        "occupancy": stats.occupancy,
+        "time_to_first_token_seconds": median(run.prefill_seconds / len(run.texts) for run in runs[name]),
         "prefill_seconds": stats.prefill_seconds,
         "expected_accepted_tokens": stats.expected_accepted_tokens,
         "accepted_tokens": stats.accepted_tokens,
@@ -123,15 +139,20 @@ def summarize(
         "acceptance_by_position": [round(share, 3) for share in stats.acceptance_by_position],
         "steps_by_nodes": stats.nodes_histogram,
         "levels": levels_json(stats),
-        "speeds": [run.speed for run in runs],
+        "speeds": [run.speed for run in runs[name]],
     } | ({"steps_by_drafter": stats.drafter_histogram} if stats.drafter_histogram else {})
 
 
-def groups_of(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-    """So many prompts each, of one category. What a category has left over makes a smaller group."""
-    categories = dict.fromkeys(prompt.category for prompt in prompts)
-    same = [[prompt for prompt in prompts if prompt.category == category] for category in categories]
-    return [some[i : i + size] for some in same for i in range(0, len(some), size)]
+def total_speed(runs: list[Run]) -> float:
+    """Tokens per second of all texts together."""
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
+
+
+def groups_of(prompts: list[Prompt], batch_size: int) -> list[list[Prompt]]:
+    """What a decoder is given at once: a prompt or, for a batch, three times as many as it has rows, so that
+    rows are refilled twice."""
+    some = 1 if batch_size == 1 else 3 * batch_size
+    return [prompts[i : i + some] for i in range(0, len(prompts), some)]
 
 
 def by_category(categories: list[str], runs: list[Run], base: list[Run]) -> dict[str, dict]:
@@ -152,8 +173,8 @@ def by_category(categories: list[str], runs: list[Run], base: list[Run]) -> dict
 def print_rows(rows: dict[str, dict], first: float) -> None:
     print(f"T(1) is {first * 1e3:.2f} ms")
     print(
-        f"{'':28}   tau  drafting/T(1)  T(n)/T(1)  tokens/s  speedup (slowest, fastest)  predicted  "
-        "over bf16  first token, ms"
+        f"{'':28}   tau  drafting/T(1)  T(n)/T(1)  tokens/s  speedup (slowest, fastest)  of all  predicted  "
+        "over bf16  occupancy  first token, ms"
     )
     for name, row in rows.items():
         draft, verify = row["drafting_seconds"] / first, row["verification_seconds"] / first
@@ -162,7 +183,8 @@ def print_rows(rows: dict[str, dict], first: float) -> None:
         print(
             f"{name:28}{row['tokens_per_step']:6.2f}{draft:15.2f}{verify:11.2f}{row['tokens_per_second']:10.0f}"
             f"{row['speedup'][1]:9.2f} ({row['slowest']:.2f}, {row['fastest']:.2f})"
-            f"{row['predicted']:19.2f}{over}{row['time_to_first_token_seconds'] * 1e3:17.1f}{note}",
+            f"{row['speedup_of_totals']:16.2f}{row['predicted']:11.2f}{over}{row['occupancy']:11.2f}"
+            f"{row['time_to_first_token_seconds'] * 1e3:17.1f}{note}",
             flush=True,
         )
         for level in row["levels"][1:]:
@@ -173,17 +195,18 @@ def print_rows(rows: dict[str, dict], first: float) -> None:
     if "different_texts" in rows[base]:
         wrong = sum(row["different_texts"] for row in rows.values())
         print(f"{wrong} texts are not those of {base}")
-    off = [abs(rows[name]["predicted"] / rows[name]["speedup"][1] - 1) for name in others]
-    print(f"predicted is off by {median(off):.1%} (median of the methods){note}\n", flush=True)
+    off = [abs(rows[name]["predicted"] / rows[name]["speedup_of_totals"] - 1) for name in others]
+    if off:
+        print(f"predicted is off by {median(off):.1%} (median of the methods){note}\n", flush=True)
 
 
 def measure_verification(
-    decoders: dict[str, Decoder], turns: int = 20, burst: int = 10
+    decoders: dict[str, Decoder], held: int, turns: int, burst: int
 ) -> dict[str, dict[int, float]]:
-    """Seconds of verifying n nodes, for every n that a decoder meets, with 200 tokens in the cache."""
+    """Seconds of verifying n nodes, for every n that a decoder meets, with `held` tokens in the cache."""
     functions = {}
     for name, decoder in decoders.items():
-        freeze(decoder)
+        freeze(decoder, held)
         for n in decoder.drafter.draft_sizes():
             functions[name, n] = partial(decoder.commit, decoder.blank_draft(n))
     with torch.no_grad():

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from itertools import zip_longest
 
 from benchmarks.common import (
+    by_kind,
     chosen_paths,
     decode_all,
     fitting_prompts,
@@ -21,7 +22,6 @@ from benchmarks.common import (
     in_each_precision,
     load_parts,
 )
-from benchmarks.compare import groups_of
 from costs import Stats
 from eagle import TreeDrafter
 from gpt_spec import Decoder
@@ -46,7 +46,7 @@ def heads_in(args: argparse.Namespace, precision: str) -> dict[str, dict]:
     longest = max(len(prompt.tokens) for prompt in prompts) + args.max_new_tokens
     sizes = (cache_length(parts.target.model.config, longest), ROWS, not args.uncompiled)
     stops = parts.target.stop_ids if args.prompt_file else []
-    kinds = {some[0].category or "prompts": some for some in groups_of(prompts, len(prompts))}
+    kinds = by_kind(prompts)
     rows: dict[str, dict] = {kind: {"prompts": len(some)} for kind, some in kinds.items()}
     for name, shape in DRAFTS.items():
         decoder = Decoder(parts.target.model, TreeDrafter(head, *shape), Sampling(args.temperature), *sizes)

@@ -35,7 +35,7 @@ from benchmarks.common import (
     split,
     timed,
 )
-from benchmarks.compare import compare, count_different
+from benchmarks.compare import compare, count_different, groups_of, total_speed
 from benchmarks.timing import quartiles, rotate_names
 from checkpoints import find_checkpoint, load_model, open_checkpoint
 from costs import Stats
@@ -50,7 +50,7 @@ REFERENCE = "autoregressive in bf16"  # rows of other precisions are compared wi
 
 
 class FixedTree(TreeDrafter):
-    """The n best nodes of the trees that `auto` grows, so that both run the same compiled graphs."""
+    """The n best nodes of the trees that `auto` grows, so that both run the same recorded steps."""
 
     def __init__(self, head, n: int, *shape: int):
         super().__init__(head, None, *shape)
@@ -142,18 +142,20 @@ def is_quantized(path: str | Path) -> bool:
 
 
 def flat_methods(parts: Parts, args: argparse.Namespace) -> dict[str, Drafter]:
-    """`auto`, and its rivals: every method but hierarchies, which lose here (see `methods`), and trees of 8,
-    the size that is best most of the time."""
-    drafters = every_method(parts, args)
+    """`auto`, and its rivals: those of --methods, or every method but hierarchies, which lose with the
+    shipped models (see `methods`); and trees of 8, the size that is best most of the time."""
+    drafters = chosen_methods(every_method(parts, args), args)
     if parts.head:
         shape = (args.tree_depth, args.tree_topk)
         drafters["tree of 8"] = FixedTree(parts.head(parts.target.model), 8, *shape)
-    return {name: d for name, d in drafters.items() if not isinstance(d, HierarchicalDrafter)}
+    some = args.methods is not None
+    drafters = {name: d for name, d in drafters.items() if some or not isinstance(d, HierarchicalDrafter)}
+    return drafters | {"auto": auto_drafter(parts, args)}
 
 
-def report_auto(args: argparse.Namespace) -> dict:
+def report_auto(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """`auto` against every fixed method that fits, for both shipped targets, every precision and batch size:
-    see `measure_auto`."""
+    see `measure_auto`. `save` is given all results so far."""
     targets, results = {"python-7m": chosen_paths(args), "python-1m": SHIPPED_ALONE}, {}
     if args.checkpoint_path:
         targets = {Path(args.checkpoint_path).name: chosen_paths(args)}
@@ -161,36 +163,37 @@ def report_auto(args: argparse.Namespace) -> dict:
         for precision in split(args.precisions):
             for batch_size in numbers(args.batch_sizes):
                 key = f"{name} {precision} batch {batch_size}"
-                parts = load_parts(precision, paths, args.device, head_bits(args, precision), args.ranks)
+                chosen = paths._replace(target=quantized_by(args.quantizer, paths.target, precision))
+                parts = load_parts(precision, chosen, args.device, head_bits(args, precision), args.ranks)
                 results[key] = measure_auto(parts, batch_size, args)
                 print_auto(key, results[key])
+                save(results)
     return results
 
 
 def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """--repeats turns over the prompts.
 
-    Within a turn the decoders alternate after every prompt, or, with a batch, after three batches of prompts,
-    so that rows are refilled twice. A turn's speed is that of all its texts together, without prefill.
-    Speedups are the turns' ratios to `autoregressive` (quartiles).
+    Within a turn the decoders alternate after every prompt, or, with a batch, after every group of
+    `groups_of`. A turn's speed is that of all its texts together, without prefill; a group in which nothing
+    is said but first tokens does not count. Speedups are the turns' ratios to `autoregressive` (quartiles).
     """
     prompts = fitting_prompts(parts, args)
     prompts = prompts if batch_size > 1 else prompts[::3]  # one by one they take three times as long
     decoders = build_decoders(parts.target.model, flat_methods(parts, args), prompts, args, batch_size)
     stats, different = {name: Stats() for name in decoders}, dict.fromkeys(decoders, 0)
-    some = 1 if batch_size == 1 else 3 * batch_size
-    speeds, begins = {name: [] for name in decoders}, range(0, len(prompts), some)
+    speeds, groups = {name: [] for name in decoders}, groups_of(prompts, batch_size)
     stop_ids = parts.target.stop_ids if args.prompt_file else ()
     for turn in range(args.repeats):
         runs = {name: [] for name in decoders}
-        for i, begin in enumerate(begins):
-            tokens = [prompt.tokens for prompt in prompts[begin : begin + some]]
+        for i, group in enumerate(groups):
+            tokens = [prompt.tokens for prompt in group]
             for name in rotate_names(list(decoders), turn + i):
                 runs[name].append(timed(decoders[name], tokens, args.max_new_tokens, stats[name], stop_ids))
-        if not all(run.tokens for mine in runs.values() for run in mine):
-            raise BadInput("--prompt_file: prompts that are answered with one token cannot be timed")
+        if not any(run.tokens for run in runs[BASE]):
+            raise BadInput("--prompt_file: no prompt is answered with more than one token")
         for name, mine in runs.items():
-            speeds[name].append(sum(run.tokens for run in mine) / sum(run.seconds for run in mine))
+            speeds[name].append(total_speed([run for run in mine if run.tokens]))
             different[name] += count_different(mine, runs[BASE])
     methods = {
         name: {

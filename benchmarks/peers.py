@@ -181,6 +181,8 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace):
         bits = head_bits(args, args.precision)
+        if args.gguf and not args.checkpoint_path:
+            raise BadInput("peers: --gguf needs --checkpoint_path, the same model for this engine")
         if args.shape:
             self.model = random_model(SHAPES[args.shape], args.precision, lm_head_bits=bits)
             self.precision = args.precision

@@ -160,15 +160,24 @@ def count_solved(prompts: list[Prompt], texts: list[list[int]], tokenizer: Any) 
 def program_of(prompt: Prompt, answer: str) -> str:
     """What a model wrote to a prompt of HumanEval, and the test of it, as one program.
 
-    A model that chats writes a block of code, perhaps with the whole function; others go on with the prompt,
-    and end where something begins that is not part of the function.
+    A model that chats writes blocks of code, of which the first with the function counts, or else the first;
+    or the whole function without a block. Others go on with the prompt, and end where something begins that
+    is not part of the function.
     """
-    blocks = re.findall(r"```(?:python|py)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    code = blocks[0] if blocks else re.split(r"\n(?=[^\s])", "\n" + answer, maxsplit=1)[0][1:]
+    blocks = [block for _, block in re.findall(r"```(\w*)\n(.*?)(?:```|\Z)", answer, re.DOTALL)]
     head, name = prompt.text, f"def {prompt.function}("
-    if name in code:
+    whole = [block for block in blocks if name in block]
+    if not blocks and (found := re.search(rf"^{re.escape(name)}", answer, re.MULTILINE)):
+        whole = [cut_off(answer[found.start() :])]
+    code = (whole or blocks or [cut_off("\n" + answer)[1:]])[0]
+    if whole:
         head = head[: head.find(name)]  # imports, and functions that it may call
     return f"{head}{code}\n{prompt.test}\ncheck({prompt.function})\n"
+
+
+def cut_off(code: str) -> str:
+    """Up to the first line, after the first one, that is not indented."""
+    return re.split(r"\n(?=[^\s])", code, maxsplit=1)[0]
 
 
 def passes(program: str, seconds: float = 10.0) -> bool:

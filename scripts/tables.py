@@ -72,7 +72,8 @@ def methods_table(results: dict) -> Lines:
     notes = {row["note"] for methods in results.values() for row in methods.values() if "note" in row}
     yield from (f"Every row: {note}." for note in notes)
     rows = [row for methods in results.values() for name, row in methods.items() if name != BASE]
-    off = [abs(row["predicted"] / row["speedup"][1] - 1) for row in rows]
+    measured = [row.get("speedup_of_totals", row["speedup"][1]) for row in rows]  # older files lack the first
+    off = [abs(row["predicted"] / value - 1) for row, value in zip(rows, measured)]
     yield f"Predicted and measured differ by {median(off):.1%} (median of {len(off)} rows)."
 
 
@@ -104,14 +105,19 @@ def auto_table(results: dict) -> Lines:
 def quality_table(results: dict) -> Lines:
     columns = ["", "perplexity", "greedy choice that of `bf16`"]
     solved = any("solved" in row for row in results.values())
+    drafts = next((list(row["qspec"]) for row in results.values() if "qspec" in row), [])
     sizes, rows = all("step_bytes" in row for row in results.values()), []
     for precision, row in results.items():
         cells = [f"{row['perplexity']:.2f}", f"{row['agreement']:.2%}"]
         cells += [f"{row['step_bytes'] / 1e6:.1f}"] if sizes else []
         cells += [f"{row['solved']} of {row['problems']}"] if "solved" in row else []
+        for name in drafts:
+            other = row.get("qspec", {}).get(name)
+            cells += [f"{other['solved']} ({other['different_texts']} other texts)" if other else ""]
         rows.append([f"`{precision}`", *cells])
-    yield "Each precision rounds the same checkpoint to nearest:"
-    yield markdown(columns + sizes * ["MB that a step reads"] + solved * ["solved"], rows)
+    yield "Each precision rounds the same checkpoint to nearest, unless it names another quantizer:"
+    more = sizes * ["MB that a step reads"] + solved * ["solved"]
+    yield markdown(columns + more + [f"with `qspec` drafts in `{name}`" for name in drafts], rows)
 
 
 def when_table(results: dict) -> Lines:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import gzip
 import json
@@ -23,7 +22,6 @@ from benchmarks import (
     exact,
     linears,
     llama_cpp,
-    methods,
     peers,
     quality,
     sampling,
@@ -200,6 +198,9 @@ TEST = "def check(f):\n    assert f(2, 3) == 5\n"
         ("Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nIt adds.", True),
         ("```\ndef add(a, b):\n    return sqrt(a * a) + b\n```", True),  # sqrt is of the head of the prompt
         ("```python\n    return a + b", True),  # a block that was cut off
+        ("def add(a, b):\n    return a + b\n\nThat is it.", True),
+        ("Here:\ndef add(a, b):\n    return a - b\n", False),
+        ("First:\n```bash\npip list\n```\nThen\n```python\ndef add(a, b):\n    return a + b\n```", True),
         ("I do not know", False),
         ("    raise SystemExit(1)\n", False),
         ("    while True: pass\n", False),
@@ -218,9 +219,10 @@ def write_lines(path, *entries: dict) -> str:
     return str(path)
 
 
-def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, capsys, held_out):
+def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, monkeypatch, capsys, held_out):
     """In 4 bits as two quantizers leave them. The shipped model says something, and what is counted as right
     is what it says in bf16."""
+    monkeypatch.setattr(common, "cache_directory", lambda: tmp_path)
     path, file = tmp_path / "quality.json", tmp_path / "problems.jsonl"
     prompts, tokenizer = ["x = 17\ny = 1", "def add(a, b):\n    "], load_tokenizer(SHIPPED_TARGET)
     decoder = Decoder(common.load_parts("bf16", common.SHIPPED).target.model, max_length=128, compile=False)
@@ -248,27 +250,32 @@ def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, capsys, h
 
 
 def test_methods_by_category_and_batch_size(tmp_path, monkeypatch, capsys):
-    """With a quantizer, in batches whose texts are of one category; everything that the table needs."""
-    monkeypatch.setattr(methods, "compare", functools.partial(methods.compare, effort=(1, 2)))
+    """With a quantizer, one text at a time and in batches whose rows are refilled; all that tables need. A
+    precision leaves out the methods that it lacks."""
+    monkeypatch.setattr(common, "cache_directory", lambda: tmp_path)
     path, texts = tmp_path / "methods.json", ["import os\n", "class A:\n", "def f(x):\n"]
     lines = [{"turns": [text], "category": name} for name in ("math", "qa") for text in texts]
-    flags = ["--prompt_file", write_lines(tmp_path / "spec.jsonl", *lines), "--precisions", "w4a16"]
+    flags = ["--prompt_file", write_lines(tmp_path / "spec.jsonl", *lines), "--precisions", "w4a16,w8a8"]
     flags += ["--batch_sizes", "1,2", "--methods", "lookup,tree,hierarchical,qspec", "--uncompiled"]
+    flags += ["--repeats", "1"]
     flags += ["--quantizer", "rtn, zeros", "--temperature", "0.8", "--prompts", "6", "--max_new_tokens", "12"]
     flags += ["--checkpoint_path", str(common.SHIPPED_SMALL), "--output", str(path)]
     assert bench.main(["methods", *flags, "--eagle_checkpoint_path", str(common.SMALL_HEAD)]) == 0
     results = json.loads(path.read_text())["results"]
-    assert list(results) == ["w4a16", "w4a16, batch 2"]
-    for rows in results.values():
-        assert list(rows) == [
-            *("autoregressive", "lookup K=3", "lookup K=7", "tree of 60", "tree of 16", "tree"),
-            *("hierarchical, own middle", "hierarchical, own middle, lookup"),
-            *("qspec w4a8 K=3", "qspec w4a4 K=3"),
-        ]
+    assert list(results) == ["w4a16", "w4a16, batch 2", "w8a8", "w8a8, batch 2"]
+    names = ["autoregressive", "lookup K=3", "lookup K=7", "tree of 60", "tree of 16", "tree"]
+    names += ["hierarchical, own middle", "hierarchical, own middle, lookup"]
+    names += ["qspec w4a8 K=3", "qspec w4a4 K=3"]
+    for rows in (results["w4a16"], results["w4a16, batch 2"]):
+        assert list(rows) == names
         for row in rows.values():
-            assert list(row["categories"]) == ["math", "qa"] and row["different_texts"] == 0
+            assert row["different_texts"] == 0 and row["speedup_of_totals"] > 0 and 0 < row["occupancy"] <= 1
             assert row["predicted"] > 0 and "speedup_over_bf16" in row and row["verification_seconds"] > 0
-    assert [len(rows["tree"]["speeds"]) for rows in results.values()] == [6, 4]
+    assert list(results["w4a16"]["tree"]["categories"]) == ["math", "qa"]
+    assert list(results["w8a8"]) == ["autoregressive", "lookup K=3", "lookup K=7", *names[3:6]]
+    assert [len(rows["tree"]["speeds"]) for rows in results.values()] == [6, 1, 6, 1]
+    for rows in results.values():
+        assert rows["autoregressive"]["predicted"] == pytest.approx(1)
 
 
 def test_the_study_makes_all_that_figures_are_drawn_from():

@@ -164,7 +164,7 @@ def verdict(readings: list[Reading]) -> str:
     if gain > (BETTER - 1) * configured.tokens_per_step:
         if gain < SURE * hypot(best.error, configured.error):
             return f"'{best.name}' may fit better, or it is chance: give more prompts"
-        return f"read it differently (docs/heads.md): '{best.name}' accepts more than what config.json says"
+        return f"read it differently: '{best.name}' accepts more than what config.json says (docs/heads.md)"
     if len(readings) == 1:
         return "it is read as config.json says; there is no other reading to compare with"
     return "it is read as config.json says, and no other reading accepts more"

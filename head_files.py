@@ -44,7 +44,7 @@ RENAMED = (
     (r"^aux_norm_mid\.", "fc_norm.1."),
     (r"^aux_norm_high\.", "fc_norm.2."),
 )
-USELESS = r"rotary_emb\.inv_freq$"  # made from the configuration  # made from the configuration
+USELESS = r"rotary_emb\.inv_freq$"  # made from the configuration
 FOREIGN = {  # parts of names that only other kinds of heads have
     "mask_hidden": "P-EAGLE, which drafts several tokens in one pass",
     "kv_a_proj": "latent attention (MLA)",
@@ -56,18 +56,13 @@ FOREIGN = {  # parts of names that only other kinds of heads have
     "embed_proj": "an embedding that is projected",
     "experts": "a mixture of experts",
 }
-SWITCHES = ("norm_before_residual", "norm_output", "return_hidden_post_norm", "norm_before_fc", "fc_norm",
-            "double_norm")  # fmt: skip
-DOUBTFUL = (
-    r"norm|scale|scaling|multiplier|softcap|clip|mask_token|pard_token"  # in keys that may change arithmetic
-)
-PLAIN = {
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "rope_scaling",
-    "use_qk_norm",
-    *SWITCHES,
-}  # and those that are read
+SWITCHES = (  # that leave no trace in the tensors, or must agree with them; the last is a key of ours
+    "norm_before_residual", "norm_output", "return_hidden_post_norm", "norm_before_fc", "fc_norm",
+    "double_norm",
+)  # fmt: skip
+# Parts of keys that may change the arithmetic, and the keys with such parts that are read or say nothing.
+DOUBTFUL = r"norm|scale|scaling|multiplier|softcap|clip|mask_token|pard_token"
+PLAIN = {"rms_norm_eps", "layer_norm_eps", "rope_scaling", "use_qk_norm", *SWITCHES}
 
 
 @dataclass(frozen=True)

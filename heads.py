@@ -48,10 +48,7 @@ EAGLE_CONFIG = {  # what the keys of `eagle_config` must say to be what is compu
     "next_layer_regular": True,
     "parallel_draft_step": 1,
 }
-ELSEWHERE = {
-    "eagle_aux_hidden_state_layer_ids",
-    *SWITCHES,
-}  # keys that are read in their place  # keys that are read in their place
+ELSEWHERE = {"eagle_aux_hidden_state_layer_ids", *SWITCHES}  # keys that are read in their place
 
 
 def load_head(

@@ -70,9 +70,9 @@ LABEL_ROWS = 1024  # whose logits over a vocabulary are in memory together
 JUDGED = 40  # batches of held-out texts, at most
 BLOCK_FLAGS = {"block_size": 8, "layers": 5, "anchors": 32, "mask_token_id": None}  # of block heads alone
 ROPE_KEYS = (
-    *("rope_theta", "rope_scaling", "rope_parameters"),
-    *("max_position_embeddings", "original_max_position_embeddings"),
-)
+    "rope_theta", "rope_scaling", "rope_parameters",
+    "max_position_embeddings", "original_max_position_embeddings",
+)  # fmt: skip
 
 
 # ---- texts, in batches ---------------------------------------------------------------------------

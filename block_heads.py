@@ -60,8 +60,8 @@ SPECULATORS_BLOCK = 8  # places, where a configuration of speculators does not s
 def load_block_head(
     path: str | Path, target: Transformer, precision: str | None = None, **reading: Any
 ) -> BlockHead:
-    """Load a block head for a loaded target, in `precision` (None: bf16 or fp32, as the target's norms),
-    quantized on the way if that asks for it. Raises BadInput for what does not fit.
+    """Load a block head for a loaded target, in `precision`, quantized on the way if that asks for it (None:
+    of 4 bits if the file is, or as the target's norms). Raises BadInput for what does not fit.
 
     `reading`: what to take instead of what the configuration says, for fields of `Block` or `ModelConfig`.
     """
@@ -80,7 +80,7 @@ def load_block_head(
         ids = take_vocabulary(published, block.drafted, config.vocab_size)
     with torch.device("meta"):
         head = BlockHead(config, block)
-    return fill_head(head, ids, published, target, precision)
+    return fill_head(head, ids, published, target)
 
 
 def check_kind_of_head(published: Published) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from checkpoints import (
     ALL_PRECISIONS,
     DTYPES,
     find_checkpoint,
+    stored_quantization,
     stored_tensors,
     tensor_names,
     weight_files,
@@ -31,7 +32,16 @@ from checkpoints import (
 from drafts import check_vocabulary
 from eagle import EagleHead
 from model import BadInput, ModelConfig, Transformer, integer, rope_frequencies
-from packing import PRECISIONS, convert, default_quantization, linear_names, reshape, set_precision
+from packing import (
+    PRECISIONS,
+    Quantization,
+    convert,
+    default_quantization,
+    linear_names,
+    reshape,
+    set_apart,
+    set_precision,
+)
 from text import read_json
 
 # What the trainers call the same tensor, in this order: a pattern, and what stands for it.
@@ -74,6 +84,9 @@ class Published:
     target: ModelConfig
     where: str  # the configuration, for messages
     quiet: bool = False  # without notes
+    packed: dict[str, Tensor] = field(default_factory=dict)  # those that are quantized in the file
+    quantization: Quantization | None = None  # of the file
+    precision: str | None = None  # to be loaded in
 
     def refuse(self, what: str) -> BadInput:
         return BadInput(f"{self.where}: {what}")
@@ -149,12 +162,20 @@ def open_head(
     where, raw = str(directory / "config.json"), read_json(directory / "config.json", required=True)
     if precision not in (None, *ALL_PRECISIONS):
         raise BadInput(f"precision {precision!r} is none of {', '.join(ALL_PRECISIONS)}")
+    whole = any(directory.glob("model*.safetensors*"))
+    q = stored_quantization(weight_files(directory)) if whole else None
+    if q is not None:
+        precision = precision or f"w{q.bits}a16"
+        if PRECISIONS.get(precision, (16, 16))[0] != q.bits:
+            own = f"{directory} has {q.bits}-bit weights"
+            raise BadInput(f"--draft_precision: {own}, not those of {precision}")
     dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
     if dtype != like.dtype:
         raise BadInput(
             "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
         )
-    return Published(raw, renamed(read_head(directory), where), target.config, where, quiet)
+    tensors, packed = set_apart(renamed(read_head(directory), where))
+    return Published(raw, tensors, target.config, where, quiet, packed, q, precision)
 
 
 def read_head(directory: Path) -> dict[str, Tensor]:
@@ -198,24 +219,25 @@ def renamed(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return ours
 
 
-def fill_head(
-    head: EagleHead, ids: Tensor | None, published: Published, target: Transformer, precision: str | None
-) -> EagleHead:
-    """An empty head with its tensors, in `precision`, ready to draft. `ids`: see `build_head`."""
-    tensors, like = published.tensors, target.norm.weight
+def fill_head(head: EagleHead, ids: Tensor | None, published: Published, target: Transformer) -> EagleHead:
+    """An empty head with its tensors, in its precision, ready to draft. `ids`: see `build_head`."""
+    tensors, like, precision = published.tensors, target.norm.weight, published.precision
     check_tensors(head, tensors, Path(published.where).parent)
-    head, q = head.to(like.dtype), None
+    head, q = head.to(like.dtype), published.quantization
     if precision in PRECISIONS:
-        q = default_quantization(head, precision)
+        q = q or default_quantization(head, precision)
         reshape(head, q)
     head = head.to_empty(device=like.device).requires_grad_(False).eval()
     head.frequencies = rope_frequencies(head.config).to(like.device)
     head.draft_ids = None if ids is None else ids.to(like.device)
-    places, linears = head.checkpoint_tensors(), linear_names(head)
+    places, linears, parts = head.checkpoint_tensors(), linear_names(head), dict(published.packed)
     for name, tensor in tensors.items():
-        parts = {name: tensor} if q is None else convert(name, tensor, q, linears, tied=False)
-        for part, value in parts.items():
-            places[part].copy_(value)
+        if not tensor.is_meta:
+            parts |= {name: tensor} if q is None else convert(name, tensor, q, linears, tied=False)
+    if {name: part.shape for name, part in parts.items()} != {name: p.shape for name, p in places.items()}:
+        raise published.refuse("the weights are packed in another way than their metadata say")
+    for name, part in parts.items():
+        places[name].copy_(part)
     if q is not None:
         set_precision(head, precision)
     return head.pack().attach(target)

@@ -343,6 +343,21 @@ def convert(
     return tensors
 
 
+def set_apart(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the tensors of a file, a NAME.weight on the meta device standing for each quantized one; these)."""
+    plain, packed = {}, {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("packed", "quantized", "scales", "zeros"):
+            plain[name] = tensor
+            continue
+        packed[name] = tensor
+        if kind in ("packed", "quantized"):
+            inputs = tensor.shape[1] * (2 if kind == "packed" else 1)
+            plain[f"{module}.weight"] = torch.empty(len(tensor), inputs, dtype=torch.bfloat16, device="meta")
+    return plain, packed
+
+
 def check_permutations(tensors: dict[str, Stored], model: Transformer) -> frozenset[str]:
     """The modules that have a permutation.
 

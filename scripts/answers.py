@@ -23,7 +23,7 @@ import random
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -57,11 +57,14 @@ class Prompt:
         return Prompt(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16], said, where)
 
 
-def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
-    """All prompts of JSON lines in the forms of `generate.py --prompts`, once each. Raises BadInput."""
+def read_data(
+    paths: list[str], vocabulary: int, excluded: Container[str] = (), flag: str = "--data"
+) -> list[Prompt]:
+    """All prompts of JSON lines in the forms of `generate.py --prompts`, once each, without those whose keys
+    are excluded. Raises BadInput."""
     prompts: dict[str, Prompt] = {}
     for path in paths:
-        for number, line in enumerate(read_unpacked(path).split("\n"), start=1):
+        for number, line in enumerate(read_unpacked(path, flag).split("\n"), start=1):
             where = f"{path} line {number}"
             try:
                 prompt = Prompt.of(read_turns(line), where) if line.strip() else None
@@ -70,20 +73,21 @@ def read_data(paths: list[str], vocabulary: int) -> list[Prompt]:
                 if wrong is not None:
                     raise BadInput(f"has the token id {wrong}; the model knows 0 to {vocabulary - 1}")
             except BadInput as error:
-                raise BadInput(f"--data: {where}: {error}") from None
-            if prompt:
+                raise BadInput(f"{flag}: {where}: {error}") from None
+            if prompt and prompt.key not in excluded:
                 prompts.setdefault(prompt.key, prompt)
     if not prompts:
-        raise BadInput(f"--data: {' '.join(paths)} has no lines")
+        beside = " that are not excluded" if excluded else ""
+        raise BadInput(f"{flag}: {' '.join(paths)} has no lines{beside}")
     return list(prompts.values())
 
 
-def read_unpacked(path: str) -> str:
+def read_unpacked(path: str, flag: str) -> str:
     try:
         raw = Path(path).read_bytes()
         return (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise BadInput(f"--data: {path} cannot be read: {error}") from None
+        raise BadInput(f"{flag}: {path} cannot be read: {error}") from None
 
 
 # ---- the file of answers -------------------------------------------------------------------------

@@ -493,6 +493,10 @@ def add_answer_flags(p: argparse.ArgumentParser) -> None:
     """Flags for what the target writes."""
     lines = "prompts: JSON lines as in --prompts of generate.py, all of their turns; .gz is understood"
     p.add_argument("--data", metavar="FILE", nargs="+", default=[], help=lines)
+    unseen = (
+        "prompts of --data that are left out, wherever they stand: those that the head is to be judged by"
+    )
+    p.add_argument("--exclude", metavar="FILE", nargs="+", default=[], help=unseen)
     kept = "where the answers are kept, and found again (default: HEAD.answers.jsonl)"
     p.add_argument("--answers", metavar="FILE", help=kept)
     several = "answer every prompt again and again until there are so many tokens of answers (default: once)"
@@ -593,7 +597,12 @@ def origin(target: Target, args: argparse.Namespace, writing: bool) -> dict[str,
 def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     """The answers that are there already, and those that are still missing."""
     vocabulary = target.model.config.vocab_size
-    prompts = read_data(args.data, vocabulary) if args.data else []
+    excluded = (
+        {prompt.key for prompt in read_data(args.exclude, vocabulary, flag="--exclude")}
+        if args.exclude
+        else set()
+    )
+    prompts = read_data(args.data, vocabulary, excluded) if args.data else []
     file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary)
     if (args.system is not None or args.template_kwargs) and getattr(
         target.tokenizer, "template", None

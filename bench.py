@@ -72,7 +72,7 @@ from benchmarks.rotation import report_rotation
 from benchmarks.sampling import report_sampling
 from benchmarks.serve import report_serve
 from benchmarks.shapes import REAL_SHAPES, SHAPES
-from benchmarks.study import DEFAULTS, STUDY
+from benchmarks.study import DEFAULTS, REAL_STUDY, STUDY
 from benchmarks.synthetic import report_synthetic
 from benchmarks.timing import on_gpu
 from benchmarks.when import report_when
@@ -116,6 +116,10 @@ def run_study(results: Path, only_list: bool) -> int:
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    if only_list:
+        print("by hand, of a real model:")
+        for name, flags in REAL_STUDY.items():
+            print(f"python bench.py {flags} --output {results / name}")
     return 1 if failed else 0
 
 
@@ -169,7 +173,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cpu", help=f"{', '.join(ON_GPU)}: cpu or cuda")
     p.add_argument(
         "--prompt_file",
-        help="methods, auto, exact, cost, heads, quality: Spec-Bench, GSM8K, HumanEval: .jsonl[.gz]",
+        help="methods, auto, exact, cost, heads, quality: .jsonl[.gz], several with commas",
     )
     p.add_argument("--shape", choices=SHAPES, help="cost, decode, qspec_shape, synthetic, peers: random")
     p.add_argument("--middle", choices=SHAPES, help="synthetic: of the smaller model (default: the next one)")

@@ -80,11 +80,13 @@ class Prompt(NamedTuple):
     text: str = ""
     test: str = ""  # a program for what the text is continued with, if the file has it (HumanEval)
     function: str = ""  # which that program calls
+    solution: str = ""  # a right text, if the file has one that is longer than its answer
 
 
 def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
     """`count` prompts, evenly spread over the lines of a file: JSON objects with "prompt", "question" (GSM8K)
-    or "turns" (Spec-Bench), gzipped or not. Raises BadInput for a file or a line that is something else."""
+    or "turns" (Spec-Bench), gzipped or not. Those without a category have the name of the file. Raises
+    BadInput for a file or a line that is something else."""
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
@@ -100,7 +102,8 @@ def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False
             tokens, entry = read_line(line, settings, tokenizer), json.loads(line)
         except BadInput as error:
             raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
-        names = ("category", "answer", "prompt", "test", "entry_point")
+        names = ("category", "answer", "prompt", "test", "entry_point", "canonical_solution")
+        entry = {"category": Path(path).name.split(".")[0]} | entry
         prompts.append(Prompt(tokens, *(str(entry.get(name, "")) for name in names)))
     return prompts
 
@@ -122,11 +125,16 @@ def read_prompts(count: int) -> list[list[int]]:
 
 
 def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; the number of
-    the others is printed. A file's prompts go into the chat template of a model that has one."""
+    """The prompts of --prompt_file, equally many of each if there are several with commas, or held-out ones,
+    that leave room for --max_new_tokens; the number of the others is printed. A file's prompts go into the
+    chat template of a model that has one."""
     tokenizer = parts.target.tokenizer
-    chat = bool(args.prompt_file and tokenizer and tokenizer.template)
-    prompts = read_prompt_file(args.prompt_file or HELD_OUT, tokenizer, args.prompts, chat)
+    chat, files = (
+        bool(args.prompt_file and tokenizer and tokenizer.template),
+        split(args.prompt_file or str(HELD_OUT)),
+    )
+    each = -(-args.prompts // len(files))
+    prompts = [prompt for file in files for prompt in read_prompt_file(file, tokenizer, each, chat)]
     models = [parts.target.model] + ([parts.small] if parts.small else [])
     room = min(model.config.max_context for model in models) - args.max_new_tokens
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= room]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import (
@@ -52,8 +53,7 @@ from quantize import held_out_tokens, mean_loss
 
 def report_quality(args: argparse.Namespace, save: Callable[[dict], None] = lambda rows: None) -> dict:
     """What each precision costs: perplexity, and the share of held-out positions where its greedy choice is
-    that of bf16; with --prompt_file of problems (GSM8K, HumanEval), how many it solves, alone and as the
-    target of QSpec in `w4a4`, too.
+    that of bf16; with --prompt_file of problems (GSM8K, HumanEval), see `measure_accuracy`.
 
     Every precision quantizes the same checkpoint by itself; 4-bit ones with --quantizer, once for each of
     these names, otherwise rounding to nearest; with --lm_head_bits, once for each of these numbers. `save` is
@@ -70,7 +70,7 @@ def report_quality(args: argparse.Namespace, save: Callable[[dict], None] = lamb
         reference = choices if reference is None else reference
         row = {"perplexity": math.exp(mean_loss(model, texts, args.tokens))}
         row |= {"agreement": (choices == reference).float().mean().item(), "positions": len(choices)}
-        row |= measure_accuracy(parts, args) if args.prompt_file else {}
+        row |= measure_accuracy(parts, args, results.get("bf16")) if args.prompt_file else {}
         row["step_bytes"] = sum(p.nbytes for p in weights_of_a_step(model))
         results[name] = row
         print_quality(name, row)
@@ -93,7 +93,12 @@ def configurations(args: argparse.Namespace) -> list[tuple[str, str, str | None,
 
 def print_quality(name: str, row: dict[str, Any]) -> None:
     more = f"   {row['step_bytes'] / 1e6:.1f} MB a step"
-    more += f"   {row['solved']} of {row['problems']} solved" if "solved" in row else ""
+    if "solved" in row:
+        more += f"   {row['solved']} of {row['problems']} solved ({row['cut_off']} cut off)"
+        more += f", {row['same_answers']} answers are those of bf16"
+    if "solution_loss" in row:
+        more += f"; {row['solution_loss']:.3f} nats per token of right solutions, "
+        more += f"{row['solution_agreement']:.1%} of them the greedy choice"
     for drafts, other in row.get("qspec", {}).items():
         more += f", {other['solved']} with drafts in {drafts} ({other['different_texts']} other texts)"
     print(
@@ -115,18 +120,18 @@ def greedy_choices(model: Transformer, texts: list[list[int]], tokens: int) -> T
     return torch.cat(choices)
 
 
-def measure_accuracy(parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
+def measure_accuracy(
+    parts: Parts, args: argparse.Namespace, reference: dict[str, Any] | None
+) -> dict[str, Any]:
     """How many problems of --prompt_file are solved, decoding greedily; and where the same weights in `w4a4`
-    can draft, what QSpec makes of it: the same texts, so the same number."""
-    prompts = fitting_prompts(parts, args)
-    if not all("####" in p.answer for p in prompts) and not all(p.test for p in prompts):
-        raise BadInput(
-            f"--prompt_file: {args.prompt_file} has neither answers with #### and a number nor tests"
-        )
-    if prompts[0].test and not args.run_code:
-        raise BadInput(
-            "--prompt_file: to know what solves HumanEval is to run what a model wrote: --run_code"
-        )
+    can draft, what QSpec makes of it: the same texts, so the same number.
+
+    A small model solves few of them, so finer measures stand beside it: how well it foresees a right solution
+    (`foresee_solutions`), how many of its texts end in the number of `reference`, the row of bf16, or are
+    its texts; and how many were cut off at --max_new_tokens.
+    """
+    prompts, tokenizer = fitting_prompts(parts, args), parts.target.tokenizer
+    check_problems(prompts, args)
     target = parts.target.model
     drafters: dict[str, Drafter] = {"": Drafter()}
     if "w4a4" in lower_precisions(parts.target.precision):
@@ -137,18 +142,63 @@ def measure_accuracy(parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
     ids, texts = [prompt.tokens for prompt in prompts], {}
     for name, decoder in build_decoders(target, drafters, prompts, args, 4).items():
         texts[name] = decode_all(decoder, ids, args.max_new_tokens, stop_ids=parts.target.stop_ids)
-    solved = {name: count_solved(prompts, mine, parts.target.tokenizer) for name, mine in texts.items()}
-    other = sum(a != b for a, b in zip(texts[""], texts.get("w4a4", texts[""])))
-    qspec = {"w4a4": {"solved": solved["w4a4"], "different_texts": other}} if "w4a4" in solved else {}
-    return {"problems": len(prompts), "solved": solved[""]} | ({"qspec": qspec} if qspec else {})
+    said = {name: read_answers(prompts, mine, tokenizer) for name, mine in texts.items()}
+    solved = {name: count_solved(prompts, mine) for name, mine in said.items()}
+    final = [answer if prompts[0].test else last_number(answer) for answer in said[""]]
+    row = {"problems": len(prompts), "solved": solved[""], "answers": final}
+    row["same_answers"] = sum(a == b for a, b in zip(final, (reference or row)["answers"]))
+    row["cut_off"] = sum(len(text) == args.max_new_tokens for text in texts[""])
+    row |= foresee_solutions(target, prompts, tokenizer)
+    if "w4a4" in solved:
+        other = sum(a != b for a, b in zip(texts[""], texts["w4a4"]))
+        row["qspec"] = {"w4a4": {"solved": solved["w4a4"], "different_texts": other}}
+    return row
 
 
-def count_solved(prompts: list[Prompt], texts: list[list[int]], tokenizer: Any) -> int:
-    """Texts whose last number is the one behind the #### of the answer, or whose program passes its test."""
+def check_problems(prompts: list[Prompt], args: argparse.Namespace) -> None:
+    """Raise BadInput for what cannot be judged."""
+    if not all("####" in p.answer for p in prompts) and not all(p.test for p in prompts):
+        raise BadInput(
+            f"--prompt_file: {args.prompt_file} has neither answers with #### and a number nor tests"
+        )
+    if prompts[0].test and not args.run_code:
+        raise BadInput(
+            "--prompt_file: to know what solves HumanEval is to run what a model wrote: --run_code"
+        )
+
+
+@torch.no_grad()
+def foresee_solutions(model: Transformer, prompts: list[Prompt], tokenizer: Any) -> dict[str, float]:
+    """The right solutions of the file behind their prompts: nats per token, and the share of tokens that are
+    the model's greedy choice. Nothing if the file has none."""
+    losses, hits = [], []
+    for prompt in [prompt for prompt in prompts if prompt.solution or prompt.answer]:
+        tail = tokenizer.encode_text(prompt.solution or prompt.answer)
+        row = torch.tensor([[*prompt.tokens, *tail]], device=model.norm.weight.device)
+        row = row[:, : model.config.max_context]
+        features = model.recompute(row[:, :-1])[:, len(prompt.tokens) - 1 :]  # [1, tail, hidden]
+        logits, wanted = model.lm_head(features)[0].float(), row[0, len(prompt.tokens) :]
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        hits.append(logits.argmax(-1) == wanted)
+    if not losses:
+        return {}
+    return {
+        "solution_loss": torch.cat(losses).mean().item(),
+        "solution_agreement": torch.cat(hits).float().mean().item(),
+        "solution_tokens": sum(map(len, hits)),
+    }
+
+
+def read_answers(prompts: list[Prompt], texts: list[list[int]], tokenizer: Any) -> list[str]:
+    """What was written, decoded behind the prompt: alone it might lose its first blank."""
     both = (
         (tokenizer.decode(p.tokens), tokenizer.decode([*p.tokens, *text])) for p, text in zip(prompts, texts)
     )
-    answers = [whole[len(before) :] for before, whole in both]  # alone they might lose their first blank
+    return [whole[len(before) :] for before, whole in both]
+
+
+def count_solved(prompts: list[Prompt], answers: list[str]) -> int:
+    """Answers whose last number is the one behind the #### of the file, or whose program passes its test."""
     return sum(
         passes(program_of(prompt, answer))
         if prompt.test

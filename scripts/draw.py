@@ -22,6 +22,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.study import REAL_STUDY  # noqa: E402
+
 try:
     import matplotlib.ticker
     from matplotlib.axes import Axes
@@ -61,6 +64,7 @@ PRECISIONS = {
 OTHER_PRECISION = Look("#777777", "X", ":", "++++")
 FAMILIES = {"lookup": "^", "sequential": "s", "tree": "o", "hierarchical": "D", "qspec": "P"}
 BASE, GREY, GREEN = "autoregressive", "#777777", "#009E73"
+REAL = "smollm2_methods.json"
 SOURCES = {
     "cpu_cost.json": "python bench.py cost",
     "cpu_cost_1b.json": "python bench.py cost --shape llama-3.2-1b",
@@ -68,11 +72,13 @@ SOURCES = {
     "cpu_auto.json": "python bench.py auto",
     "cpu_synthetic.json": "python bench.py synthetic",
     "when.json": "python bench.py when",
+    REAL: f"python bench.py {REAL_STUDY[REAL]}",
 }
 QUANTITIES = {
     "cpu_methods.json": ("speedup", "speedup_over_bf16", "predicted"),
     "cpu_auto.json": ("speedup",),
     "cpu_synthetic.json": ("speedup", "predicted"),
+    REAL: ("speedup", "speedup_over_bf16", "speedup_of_totals", "predicted"),
 }
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 9,
@@ -274,12 +280,13 @@ def draw_predicted(results: Results) -> Figure:
         for name in method_names({precision: rows}):
             family = name.replace(",", "").split()[0]
             families[family] = marker = FAMILIES.get(family, "X")
-            points.append((rows[name]["speedup"][1], rows[name]["predicted"][1]))
+            measured = rows[name].get("speedup_of_totals", rows[name]["speedup"])[1]
+            points.append((measured, rows[name]["predicted"][1]))
             ax.plot(*points[-1], marker, color=look_of(precision).color, alpha=0.85, mew=0, ms=6)
     ends = [0.9 * min(map(min, points)), 1.05 * max(map(max, points))]
     ax.fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], color="#E8E8E8", zorder=0, lw=0)
     ax.plot(ends, ends, color="black", linewidth=0.8, zorder=1)
-    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="measured speedup (median)")
+    ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="measured speedup")
     ax.set_ylabel("predicted, \u03c4 T(1) / (drafting + T(n))")
     ax.locator_params(nbins=6)
     ax.grid(axis="y")
@@ -421,6 +428,8 @@ FIGURES: dict[str, tuple[Callable[..., Figure | None], list[str]]] = {
     "cost": (draw_cost, ["cpu_cost.json", "cpu_cost_1b.json"]),
     "methods": (draw_methods, ["cpu_methods.json"]),
     "predicted": (draw_predicted, ["cpu_methods.json"]),
+    "smollm2_methods": (draw_methods, [REAL]),
+    "smollm2_predicted": (draw_predicted, [REAL]),
     "auto": (draw_auto, ["cpu_auto.json"]),
     "specmquant": (draw_specmquant, ["cpu_methods.json"]),
     "synthetic": (draw_synthetic, ["cpu_synthetic.json"]),

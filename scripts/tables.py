@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from draw import BASE, SOURCES, damaged, describe
+from draw import BASE, REAL, REAL_STUDY, SOURCES, damaged, describe
 
-COMMANDS = SOURCES | {
+COMMANDS = SOURCES | {name: f"python bench.py {flags}" for name, flags in REAL_STUDY.items()}
+COMMANDS |= {
     "cpu_quality.json": "python bench.py quality",
     "cpu_lm_head.json": "python bench.py quality --precisions w4a16,w4a8,w4a4 --lm_head_bits 16,8,4",
 }
@@ -59,22 +60,56 @@ def methods_table(results: dict) -> Lines:
     )
     for precision, methods in results.items():
         first = methods[BASE]["verification_seconds"]
-        columns = ["tau", "drafting", "T(n)", "tokens/s", "predicted", "speedup", "over `bf16`"]
+        whole = all("speedup_of_totals" in row for row in methods.values())  # not in older files
+        columns = ["tau", "drafting", "T(n)", "tokens/s", "predicted"] + whole * ["of all texts"]
+        columns += ["speedup", "over `bf16`"]
         rows = []
         for name, row in methods.items():
             over = row.get("speedup_over_bf16")
             drafting, verification = row["drafting_seconds"] / first, row["verification_seconds"] / first
             cells = [f"{row['tokens_per_step']:.2f}", f"{drafting:.2f}", f"{verification:.2f}"]
-            cells += [f"{row['tokens_per_second']:.0f}", f"{row['predicted']:.2f}", between(row["speedup"])]
-            cells += [f"{over[1]:.2f}" if over else "", f"{row['time_to_first_token_seconds'] * 1e3:.0f} ms"]
-            rows.append([name, *cells])
+            cells += [f"{row['tokens_per_second']:.0f}", f"{row['predicted']:.2f}"]
+            cells += [f"{row['speedup_of_totals']:.2f}"] if whole else []
+            cells += [between(row["speedup"]), f"{over[1]:.2f}" if over else ""]
+            rows.append([name, *cells, f"{row['time_to_first_token_seconds'] * 1e3:.0f} ms"])
         yield markdown([f"`{precision}`", *columns, "first token"], rows)
     notes = {row["note"] for methods in results.values() for row in methods.values() if "note" in row}
     yield from (f"Every row: {note}." for note in notes)
     rows = [row for methods in results.values() for name, row in methods.items() if name != BASE]
-    measured = [row.get("speedup_of_totals", row["speedup"][1]) for row in rows]  # older files lack the first
+    measured = [row.get("speedup_of_totals", row["speedup"][1]) for row in rows]
     off = [abs(row["predicted"] / value - 1) for row, value in zip(rows, measured)]
     yield f"Predicted and measured differ by {median(off):.1%} (median of {len(off)} rows)."
+
+
+def real_table(results: dict) -> Lines:
+    """The same, what it says of `auto` and of the texts, and the kinds of prompts."""
+    yield from methods_table(results)
+    rows = []
+    for precision, methods in results.items():
+        speed = {name: row["speedup_of_totals"] for name, row in methods.items()}
+        mine, different = speed.pop("auto"), sum(row["different_texts"] for row in methods.values())
+        best = max(speed, key=speed.__getitem__)
+        occupancy = f"{methods[BASE]['occupancy']:.2f}"
+        cells = [f"{mine:.2f}", f"{best}, {speed[best]:.2f}", f"{mine / speed[best]:.2f}", occupancy]
+        rows.append([f"`{precision}`", *cells, str(different)])
+    yield "Of all texts together; *occupancy* is the share of rows with a text, of `autoregressive`:"
+    header = ["", "`auto`", "best fixed", "`auto` / best fixed", "occupancy", "texts that differ"]
+    yield markdown(header, rows)
+    for precision, methods in results.items():
+        if "categories" in methods[BASE]:
+            yield f"By kind of prompt, `{precision}`: tau, speedup (median)"
+            yield category_table(methods)
+
+
+def category_table(methods: dict) -> str:
+    names = [name for name in methods if name != BASE]
+    kinds = methods[BASE]["categories"]
+    cells = {name: {kind: methods[name]["categories"][kind] for kind in kinds} for name in names}
+    rows = [
+        [kind, *(f"{c[kind]['tokens_per_step']:.2f}, {c[kind]['speedup'][1]:.2f}" for c in cells.values())]
+        for kind in kinds
+    ]
+    return markdown(["", *names], rows)
 
 
 def auto_table(results: dict) -> Lines:
@@ -104,19 +139,24 @@ def auto_table(results: dict) -> Lines:
 
 def quality_table(results: dict) -> Lines:
     columns = ["", "perplexity", "greedy choice that of `bf16`"]
-    solved = any("solved" in row for row in results.values())
+    solved, graded = (any(key in row for row in results.values()) for key in ("solved", "solution_loss"))
     drafts = next((list(row["qspec"]) for row in results.values() if "qspec" in row), [])
     sizes, rows = all("step_bytes" in row for row in results.values()), []
     for precision, row in results.items():
         cells = [f"{row['perplexity']:.2f}", f"{row['agreement']:.2%}"]
         cells += [f"{row['step_bytes'] / 1e6:.1f}"] if sizes else []
-        cells += [f"{row['solved']} of {row['problems']}"] if "solved" in row else []
+        cells += [f"{row['solved']} of {row['problems']}"] if solved else []
+        if graded:
+            cells += [f"{row['solution_loss']:.3f}", f"{row['solution_agreement']:.1%}"]
+            cells += [str(row["same_answers"]), str(row["cut_off"])]
         for name in drafts:
             other = row.get("qspec", {}).get(name)
             cells += [f"{other['solved']} ({other['different_texts']} other texts)" if other else ""]
         rows.append([f"`{precision}`", *cells])
     yield "Each precision rounds the same checkpoint to nearest, unless it names another quantizer:"
     more = sizes * ["MB that a step reads"] + solved * ["solved"]
+    finer = ["nats per token of right solutions", "of which greedy", "answers as in `bf16`", "cut off"]
+    more += graded * finer
     yield markdown(columns + more + [f"with `qspec` drafts in `{name}`" for name in drafts], rows)
 
 
@@ -148,6 +188,11 @@ def when_table(results: dict) -> Lines:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict], Lines]]] = {
+    REAL: ("SmolLM2-135M with its head, every method", real_table),
+    "smollm2_sampled.json": ("SmolLM2-135M with its head, at temperature 0.8", real_table),
+    "smollm2_batches.json": ("SmolLM2-135M with its head, in batches", real_table),
+    "smollm2_quality.json": ("SmolLM2-135M: what a precision costs in quality, GSM8K", quality_table),
+    "smollm2_code.json": ("SmolLM2-135M: what a precision costs in quality, HumanEval", quality_table),
     "cpu_auto.json": ("Who is chosen by `auto`, and is it right?", auto_table),
     "cpu_methods.json": ("Every method in every precision, the shipped models", methods_table),
     "cpu_cost.json": ("What a step costs, the shipped models", cost_table),

@@ -6,6 +6,7 @@ import gc
 import gzip
 import json
 import os
+import shlex
 import sys
 import types
 import weakref
@@ -161,9 +162,13 @@ def test_prompt_files_of_three_layouts(tmp_path):
     for name in ("plain.jsonl", "small.jsonl.gz"):
         first, second, third = common.read_prompt_file(tmp_path / name, tokenizer, 10)
         assert first[:3] == (tokenizer.encode("a = 1"), "math", "")
-        assert second[:3] == (tokenizer.encode("b"), "", "so\n#### 2")
-        assert third == (tokenizer.encode("c"), "", "", "c", "check", "f")
+        assert second[:3] == (tokenizer.encode("b"), name.split(".")[0], "so\n#### 2")
+        assert third == (tokenizer.encode("c"), name.split(".")[0], "", "c", "check", "f", "")
         assert common.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
+    files = ",".join(str(tmp_path / name) for name in ("plain.jsonl", "small.jsonl.gz"))
+    args = types.SimpleNamespace(prompt_file=files, prompts=3, max_new_tokens=9)
+    both = common.fitting_prompts(common.load_parts("bf16", common.SHIPPED_ALONE), args)  # two of each file
+    assert [prompt.category for prompt in both] == ["math", "plain", "math", "small"]
 
 
 @pytest.mark.parametrize(
@@ -234,12 +239,23 @@ def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, monkeypat
     assert bench.main(["quality", *flags, "--quantizer", "rtn;rtn, zeros"]) == 0
     rows = json.loads(path.read_text())["results"]
     assert list(rows) == ["bf16", "w4a16 rtn", "w4a16 rtn, zeros"]
-    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == 2
+    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == rows["bf16"]["same_answers"] == 2
+    assert rows["bf16"]["answers"] == numbers and rows["bf16"]["cut_off"] == 2
+    model = common.load_parts("bf16", common.SHIPPED).target.model
+    losses, tails = [], [tokenizer.encode_text(line["answer"]) for line in lines]
+    for prompt, tail in zip(prompts, tails):  # token by token
+        before = tokenizer.encode(prompt)
+        for i, token in enumerate(tail):
+            features = model.recompute(torch.tensor([before + tail[:i]]))[:, -1:]
+            losses.append(-model.lm_head(features)[0, 0].log_softmax(-1)[token].item())
+    assert rows["bf16"]["solution_tokens"] == len(losses)
+    assert rows["bf16"]["solution_loss"] == pytest.approx(sum(losses) / len(losses), rel=0.02)
+    assert len({row["solution_loss"] for row in rows.values()}) == 3
     assert len({rows[name]["perplexity"] for name in rows}) == 3
     for name, row in rows.items():
         drafted = {"w4a4": {"solved": row["solved"], "different_texts": 0}}
         assert row.get("qspec") == (drafted if "w4a16" in name else None)
-    task = {"prompt": ADD, "test": "def check(f):\n    assert callable(f)\n", "entry_point": "add"}
+    task = {"prompt": ADD, "test": "def check(f):\n    assert f(1, 2) is None\n", "entry_point": "add"}
     flags[1] = write_lines(file, task, task)
     assert bench.main(["quality", *flags]) == 2 and "--run_code" in capsys.readouterr().err
     assert bench.main(["quality", *flags, "--run_code"]) == 0
@@ -279,20 +295,22 @@ def test_methods_by_category_and_batch_size(tmp_path, monkeypatch, capsys):
 
 
 def test_the_study_makes_all_that_figures_are_drawn_from():
-    for name, flags in bench.STUDY.items():
-        args = bench.build_parser().parse_args([*flags.split(), "--output", name])
+    for name, flags in (bench.STUDY | bench.REAL_STUDY).items():
+        args = bench.build_parser().parse_args([*shlex.split(flags), "--output", name])
         bench.check_arguments(args)
         assert args.prompts and args.precisions
     for name, command in tables.COMMANDS.items():
-        assert command == f"python bench.py {bench.STUDY[name]}"
+        assert command == f"python bench.py {(bench.STUDY | bench.REAL_STUDY)[name]}"
     assert set(draw.SOURCES) < set(tables.COMMANDS) == set(tables.TABLES)
 
 
 def test_listing_the_study_runs_nothing(capsys, tmp_path):
     assert bench.main(["all", "--list", "--results", str(tmp_path / "none")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(bench.STUDY) + 2 and not (tmp_path / "none").exists()
-    assert lines[-1].startswith("python scripts/draw.py")
+    by_hand = lines.index("by hand, of a real model:")
+    assert by_hand == len(bench.STUDY) + 2 and not (tmp_path / "none").exists()
+    assert lines[by_hand - 1].startswith("python scripts/draw.py")
+    assert len(lines) == by_hand + 1 + len(bench.REAL_STUDY)
 
 
 def test_a_report_that_fails_is_named_and_the_others_go_on(capsys, tmp_path, monkeypatch):

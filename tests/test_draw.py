@@ -30,6 +30,11 @@ def row(speedup: float) -> dict:
     }
 
 
+def real_row(speedup: float) -> dict:
+    kinds = {"qa": {"tokens_per_step": 1.5, "speedup": 3 * [speedup]}}
+    return row(speedup) | {"speedup_of_totals": speedup, "occupancy": 1.0, "categories": kinds}
+
+
 def write_results(folder) -> None:
     """One file of each kind, two precisions, a few methods."""
     cost = {p: {"verification": {"1": 1.0, "8": 1.5, "64": k}, "drafting": {}} for p, k in PRECISIONS.items()}
@@ -50,6 +55,7 @@ def write_results(folder) -> None:
         "cpu_methods.json": methods,
         "cpu_auto.json": auto,
         "cpu_synthetic.json": synthetic,
+        draw.REAL: {p: {name: real_row(0.5 + i / 4) for i, name in enumerate(names)} for p in PRECISIONS},
     }.items():
         about = {"date": "2026-01-01", "torch": "2", "device": "a test", "commit": "0"}
         (folder / name).write_text(json.dumps(about | {"results": results}))
@@ -68,7 +74,8 @@ def test_every_figure_is_drawn(monkeypatch, tmp_path, capsys):
     write_results(tmp_path)
     assert run(monkeypatch, "--results", tmp_path, "--output", tmp_path / "figures") == 0
     files = {path.stem: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert set(files) == {"cost", "methods", "predicted", "auto", "specmquant", "synthetic", "when"}
+    shipped = {"cost", "methods", "predicted", "auto", "specmquant", "synthetic", "when"}
+    assert set(files) == shipped | {"smollm2_methods", "smollm2_predicted"}
     for content in files.values():
         assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 100_000
     (tmp_path / "cpu_auto.json").unlink()
@@ -97,8 +104,16 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
     write_results(tmp_path)
     quality = {"bf16": {"perplexity": 20.786, "agreement": 1.0, "positions": 9}}
     about = {"date": "2026-01-01", "torch": "2", "device": "a test", "commit": "0"}
-    for name in ("cpu_quality.json", "cpu_lm_head.json"):
-        (tmp_path / name).write_text(json.dumps(about | {"results": quality}))
+    solved = {"solved": 3, "problems": 9, "same_answers": 8, "cut_off": 1}
+    solved |= {"solution_loss": 1.25, "solution_agreement": 0.6}
+    both = {"bf16": quality["bf16"] | solved}
+    for name, results in {
+        "cpu_quality.json": quality, "cpu_lm_head.json": quality,
+        "smollm2_quality.json": both, "smollm2_code.json": both,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(about | {"results": results}))
+    for name in ("smollm2_sampled.json", "smollm2_batches.json"):
+        (tmp_path / name).write_text((tmp_path / draw.REAL).read_text())
     output = tmp_path / "tables.md"
     monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--output", str(output)])
     assert tables.main() == 0
@@ -111,6 +126,10 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
         "| `bf16` | 20.79 | 100.00% |",
         "| d = 0.05, q = 0.72 | 0.100 | 0.200 | 0.400 | 0.800 | never |",
         "| gpu_cost_70b w4a16, of the small model | 1.16 | 0.19 | 0.05 | 3.10 | 2.20 |",
+        "| `bf16` | 20.79 | 100.00% | 3 of 9 | 1.250 | 60.0% | 8 | 1 |",
+        "| tree | 2.00 | 0.50 | 1.00 | 500 | 1.31 | 1.25 | 1.25 (1.15 to 1.35) | 1.25 | 10 ms |",
+        "| `w4a16` | 1.75 | hierarchical, 1.50 | 1.17 | 1.00 | 0 |",
+        "| qa | 1.50, 0.75 | 1.50, 1.00 | 1.50, 1.25 | 1.50, 1.50 | 1.50, 1.75 |",
         "Every row: drawn.",
         "Predicted and measured differ by 5.0%",
     ):

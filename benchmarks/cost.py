@@ -40,19 +40,29 @@ LEVEL = "a level of the EAGLE head"
 DRAFTED = 16384  # tokens, of a vocabulary more than twice as large: a head that is restricted to these
 
 
-def report_cost(args: argparse.Namespace) -> dict:
+def report_cost(args: argparse.Namespace, save: Callable[[dict], None] = lambda results: None) -> dict:
     """T(n) of the shipped target, or of --checkpoint_path, and what drafts are made of: see `measure_cost`.
 
     With --shape, all weights are random: the target, the next smaller shape as small model, and a head. They
     are not compiled: see `compiles`.
 
-    `memory` and `share_of_copy` give how fast a step reads the target's weights: see bench.py.
+    `memory` and `share_of_copy` give how fast a step reads the target's weights: see bench.py. `save` is
+    given all results so far, on a GPU as soon as T(n) is known.
     """
-    return in_each_precision(partial(cost_in, args, copy_bandwidth(args.device)), args)
+    done: dict[str, dict] = {}
+
+    def keep(results: dict[str, dict]) -> None:
+        done.update(results)
+        save(done)
+
+    return in_each_precision(partial(cost_in, args, copy_bandwidth(args.device), keep), args, save=keep)
 
 
-def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[str, dict]:
-    """The costs in one precision, printed as well."""
+def cost_in(
+    args: argparse.Namespace, bandwidth: float, keep: Callable[[dict], None], precision: str
+) -> dict[str, dict]:
+    """The costs in one precision, printed as well; `keep` is given those of a GPU as soon as they are
+    there."""
     bits = head_bits(args, precision)
     if args.shape:
         parts = random_parts(SHAPES[args.shape], SMALLER.get(args.shape), precision, args.device, bits)
@@ -61,13 +71,18 @@ def cost_in(args: argparse.Namespace, bandwidth: float, precision: str) -> dict[
     # Calls in bursts bring what fits into the cache there first. The weights of a shape never fit.
     effort = (3 * args.repeats, 2 if args.shape else 10, compiles(args))
     heads = head_variants(parts)
-    costs = measure_cost(parts, heads, numbers(args.sizes), *effort)
+    nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
+
+    def with_memory(costs: dict[str, dict]) -> dict[str, dict]:
+        shares = {"memory": {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}}
+        for name, of_copy in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
+            shares |= {of_copy: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
+        return costs | shares
+
+    early = lambda graphs: keep({precision: with_memory(graphs)})  # noqa: E731
+    costs = with_memory(measure_cost(parts, heads, numbers(args.sizes), *effort, early))
     if heads and not args.shape:  # random weights accept nothing
         costs["acceptance"] = measure_acceptance(parts, heads, args)
-    nbytes = sum(p.nbytes for p in weights_of_a_step(parts.target.model))
-    costs["memory"] = {"copy_bandwidth": bandwidth, "weight_bytes": nbytes}
-    for name, shares in (("verification", "share_of_copy"), ("on_device", "share_of_copy_on_device")):
-        costs |= {shares: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
     print_cost(precision, costs)
     return costs
 
@@ -83,13 +98,20 @@ def measure_acceptance(
 
 
 def measure_cost(
-    parts: Parts, heads: dict[str, EagleHead], sizes: list[int], turns: int, burst: int, compile: bool
+    parts: Parts,
+    heads: dict[str, EagleHead],
+    sizes: list[int],
+    turns: int,
+    burst: int,
+    compile: bool,
+    early: Callable[[dict], None] = lambda graphs: None,
 ) -> dict[str, dict]:
     """Seconds of a whole verification of n nodes, by n, and of the units that drafts are made of, by name.
     All take turns, with 200 tokens in the caches.
 
     A token of the small model is a third of a draft of 3. A level of the head is the difference between trees
-    of depth 6 and 2, divided by the 4 levels between them, for each of `heads`: see `head_variants`.
+    of depth 6 and 2, divided by the 4 levels between them, for each of `heads`: see `head_variants`. On a
+    GPU, `early` is given what its graphs take before all else.
     """
     target = parts.target.model
 
@@ -99,7 +121,10 @@ def measure_cost(
     device = target.norm.weight.device
     tokens = [torch.randint(3, target.config.vocab_size, (1, n), device=device) for n in sizes]
     drafts = [Draft.chain(some) for some in tokens]
-    plain, drafters = decoder(), {}
+    plain, drafters, graphs = decoder(), {}, {}
+    if on_gpu(device):
+        graphs = {"on_device": measure_graphs(plain, drafts, turns)}
+        early(graphs)
     functions: dict[Any, Callable] = {n: partial(plain.commit, draft) for n, draft in zip(sizes, drafts)}
     for lower in lower_precisions(parts.target.precision):
         twin = decoder(model=share_weights(target, lower))
@@ -117,8 +142,7 @@ def measure_cost(
         drafting["a token of the small model"] = seconds["a token of the small model"] / 3
     for name in heads:
         drafting[f"{LEVEL}{name}"] = (seconds[name, 6] - seconds[name, 2]) / 4
-    costs = {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting}
-    return costs | ({"on_device": measure_graphs(plain, drafts, turns)} if on_gpu(device) else {})
+    return {"verification": {str(n): seconds[n] for n in sizes}, "drafting": drafting} | graphs
 
 
 def head_variants(parts: Parts) -> dict[str, EagleHead]:

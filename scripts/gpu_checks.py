@@ -387,7 +387,8 @@ def run_checks(
     save: Callable[[dict], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Every check for which there is time, but those that are `known`. It ends early, with `lost`, where the
-    device is. `save` is given the results after each check."""
+    device is. `save` is given the results after each check, and before it, with the operation that is
+    `running`."""
     kernels.load()
     begin, names = time.monotonic(), {check["name"] for check in known}
     results = {"bodies": kernels_in_use(device), "not_reached": 0, "checks": list(known)}
@@ -397,6 +398,7 @@ def run_checks(
         if time.monotonic() - begin > seconds:
             results["not_reached"] += 1
             continue
+        save(results | {"running": operation})  # should it never end
         check = attempt(how)
         results["checks"].append({"name": name, "operation": operation} | check.as_json())
         verdict = "" if check.right else "   WRONG " + (check.reason or f"(rows equal: {check.rows_equal})")

@@ -16,10 +16,11 @@ The parts, the most important first, each with a budget of its own:
     tiles     other launch configurations of the 4-bit linear (gpu_tiles.py)
     tests, compiled    only if asked for: pytest -m gpu, and `exact` compiled by Inductor
 
-A kernel that raises an error in `checks` is named with the error, and its operations run on the reference in
-the parts that follow. A part that fails keeps none of the others from running; the exit status is then 1.
-What no longer fits into --minutes is named as skipped. In the folder of --output are gpu_pass.json, written
-anew after each part, with its table, and the file of every part, which most write as they go.
+A kernel that raises an error in `checks`, or does not end, is named with the error, and its operations run on
+the reference in the parts that follow. A part that fails keeps none of the others from running; the exit
+status is then 1. What no longer fits into --minutes is named as skipped. In the folder of --output are
+gpu_pass.json, written anew after each part, with its table, and the file of every part, which most write as
+they go.
 
 The one idea: this is only the conductor. Each part is a process with a time limit, and measures by itself.
 """
@@ -182,9 +183,12 @@ def batches(parts: list[Part]) -> list[list[Part]]:
 
 
 def broken_operations(outcomes: dict[str, dict]) -> dict[str, str]:
-    """The first errors of kernels that raise one, by operation."""
+    """The first errors of kernels that raise one, by operation, and those that did not end."""
     checks = [check for results in found(outcomes, "checks").values() for check in results.get("checks", [])]
-    return {check["operation"]: check["reason"] for check in reversed(checks) if check["reason"]}
+    broken = {check["operation"]: check["reason"] for check in reversed(checks) if check["reason"]}
+    late = (part["results"] for name, part in outcomes.items() if part.get("status") == "timed out")
+    hanging = [results["running"] for results in late if results and "running" in results]
+    return broken | dict.fromkeys(hanging, "did not end")
 
 
 def read_json(line: str) -> Any:

@@ -214,6 +214,26 @@ def test_what_follows_a_broken_kernel_is_told(tmp_path, monkeypatch, capsys):
     assert "    pick: E: no" in gpu_pass.table(outcomes)
 
 
+def test_a_kernel_that_hangs_does_not_hang_twice(tmp_path, monkeypatch, capsys):
+    """What was running when the time was up is on the reference afterwards."""
+    monkeypatch.delenv(gpu_pass.REFERENCE, raising=False)
+    file = tmp_path / "checks.json"
+    hang = f"""
+import sys, time
+sys.path[:0] = ["{ROOT}", "{ROOT}/scripts"]
+import gpu_checks
+good = lambda: gpu_checks.Check(0.0, 0.0, True)
+gpu_checks.all_checks = lambda *_: [("a", "rope", good), ("b", "pick", lambda: time.sleep(600))]
+gpu_checks.main(["--device", "cpu", "--shapes", "tiny", *sys.argv[1:]])
+"""
+    show = ["-c", f"import os; print(os.environ[{gpu_pass.REFERENCE!r}])"]
+    outcomes = run([Part("checks x", ["-c", hang], 12, file.name), Part("step x", show, 20)], tmp_path, 60)
+    assert outcomes["checks x"]["status"] == "timed out"
+    assert [check["name"] for check in outcomes["checks x"]["results"]["checks"]] == ["a"]
+    assert outcomes["step x"]["last_lines"] == ["pick"]
+    assert "    pick: did not end" in gpu_pass.table(outcomes)
+
+
 @pytest.mark.parametrize("given", [None, "3"])
 def test_untimed_parts_have_one_thread_each(monkeypatch, tmp_path, capsys, given):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -597,11 +597,8 @@ def origin(target: Target, args: argparse.Namespace, writing: bool) -> dict[str,
 def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     """The answers that are there already, and those that are still missing."""
     vocabulary = target.model.config.vocab_size
-    excluded = (
-        {prompt.key for prompt in read_data(args.exclude, vocabulary, flag="--exclude")}
-        if args.exclude
-        else set()
-    )
+    unseen = read_data(args.exclude, vocabulary, flag="--exclude") if args.exclude else []
+    excluded = {prompt.key for prompt in unseen}
     prompts = read_data(args.data, vocabulary, excluded) if args.data else []
     file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary)
     if (args.system is not None or args.template_kwargs) and getattr(
@@ -613,6 +610,7 @@ def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     file.check_origin(origin(target, args, bool(prompts)))
     if prompts:
         write_answers(target, prompts, file, args)
+    file.texts = [text for text in file.texts if text.prompt not in excluded]  # of an earlier run, too
     if not file.texts:
         raise BadInput(f"--answers: {file.path} has no texts, and there is no --data to answer")
     return file

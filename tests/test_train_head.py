@@ -436,6 +436,20 @@ def test_compressed_data_and_doubles(tmp_path):
     assert [prompt.said for prompt in answers.read_data([str(path)], 10**6)] == [["a"], ["b"]]
 
 
+def test_prompts_of_a_benchmark_are_left_out(directory, tmp_path, capsys):
+    """In whatever file and form they stand, and from answers of an earlier run."""
+    every, some, kept = tmp_path / "every.jsonl", tmp_path / "some.jsonl", tmp_path / "answers.jsonl"
+    every.write_text("".join(json.dumps({"prompt_ids": [i, i + 1]}) + "\n" for i in range(1, 7)))
+    some.write_text('{"prompt_ids": [3, 4]}\n\n{"prompt_ids": [50, 51]}\n')
+    flags = ["--data", every, "--answers", kept, "--steps", 0, "--max_new_tokens", 3]
+    assert run(directory, *flags, "--exclude", some) == 0
+    assert sorted(line["token_ids"][0] for line in lines(kept)) == [1, 2, 4, 5, 6]
+    assert run(directory, *flags) == 0 and len(lines(kept)) == 6
+    capsys.readouterr()
+    assert run(directory, *flags, "--exclude", some) == 0 and "5 texts, " in capsys.readouterr().err
+    assert "are not excluded" in refusal(capsys, directory, *flags, "--exclude", every)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -454,6 +468,7 @@ def test_compressed_data_and_doubles(tmp_path):
         (["--device", "abacus"], "--device"),
         (["--speed", 3], "--speed"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--exclude", "nowhere.jsonl"], "--exclude: nowhere.jsonl cannot be read"),
         (["--answers", "/dev/null/at.jsonl"], "/dev/null/at.jsonl cannot be written"),
     ],
 )

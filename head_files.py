@@ -38,6 +38,7 @@ from packing import (
     convert,
     default_quantization,
     linear_names,
+    precision_of,
     reshape,
     set_apart,
     set_precision,
@@ -165,7 +166,8 @@ def open_head(
     whole = any(directory.glob("model*.safetensors*"))
     q = stored_quantization(weight_files(directory)) if whole else None
     if q is not None:
-        precision = precision or f"w{q.bits}a16"
+        _, activation_bits = PRECISIONS.get(precision_of(target), (16, 16))
+        precision = precision or f"w{q.bits}a{max(activation_bits, 8)}"
         if PRECISIONS.get(precision, (16, 16))[0] != q.bits:
             own = f"{directory} has {q.bits}-bit weights"
             raise BadInput(f"--draft_precision: {own}, not those of {precision}")

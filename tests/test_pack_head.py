@@ -46,8 +46,14 @@ def test_a_packed_head_is_what_loading_it_in_4_bits_makes_of_it(tmp_path):
     ours, theirs = packed.state_dict(), rounded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {linear.weight.dtype for linear in own_linears(packed)} == {torch.uint8}
-    eight = load_head(tmp_path / "head", target, "w4a8")
-    assert {linear.activation_bits for linear in own_linears(eight)} == {8}
+    for head, bits in (
+        (packed, 16),
+        (load_head(tmp_path / "head", target, "w4a8"), 8),
+        (load_head(tmp_path / "head", load_model(SHIPPED_TARGET, "w4a8")), 8),  # as its target
+        (load_head(tmp_path / "head", load_model(SHIPPED_TARGET, "w4a4")), 8),
+        (load_head(tmp_path / "head", load_model(SHIPPED_TARGET, "w8a16")), 16),
+    ):
+        assert {linear.activation_bits for linear in own_linears(head)} == {bits}
 
 
 def texts(target, prompts, drafter):

@@ -60,8 +60,9 @@ SPECULATORS_BLOCK = 8  # places, where a configuration of speculators does not s
 def load_block_head(
     path: str | Path, target: Transformer, precision: str | None = None, **reading: Any
 ) -> BlockHead:
-    """Load a block head for a loaded target, in `precision` (None: that of a file of 4 bits, or of the
-    target's norms), quantized on the way if need be. Raises BadInput for what does not fit.
+    """Load a block head for a loaded target, in `precision`, quantized on the way if need be. None: as the
+    norms of the target or, if the file has 4 bits, with activations like its own. Raises BadInput for what
+    does not fit.
 
     `reading`: what to take instead of what the configuration says, for fields of `Block` or `ModelConfig`.
     """

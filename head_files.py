@@ -173,10 +173,11 @@ def open_head(
             raise BadInput(f"--draft_precision: {own}, not those of {precision}")
     dtype = like.dtype if precision is None else DTYPES.get(precision, torch.bfloat16)
     if dtype != like.dtype:
-        raise BadInput(
-            "--draft_precision: a head shares weights with its target, so both are fp32, or neither"
-        )
-    tensors, packed = set_apart(renamed(read_head(directory), where))
+        own = f" ({directory} has {q.bits}-bit weights)" if q else ""
+        both = "a head shares weights with its target, so both are fp32, or neither"
+        raise BadInput(f"--draft_precision: {both}{own}")
+    tensors = renamed(read_head(directory), where)
+    tensors, packed = (tensors, {}) if q is None else set_apart(tensors)
     return Published(raw, tensors, target.config, where, quiet, packed, q, precision)
 
 

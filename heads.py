@@ -54,9 +54,9 @@ ELSEWHERE = {"eagle_aux_hidden_state_layer_ids", *SWITCHES}  # keys that are rea
 def load_head(
     path: str | Path, target: Transformer, precision: str | None = None, **reading: Any
 ) -> EagleHead:
-    """Load an EAGLE-1, EAGLE-2, EAGLE-3 or EAGLE-3.1 head for a loaded target, in `precision` (None: that of
-    a file of 4 bits, or of the target's norms), quantized on the way if need be. Raises BadInput for what
-    does not fit.
+    """Load an EAGLE-1, EAGLE-2, EAGLE-3 or EAGLE-3.1 head for a loaded target, in `precision`, quantized on
+    the way if need be. None: as the norms of the target or, if the file has 4 bits, with activations like its
+    own. Raises BadInput for what does not fit.
 
     `reading`: what to take instead of what the configuration says, for fields of `Eagle3` or `ModelConfig`.
     """

@@ -348,7 +348,7 @@ def set_apart(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     plain, packed = {}, {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if kind not in ("packed", "quantized", "scales", "zeros"):
+        if kind not in ("packed", "quantized", "scales", "zeros") or tensor.dim() != 2:
             plain[name] = tensor
             continue
         packed[name] = tensor

@@ -85,8 +85,7 @@ class Prompt(NamedTuple):
 
 def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False) -> list[Prompt]:
     """`count` prompts, evenly spread over the lines of a file: JSON objects with "prompt", "question" (GSM8K)
-    or "turns" (Spec-Bench), gzipped or not. Those without a category have the name of the file. Raises
-    BadInput for a file or a line that is something else."""
+    or "turns" (Spec-Bench), gzipped or not. Raises BadInput for a file or a line that is something else."""
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
@@ -103,7 +102,6 @@ def read_prompt_file(path: str | Path, tokenizer, count: int, chat: bool = False
         except BadInput as error:
             raise BadInput(f"--prompt_file: {path} line {number}: {error}") from None
         names = ("category", "answer", "prompt", "test", "entry_point", "canonical_solution")
-        entry = {"category": Path(path).name.split(".")[0]} | entry
         prompts.append(Prompt(tokens, *(str(entry.get(name, "")) for name in names)))
     return prompts
 
@@ -125,16 +123,17 @@ def read_prompts(count: int) -> list[list[int]]:
 
 
 def fitting_prompts(parts: Parts, args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of --prompt_file, equally many of each if there are several with commas, or held-out ones,
-    that leave room for --max_new_tokens; the number of the others is printed. A file's prompts go into the
-    chat template of a model that has one."""
+    """The prompts of --prompt_file, or held-out ones, that leave room for --max_new_tokens; the number of the
+    others is printed. Of several files, with commas, each gives as many, and a category to those that have
+    none. They go into the chat template of a model that has one."""
     tokenizer = parts.target.tokenizer
-    chat, files = (
-        bool(args.prompt_file and tokenizer and tokenizer.template),
-        split(args.prompt_file or str(HELD_OUT)),
-    )
-    each = -(-args.prompts // len(files))
-    prompts = [prompt for file in files for prompt in read_prompt_file(file, tokenizer, each, chat)]
+    chat = bool(args.prompt_file and tokenizer and tokenizer.template)
+    files = split(args.prompt_file) if args.prompt_file else [HELD_OUT]
+    each, prompts = -(-args.prompts // len(files)), []
+    for file in files:
+        some = read_prompt_file(file, tokenizer, each, chat)
+        kind = Path(file).name.split(".")[0] if len(files) > 1 else ""
+        prompts += [prompt._replace(category=prompt.category or kind) for prompt in some]
     models = [parts.target.model] + ([parts.small] if parts.small else [])
     room = min(model.config.max_context for model in models) - args.max_new_tokens
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= room]

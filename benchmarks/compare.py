@@ -163,6 +163,7 @@ def by_category(categories: list[str], runs: list[Run], base: list[Run]) -> dict
         chosen = [i for i, each in enumerate(categories) if each == category]
         mine, theirs = [runs[i] for i in chosen], [base[i] for i in chosen]
         rows[category or "other"] = {
+            "prompts": len(chosen),
             "tokens_per_step": sum(run.tokens for run in mine) / sum(run.steps for run in mine),
             "tokens_per_second": median(run.speed for run in mine),
             "speedup": quartiles(speed_ratios(mine, theirs)),

@@ -152,7 +152,8 @@ def head_variants(parts: Parts) -> dict[str, EagleHead]:
         return {}
     target, precision = parts.target.model, parts.target.precision
     heads = {"": parts.head(target)}
-    if precision in PRECISIONS:
+    whole = heads[""].layers[0].self_attn.qkv_proj.scales is None  # not in 4 bits already
+    if precision in PRECISIONS and whole:
         heads[f", in {precision}"] = parts.head(target, precision)
     if target.config.vocab_size > 2 * DRAFTED:
         ids = torch.arange(DRAFTED)

@@ -146,9 +146,10 @@ def measure_accuracy(
     solved = {name: count_solved(prompts, mine) for name, mine in said.items()}
     final = [answer if prompts[0].test else last_number(answer) for answer in said[""]]
     row = {"problems": len(prompts), "solved": solved[""], "answers": final}
-    row["same_answers"] = sum(a == b for a, b in zip(final, (reference or row)["answers"]))
-    row["cut_off"] = sum(len(text) == args.max_new_tokens for text in texts[""])
-    row |= foresee_solutions(target, prompts, tokenizer)
+    row["same_answers"] = sum(a == b != "" for a, b in zip(final, (reference or row)["answers"]))
+    stops = parts.target.stop_ids
+    row["cut_off"] = sum(len(t) == args.max_new_tokens and t[-1] not in stops for t in texts[""])
+    row |= foresee_solutions(target, prompts, tokenizer, bool(args.prompt_file and tokenizer.template))
     if "w4a4" in solved:
         other = sum(a != b for a, b in zip(texts[""], texts["w4a4"]))
         row["qspec"] = {"w4a4": {"solved": solved["w4a4"], "different_texts": other}}
@@ -158,9 +159,8 @@ def measure_accuracy(
 def check_problems(prompts: list[Prompt], args: argparse.Namespace) -> None:
     """Raise BadInput for what cannot be judged."""
     if not all("####" in p.answer for p in prompts) and not all(p.test for p in prompts):
-        raise BadInput(
-            f"--prompt_file: {args.prompt_file} has neither answers with #### and a number nor tests"
-        )
+        kinds = "answers with #### and a number, or tests"
+        raise BadInput(f"--prompt_file: not all lines of {args.prompt_file} have {kinds}, of one kind")
     if prompts[0].test and not args.run_code:
         raise BadInput(
             "--prompt_file: to know what solves HumanEval is to run what a model wrote: --run_code"
@@ -168,12 +168,15 @@ def check_problems(prompts: list[Prompt], args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def foresee_solutions(model: Transformer, prompts: list[Prompt], tokenizer: Any) -> dict[str, float]:
+def foresee_solutions(
+    model: Transformer, prompts: list[Prompt], tokenizer: Any, chat: bool
+) -> dict[str, float]:
     """The right solutions of the file behind their prompts: nats per token, and the share of tokens that are
-    the model's greedy choice. Nothing if the file has none."""
+    the model's greedy choice. Nothing if the file has none. Between models of other tokens or templates these
+    cannot be compared."""
     losses, hits = [], []
     for prompt in [prompt for prompt in prompts if prompt.solution or prompt.answer]:
-        tail = tokenizer.encode_text(prompt.solution or prompt.answer)
+        tail = solution_tokens(prompt, tokenizer, chat)
         row = torch.tensor([[*prompt.tokens, *tail]], device=model.norm.weight.device)
         row = row[:, : model.config.max_context]
         features = model.recompute(row[:, :-1])[:, len(prompt.tokens) - 1 :]  # [1, tail, hidden]
@@ -187,6 +190,19 @@ def foresee_solutions(model: Transformer, prompts: list[Prompt], tokenizer: Any)
         "solution_agreement": torch.cat(hits).float().mean().item(),
         "solution_tokens": sum(map(len, hits)),
     }
+
+
+def solution_tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
+    """A right solution as the model would write it: without GSM8K's marks for a calculator, and in a chat the
+    whole function in a block."""
+    text = prompt.solution or re.sub(r"<<.*?>>|\n?####.*", "", prompt.answer)
+    if chat:
+        return tokenizer.encode_text(f"```python\n{prompt.text}{text}\n```" if prompt.solution else text)
+    before = tokenizer.decode(prompt.tokens)
+    whole = tokenizer.encode(before + text)  # alone it might gain a blank in front
+    if whole[: len(prompt.tokens)] == prompt.tokens:
+        return whole[len(prompt.tokens) :]
+    return tokenizer.encode_text(text)
 
 
 def read_answers(prompts: list[Prompt], texts: list[list[int]], tokenizer: Any) -> list[str]:

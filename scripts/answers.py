@@ -56,12 +56,14 @@ class Prompt:
     def of(said: list[str] | list[int], where: str) -> Prompt:
         return Prompt(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16], said, where)
 
+    @property
+    def opening(self) -> str:
+        """The key of its first turn, which may be all of it."""
+        return self.key if isinstance(self.said[0], int) else Prompt.of(self.said[:1], "").key
 
-def read_data(
-    paths: list[str], vocabulary: int, excluded: Container[str] = (), flag: str = "--data"
-) -> list[Prompt]:
-    """All prompts of JSON lines in the forms of `generate.py --prompts`, once each, without those whose keys
-    are excluded. Raises BadInput."""
+
+def read_data(paths: list[str], vocabulary: int, flag: str = "--data") -> list[Prompt]:
+    """All prompts of JSON lines in the forms of `generate.py --prompts`, once each. Raises BadInput."""
     prompts: dict[str, Prompt] = {}
     for path in paths:
         for number, line in enumerate(read_unpacked(path, flag).split("\n"), start=1):
@@ -74,11 +76,10 @@ def read_data(
                     raise BadInput(f"has the token id {wrong}; the model knows 0 to {vocabulary - 1}")
             except BadInput as error:
                 raise BadInput(f"{flag}: {where}: {error}") from None
-            if prompt and prompt.key not in excluded:
+            if prompt:
                 prompts.setdefault(prompt.key, prompt)
     if not prompts:
-        beside = " that are not excluded" if excluded else ""
-        raise BadInput(f"{flag}: {' '.join(paths)} has no lines{beside}")
+        raise BadInput(f"{flag}: {' '.join(paths)} has no lines")
     return list(prompts.values())
 
 
@@ -129,7 +130,8 @@ class Text:
 class AnswerFile:
     """The texts of a file, which grows. A last line without an end, of a run that was killed, is dropped."""
 
-    def __init__(self, path: Path, vocabulary: int):
+    def __init__(self, path: Path, vocabulary: int, excluded: Container[str] = ()):
+        """`excluded`: keys of prompts whose texts are passed over."""
         self.path = path
         try:
             raw = path.read_bytes() if path.exists() else b""
@@ -143,6 +145,7 @@ class AnswerFile:
                 self.texts += [Text.from_json(line, vocabulary)] if line.strip() else []
             except BadInput as error:
                 raise BadInput(f"--answers: {path} line {number}: {error}") from None
+        self.texts = [text for text in self.texts if text.prompt not in excluded]
         self.tokens = sum(text.answered for text in self.texts)
 
     def add(self, texts: list[Text]) -> None:

@@ -398,7 +398,7 @@ def run_checks(
         if time.monotonic() - begin > seconds:
             results["not_reached"] += 1
             continue
-        save(results | {"running": operation})  # should it never end
+        save(results | {"running": operation, "since": time.time()})  # should it never end
         check = attempt(how)
         results["checks"].append({"name": name, "operation": operation} | check.as_json())
         verdict = "" if check.right else "   WRONG " + (check.reason or f"(rows equal: {check.rows_equal})")

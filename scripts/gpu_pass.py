@@ -59,6 +59,7 @@ SIZES = "1,2,4,8,16,32,60"  # n of T(n)
 CONTESTANTS = "w4a16,w4a8,torch bf16,torch int4,gemlite int4"
 UNTIMED = {"checks", "exact"}  # kinds of parts that run side by side: nothing is timed
 ASKED_FOR = {"tests", "compiled"}  # kinds that run only if --parts names them
+HANGS = 20.0  # seconds after which a check will not end any more; compiling a kernel takes a part of them
 REFERENCE = "GPT_SPEC_REFERENCE"  # the environment variable with operations that run on it: see kernels.py
 
 
@@ -150,6 +151,8 @@ class Process:
         results = next((r for line in lines[:-6:-1] if (r := read_json(line)) is not None), None)
         if results is None and self.file.is_file():
             results = read_json(self.file.read_text(encoding="utf-8"))
+        if code is None and results and time.time() - results.get("since", math.inf) > HANGS:
+            results["hanging"] = results["running"]  # or else it was only late
         lines = [anonymous(line) for line in lines if not line.startswith("{")]
         status = {0: "ok", None: "timed out"}.get(code, "failed")
         shown = "python " + " ".join(f'"{word}"' if " " in word else word for word in self.part.command)
@@ -186,8 +189,7 @@ def broken_operations(outcomes: dict[str, dict]) -> dict[str, str]:
     """The first errors of kernels that raise one, by operation, and those that did not end."""
     checks = [check for results in found(outcomes, "checks").values() for check in results.get("checks", [])]
     broken = {check["operation"]: check["reason"] for check in reversed(checks) if check["reason"]}
-    late = (part["results"] for name, part in outcomes.items() if part.get("status") == "timed out")
-    hanging = [results["running"] for results in late if results and "running" in results]
+    hanging = [results["hanging"] for results in found(outcomes, "checks").values() if "hanging" in results]
     return broken | dict.fromkeys(hanging, "did not end")
 
 
@@ -279,7 +281,8 @@ def check_lines(outcomes: dict[str, dict]) -> list[str]:
         lines.append(
             f"checks {shape}: {len(checks) - len(wrong)} of {len(checks)} right ({results['bodies']})"
         )
-        lines[-1] += f", rows differ in {len(unequal)}, {results['not_reached']} not reached; largest error "
+        missed = f"the others after {results['running']}" if "running" in results else results["not_reached"]
+        lines[-1] += f", rows differ in {len(unequal)}, {missed} not reached; largest error "
         lines[-1] += f"{errors.get(worst, math.nan):.1e} ({worst})"
         for c in wrong[:12]:
             rows = "rows equal" if c["rows_equal"] else "rows differ"

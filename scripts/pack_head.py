@@ -1,4 +1,4 @@
-"""pack_head.py: a head in 4 bits, in a file of a quarter of the size.
+"""pack_head.py: a head in 4 bits: a quarter of the size, but for an embedding of its own.
 
     python scripts/pack_head.py HEAD OUTPUT
     python generate.py --checkpoint_path DIR --eagle_checkpoint_path OUTPUT --prompt "..."
@@ -25,11 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import find_checkpoint, stored_quantization, weight_files  # noqa: E402
+from checkpoints import HEAD_FLAG, find_checkpoint, stored_quantization, weight_files  # noqa: E402
 from head_files import read_head, renamed  # noqa: E402
 from kernels import LANES  # noqa: E402
 from model import BadInput  # noqa: E402
 from packing import Quantization, best_group, quantize_weight  # noqa: E402
+from text import read_json  # noqa: E402
 
 MATRIX = re.compile(r"(^fc|^lm_head|_proj)\.weight$")
 
@@ -50,17 +51,21 @@ def pack(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Quantization]:
 
 def run(args: argparse.Namespace) -> None:
     """Raises BadInput for a directory that is no 16-bit head."""
-    source, output = find_checkpoint(args.head, "HEAD"), args.output
+    source, output = find_checkpoint(args.head, HEAD_FLAG), args.output
     if any(source.glob("model*.safetensors*")) and stored_quantization(weight_files(source)) is not None:
-        raise BadInput(f"{source}: is in 4 bits already")
-    if not (source / "config.json").exists() or output.exists():
-        missing = f"{source} has no config.json" if not output.exists() else f"{output} is there already"
-        raise BadInput(missing)
-    packed, q = pack(renamed(read_head(source), str(source / "config.json")))
+        raise BadInput(f"{source}: is quantized already")
+    if (source / "mask_embedding.pt").exists():
+        raise BadInput(f"{source}: mask_embedding.pt: a mask of its own is not implemented")
+    if output.exists():
+        raise BadInput(f"{output} is there already")
+    read_json(source / "config.json", required=True)
+    tensors = renamed(read_head(source), str(source / "config.json"))
+    if not {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= tensors.keys():
+        raise BadInput(f"{source}: the weights are those of no head")
+    packed, q = pack({name: tensor.contiguous() for name, tensor in tensors.items()})
     output.mkdir(parents=True)
-    save_file(
-        packed, output / "model.safetensors", metadata={"format": "pt", "gpt_spec": json.dumps(asdict(q))}
-    )
+    metadata = {"format": "pt", "gpt_spec": json.dumps(asdict(q))}
+    save_file(packed, output / "model.safetensors", metadata=metadata)
     shutil.copy(source / "config.json", output / "config.json")
     size = (output / "model.safetensors").stat().st_size
     print(f"wrote {output}: {size / 1e6:.1f} MB, groups of {q.group}")

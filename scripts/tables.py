@@ -32,9 +32,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def between(quartiles: list[float]) -> str:
+def between(quartiles: list[float], measured: int = 4) -> str:
+    """Of fewer than four measurements the median alone."""
     low, middle, high = quartiles
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.2f}" + (f" ({low:.2f} to {high:.2f})" if measured >= 4 else "")
 
 
 def cost_table(results: dict) -> Lines:
@@ -55,13 +56,14 @@ def methods_table(results: dict) -> Lines:
     """One table for each precision: tau is tokens per step, T(n) the mean over the steps."""
     yield (
         "tau is tokens per step; drafting and T(n), means over the steps, are in T(1) of the same precision; "
-        "*predicted* is tau T(1) / (drafting + T(n)); speedups are medians of the prompts' ratios (and "
-        "quartiles); the first token includes the drafter's prefill:"
+        "*predicted* is tau T(1) / (drafting + T(n)), for *all texts* together; speedups are medians of the "
+        "ratios of prompts, or of groups of them in batches (and quartiles); the first token includes the "
+        "drafter's prefill:"
     )
     for precision, methods in results.items():
         first = methods[BASE]["verification_seconds"]
         whole = all("speedup_of_totals" in row for row in methods.values())  # not in older files
-        columns = ["tau", "drafting", "T(n)", "tokens/s", "predicted"] + whole * ["of all texts"]
+        columns = ["tau", "drafting", "T(n)", "tokens/s", "predicted"] + whole * ["all texts"]
         columns += ["speedup", "over `bf16`"]
         rows = []
         for name, row in methods.items():
@@ -70,7 +72,8 @@ def methods_table(results: dict) -> Lines:
             cells = [f"{row['tokens_per_step']:.2f}", f"{drafting:.2f}", f"{verification:.2f}"]
             cells += [f"{row['tokens_per_second']:.0f}", f"{row['predicted']:.2f}"]
             cells += [f"{row['speedup_of_totals']:.2f}"] if whole else []
-            cells += [between(row["speedup"]), f"{over[1]:.2f}" if over else ""]
+            several = between(row["speedup"], len(row.get("speeds", [0] * 4)))
+            cells += [several, f"{over[1]:.2f}" if over else ""]
             rows.append([name, *cells, f"{row['time_to_first_token_seconds'] * 1e3:.0f} ms"])
         yield markdown([f"`{precision}`", *columns, "first token"], rows)
     notes = {row["note"] for methods in results.values() for row in methods.values() if "note" in row}
@@ -97,7 +100,7 @@ def real_table(results: dict) -> Lines:
     yield markdown(header, rows)
     for precision, methods in results.items():
         if "categories" in methods[BASE]:
-            yield f"By kind of prompt, `{precision}`: tau, speedup (median)"
+            yield f"By kind of prompt, `{precision}`: how many, then tau and speedup (median) of each method"
             yield category_table(methods)
 
 
@@ -106,10 +109,14 @@ def category_table(methods: dict) -> str:
     kinds = methods[BASE]["categories"]
     cells = {name: {kind: methods[name]["categories"][kind] for kind in kinds} for name in names}
     rows = [
-        [kind, *(f"{c[kind]['tokens_per_step']:.2f}, {c[kind]['speedup'][1]:.2f}" for c in cells.values())]
+        [
+            kind,
+            str(kinds[kind].get("prompts", "")),
+            *(f"{c[kind]['tokens_per_step']:.2f}, {c[kind]['speedup'][1]:.2f}" for c in cells.values()),
+        ]
         for kind in kinds
     ]
-    return markdown(["", *names], rows)
+    return markdown(["", "prompts", *names], rows)
 
 
 def auto_table(results: dict) -> Lines:
@@ -155,7 +162,7 @@ def quality_table(results: dict) -> Lines:
         rows.append([f"`{precision}`", *cells])
     yield "Each precision rounds the same checkpoint to nearest, unless it names another quantizer:"
     more = sizes * ["MB that a step reads"] + solved * ["solved"]
-    finer = ["nats per token of right solutions", "of which greedy", "answers as in `bf16`", "cut off"]
+    finer = ["nats per token of right solutions", "of which greedy", "same answers as `bf16`", "cut off"]
     more += graded * finer
     yield markdown(columns + more + [f"with `qspec` drafts in `{name}`" for name in drafts], rows)
 

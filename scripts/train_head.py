@@ -597,10 +597,16 @@ def origin(target: Target, args: argparse.Namespace, writing: bool) -> dict[str,
 def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     """The answers that are there already, and those that are still missing."""
     vocabulary = target.model.config.vocab_size
-    unseen = read_data(args.exclude, vocabulary, flag="--exclude") if args.exclude else []
-    excluded = {prompt.key for prompt in unseen}
-    prompts = read_data(args.data, vocabulary, excluded) if args.data else []
-    file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary)
+    prompts = read_data(args.data, vocabulary) if args.data else []
+    unseen = read_data(args.exclude, vocabulary, "--exclude") if args.exclude else []
+    openings = {prompt.opening for prompt in unseen}  # benchmarks ask the first turn alone
+    excluded = {prompt.key for prompt in prompts if prompt.opening in openings}
+    if prompts and len(excluded) == len(prompts):
+        raise BadInput("--exclude: leaves none of the prompts of --data")
+    if args.exclude:
+        print(f"{len(excluded)} of {len(prompts)} prompts are left out: --exclude", file=sys.stderr)
+    prompts, excluded = [p for p in prompts if p.key not in excluded], excluded | {p.key for p in unseen}
+    file = AnswerFile(Path(args.answers or f"{args.output}.answers.jsonl"), vocabulary, excluded)
     if (args.system is not None or args.template_kwargs) and getattr(
         target.tokenizer, "template", None
     ) is None:
@@ -610,9 +616,8 @@ def find_texts(target: Target, args: argparse.Namespace) -> AnswerFile:
     file.check_origin(origin(target, args, bool(prompts)))
     if prompts:
         write_answers(target, prompts, file, args)
-    file.texts = [text for text in file.texts if text.prompt not in excluded]  # of an earlier run, too
     if not file.texts:
-        raise BadInput(f"--answers: {file.path} has no texts, and there is no --data to answer")
+        raise BadInput(f"--answers: {file.path} has no texts to learn from, and there is no --data to answer")
     return file
 
 

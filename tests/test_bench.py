@@ -23,11 +23,13 @@ from benchmarks import (
     exact,
     linears,
     llama_cpp,
+    methods,
     peers,
     quality,
     sampling,
     shapes,
     structure,
+    study,
     synthetic,
     timing,
 )
@@ -36,6 +38,7 @@ from costs import Stats
 from drafts import Drafter
 from gpt_spec import Decoder, SequentialDrafter
 from model import BadInput, ModelConfig
+from packing import PRECISIONS
 from sampling import Sampling
 from text import load_tokenizer
 
@@ -153,6 +156,23 @@ def test_last_number(text, number):
     assert quality.last_number(text) == number
 
 
+def test_right_solutions_are_as_a_model_would_write_them():
+    tokenizer = load_tokenizer(SHIPPED_TARGET)
+    word = common.Prompt(tokenizer.encode("x"), answer="16-3=<<16-3=13>>13 eggs\nSo 13.\n#### 13")
+    assert tokenizer.decode(quality.solution_tokens(word, tokenizer, True)) == "16-3=13 eggs\nSo 13."
+    code = common.Prompt(tokenizer.encode(ADD), text=ADD, solution="    return a + b")
+    assert tokenizer.decode(quality.solution_tokens(code, tokenizer, False)) == "    return a + b"
+    block = tokenizer.decode(quality.solution_tokens(code, tokenizer, True))
+    assert block == f"```python\n{ADD}    return a + b\n```"
+
+
+def test_auto_is_judged_by_all_texts():
+    rows = {
+        name: {"speedup_of_totals": s} for name, s in (("autoregressive", 1.0), ("tree", 1.6), ("auto", 1.2))
+    }
+    assert methods.judge_auto(rows).startswith("auto is 0.75 of tree, the best, and 1.20 of autoregressive")
+
+
 def test_prompt_files_of_three_layouts(tmp_path):
     tokenizer = load_tokenizer(SHIPPED_TARGET)
     lines = [{"turns": ["a = 1", "later"], "category": "math"}, {"question": "b", "answer": "so\n#### 2"}]
@@ -162,8 +182,8 @@ def test_prompt_files_of_three_layouts(tmp_path):
     for name in ("plain.jsonl", "small.jsonl.gz"):
         first, second, third = common.read_prompt_file(tmp_path / name, tokenizer, 10)
         assert first[:3] == (tokenizer.encode("a = 1"), "math", "")
-        assert second[:3] == (tokenizer.encode("b"), name.split(".")[0], "so\n#### 2")
-        assert third == (tokenizer.encode("c"), name.split(".")[0], "", "c", "check", "f", "")
+        assert second[:3] == (tokenizer.encode("b"), "", "so\n#### 2")
+        assert third == (tokenizer.encode("c"), "", "", "c", "check", "f", "")
         assert common.read_prompt_file(tmp_path / name, tokenizer, 2) == [first, second]
     files = ",".join(str(tmp_path / name) for name in ("plain.jsonl", "small.jsonl.gz"))
     args = types.SimpleNamespace(prompt_file=files, prompts=3, max_new_tokens=9)
@@ -239,10 +259,16 @@ def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, monkeypat
     assert bench.main(["quality", *flags, "--quantizer", "rtn;rtn, zeros"]) == 0
     rows = json.loads(path.read_text())["results"]
     assert list(rows) == ["bf16", "w4a16 rtn", "w4a16 rtn, zeros"]
-    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == rows["bf16"]["same_answers"] == 2
+    assert rows["bf16"]["solved"] == rows["bf16"]["problems"] == 2
     assert rows["bf16"]["answers"] == numbers and rows["bf16"]["cut_off"] == 2
+    for row in rows.values():
+        assert row["same_answers"] == sum(a == b != "" for a, b in zip(row["answers"], numbers))
     model = common.load_parts("bf16", common.SHIPPED).target.model
-    losses, tails = [], [tokenizer.encode_text(line["answer"]) for line in lines]
+    losses, tails = [], [tokenizer.encode(p + "so")[len(tokenizer.encode(p)) :] for p in prompts]
+    assert tails == [
+        quality.solution_tokens(common.Prompt(tokenizer.encode(p), "", "so"), tokenizer, False)
+        for p in prompts
+    ]
     for prompt, tail in zip(prompts, tails):  # token by token
         before = tokenizer.encode(prompt)
         for i, token in enumerate(tail):
@@ -260,9 +286,18 @@ def test_problems_are_counted_alone_and_with_drafts_of_qspec(tmp_path, monkeypat
     assert bench.main(["quality", *flags]) == 2 and "--run_code" in capsys.readouterr().err
     assert bench.main(["quality", *flags, "--run_code"]) == 0
     assert all(row["problems"] == 2 for row in json.loads(path.read_text())["results"].values())
+    args = types.SimpleNamespace(prompt_file=str(file), prompts=2, max_new_tokens=24, run_code=True)
+    vars(args).update({"temperature": 0.0, "top_p": 1.0, "uncompiled": True, "speculate_k": 3})
+    parts = common.load_parts("bf16", common.SHIPPED_ALONE)
+    first = common.decode_all(
+        Decoder(parts.target.model, max_length=128, compile=False), [tokenizer.encode(ADD)], 24
+    )
+    parts.target.stop_ids.append(first[0][3])
+    row = quality.measure_accuracy(parts, args, {"answers": ["something else", ""]})
+    assert row["cut_off"] == row["same_answers"] == 0 and "solution_loss" not in row
     flags[1] = write_lines(file, {"prompt": "x"})
     assert bench.main(["quality", *flags]) == 2
-    assert "neither answers with #### and a number nor tests" in capsys.readouterr().err
+    assert "answers with #### and a number, or tests" in capsys.readouterr().err
 
 
 def test_methods_by_category_and_batch_size(tmp_path, monkeypatch, capsys):
@@ -302,6 +337,7 @@ def test_the_study_makes_all_that_figures_are_drawn_from():
     for name, command in tables.COMMANDS.items():
         assert command == f"python bench.py {(bench.STUDY | bench.REAL_STUDY)[name]}"
     assert set(draw.SOURCES) < set(tables.COMMANDS) == set(tables.TABLES)
+    assert study.EVERY_PRECISION.split(",") == ["bf16", *PRECISIONS]
 
 
 def test_listing_the_study_runs_nothing(capsys, tmp_path):

@@ -31,7 +31,7 @@ def row(speedup: float) -> dict:
 
 
 def real_row(speedup: float) -> dict:
-    kinds = {"qa": {"tokens_per_step": 1.5, "speedup": 3 * [speedup]}}
+    kinds = {"qa": {"prompts": 6, "tokens_per_step": 1.5, "speedup": 3 * [speedup]}}
     return row(speedup) | {"speedup_of_totals": speedup, "occupancy": 1.0, "categories": kinds}
 
 
@@ -129,7 +129,7 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
         "| `bf16` | 20.79 | 100.00% | 3 of 9 | 1.250 | 60.0% | 8 | 1 |",
         "| tree | 2.00 | 0.50 | 1.00 | 500 | 1.31 | 1.25 | 1.25 (1.15 to 1.35) | 1.25 | 10 ms |",
         "| `w4a16` | 1.75 | hierarchical, 1.50 | 1.17 | 1.00 | 0 |",
-        "| qa | 1.50, 0.75 | 1.50, 1.00 | 1.50, 1.25 | 1.50, 1.50 | 1.50, 1.75 |",
+        "| qa | 6 | 1.50, 0.75 | 1.50, 1.00 | 1.50, 1.25 | 1.50, 1.50 | 1.50, 1.75 |",
         "Every row: drawn.",
         "Predicted and measured differ by 5.0%",
     ):

@@ -217,6 +217,7 @@ def test_what_follows_a_broken_kernel_is_told(tmp_path, monkeypatch, capsys):
 def test_a_kernel_that_hangs_does_not_hang_twice(tmp_path, monkeypatch, capsys):
     """What was running when the time was up is on the reference afterwards."""
     monkeypatch.delenv(gpu_pass.REFERENCE, raising=False)
+    monkeypatch.setattr(gpu_pass, "HANGS", 1.0)
     file = tmp_path / "checks.json"
     hang = f"""
 import sys, time
@@ -231,7 +232,11 @@ gpu_checks.main(["--device", "cpu", "--shapes", "tiny", *sys.argv[1:]])
     assert outcomes["checks x"]["status"] == "timed out"
     assert [check["name"] for check in outcomes["checks x"]["results"]["checks"]] == ["a"]
     assert outcomes["step x"]["last_lines"] == ["pick"]
-    assert "    pick: did not end" in gpu_pass.table(outcomes)
+    table = "\n".join(gpu_pass.table(outcomes))
+    assert "    pick: did not end" in table and "the others after pick not reached" in table
+    monkeypatch.setattr(gpu_pass, "HANGS", 100.0)  # it was only late
+    outcomes = run([Part("checks x", ["-c", hang], 12, file.name), Part("step x", show, 20)], tmp_path, 60)
+    assert outcomes["checks x"]["status"] == "timed out" and outcomes["step x"]["last_lines"] == []
 
 
 @pytest.mark.parametrize("given", [None, "3"])

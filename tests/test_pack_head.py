@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_dflash import z_lab
 from test_heads import LAYOUTS
 
+import packing
 from block_heads import load_block_head
 from checkpoints import load_model
 from dflash import BlockDrafter
@@ -67,7 +68,8 @@ def texts(target, prompts, drafter):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["SafeAILab", "speculators", "block"])
 def test_packed_heads_of_other_layouts_draft(target, tmp_path, kind):
-    """The same tokens from their own lm_head, whose rows have 4 bits, too; and no text changes."""
+    """Rounded as loading rounds them, but for an lm_head of their own, which has 4 bits, too; the tokens that
+    they draft are the same, and no text changes."""
     prompts, head = random_prompts([5, 9, 1]), tmp_path / "head"
     if kind == "block":
         z_lab(target, head)
@@ -78,8 +80,15 @@ def test_packed_heads_of_other_layouts_draft(target, tmp_path, kind):
     packed, plain = load(tmp_path / "packed", target), load(head, target)
     if kind != "block":
         assert torch.equal(packed.draft_ids, plain.draft_ids)
+    ours, rounded = packed.state_dict(), load(head, target, "w4a16").state_dict()  # lm_head in 8 bits
+    same = [name for name in ours if not name.startswith("lm_head.")]
+    assert len(same) > 10 and all(torch.equal(ours[name], rounded[name]) for name in same)
     own = own_linears(packed, ("lm_head",) if kind == "block" else ())
     assert {linear.weight.dtype for linear in own} == {torch.uint8}
+    if kind != "block":
+        rows = LAYOUTS[kind].tensors["lm_head.weight"]
+        packed_rows = packing.quantize_4_bit(rows, group=rows.shape[1])
+        assert torch.equal(load_file(tmp_path / "packed/model.safetensors")["lm_head.packed"], packed_rows[0])
     assert texts(target, prompts, drafter(packed, 8)) == texts(target, prompts, None)
 
 
@@ -91,9 +100,18 @@ def test_what_is_refused(target, deep, tmp_path):
             load_head(packed, target, wrong)
     with pytest.raises(BadInput, match="both are fp32, or neither"):
         load_head(packed, deep)
-    for name, words in ((packed, "in 4 bits already"), (head, "is there already")):
+    for name, words in (
+        (packed, "is quantized already"),
+        (head, "is there already"),
+        (SHIPPED_TARGET, "is there already"),
+    ):
         done = pack(name, packed)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+    done = pack(SHIPPED_TARGET, tmp_path / "new")
+    assert done.returncode == 2 and "those of no head" in done.stderr and not (tmp_path / "new").exists()
+    (head / "mask_embedding.pt").write_bytes(b"")
+    assert "mask of its own" in pack(head, tmp_path / "new").stderr
 
     tensors = load_file(packed / "model.safetensors")
     del tensors["fc.scales"]

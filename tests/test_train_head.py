@@ -15,6 +15,7 @@ from conftest import ROOT, SHIPPED_TARGET, random_model, save_checkpoint, texts
 from block_heads import load_block_head
 from check_head import check_head
 from checkpoints import load_model
+from cli import read_turns
 from costs import Stats
 from dflash import Block, BlockDrafter
 from eagle import TreeDrafter
@@ -437,7 +438,10 @@ def test_compressed_data_and_doubles(tmp_path):
 
 
 def test_prompts_of_a_benchmark_are_left_out(directory, tmp_path, capsys):
-    """In whatever file and form they stand, and from answers of an earlier run."""
+    """Whatever follows their first turn; answers of an earlier run, too, which do not count."""
+    lines_of = [{"turns": ["a", "b"]}, {"prompt": "a"}, {"question": "c"}, {"prompt_ids": [1, 2]}]
+    openings = [answers.Prompt.of(read_turns(json.dumps(line)), "").opening for line in lines_of]
+    assert openings[0] == openings[1] and len(set(openings)) == 3
     every, some, kept = tmp_path / "every.jsonl", tmp_path / "some.jsonl", tmp_path / "answers.jsonl"
     every.write_text("".join(json.dumps({"prompt_ids": [i, i + 1]}) + "\n" for i in range(1, 7)))
     some.write_text('{"prompt_ids": [3, 4]}\n\n{"prompt_ids": [50, 51]}\n')
@@ -446,8 +450,13 @@ def test_prompts_of_a_benchmark_are_left_out(directory, tmp_path, capsys):
     assert sorted(line["token_ids"][0] for line in lines(kept)) == [1, 2, 4, 5, 6]
     assert run(directory, *flags) == 0 and len(lines(kept)) == 6
     capsys.readouterr()
-    assert run(directory, *flags, "--exclude", some) == 0 and "5 texts, " in capsys.readouterr().err
-    assert "are not excluded" in refusal(capsys, directory, *flags, "--exclude", every)
+    assert run(directory, *flags, "--exclude", some) == 0
+    tokens = sum(end - begin for line in lines(kept)[:5] for begin, end in line["answers"])
+    said = capsys.readouterr().err
+    assert f"5 texts, {tokens} tokens" in said and "1 of 6 prompts are left out" in said
+    assert run(directory, *flags, "--exclude", some, "--tokens", tokens + 1) == 0  # asks once more
+    assert len(lines(kept)) > 6
+    assert "leaves none of" in refusal(capsys, directory, *flags, "--exclude", every)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -150,6 +150,7 @@ class BlockDrafter(TreeDrafter):
 
     SHARES = (1.0, 0.5, 0.25, 0.0)  # of the noise: 1 / b
     MEMORY = 0.99  # by which what agreed counts less with every step
+    deepens = False  # a block is one pass
 
     @no_grad
     def __init__(
@@ -194,8 +195,6 @@ class BlockDrafter(TreeDrafter):
         self.choices = torch.zeros(rows, self.depth, len(self.SHARES), dtype=torch.int64, device=device)
         self.asked = torch.full((rows,), NEVER, device=device)
         self.agreed = torch.zeros(self.depth, len(self.SHARES), device=device)
-
-    # The cache
 
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         self.asked[row].fill_(NEVER)
@@ -257,7 +256,7 @@ class BlockDrafter(TreeDrafter):
         right = (self.choices == said[..., None]) & known[..., None]  # [B, depth, shares]
         self.agreed.copy_(self.MEMORY * self.agreed + right.sum(dim=0))
 
-    def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def grow(self, state: State, trust: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = self.head.guesses(self.fill_block(state))[:, : self.depth]  # [B, depth, hidden]
         logits = self.head.logits(rows)[..., : self.drafted]  # [B, depth, V]
         # With what the text has gained, but not yet this tree: cheap, and nearly the penalties of the target.
@@ -270,7 +269,7 @@ class BlockDrafter(TreeDrafter):
         # At most 0, though rounding may say otherwise: no child is better than its parent.
         steps = (best - kernels.logsumexp(logits)).float().clamp(max=0)
         tokens = index if self.ids is None else self.ids[index]
-        return self.best_nodes(self.find_nodes(tokens, steps), state)
+        return self.best_nodes(self.find_nodes(tokens, steps), state, self.sizes[:reach])
 
     def find_nodes(self, tokens: Tensor, steps: Tensor) -> Pool:
         """Depth by depth the nodes that may be among the best. tokens int64, steps float32 [B, depth, k]: the

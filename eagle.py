@@ -338,9 +338,14 @@ class TreeDrafter(Drafter):
     Below `length` the head's cache holds true entries, computed from the target's features. Entries guessed
     while a tree grows go to scratch slots from `length` on, and are discarded. Every step feeds the last
     `window` true entries: some are new, and writing the others again changes nothing.
+
+    Each depth is a pass of the head. So where the number of nodes is chosen by cost, trees are grown as deep
+    as those of the next larger size need, and no deeper. That goes down by one size a step.
     """
 
-    SIZES = (4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
+    SIZES = (2, 4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
+    reach = len(SIZES)  # so many of the sizes may be chosen next
+    deepens = True  # does a deeper draft take more passes of the head?
 
     @no_grad
     def __init__(
@@ -369,8 +374,8 @@ class TreeDrafter(Drafter):
         if tree_topk > vocabulary:
             raise BadInput(f"tree_topk is {tree_topk}; the head knows {vocabulary} tokens")
         self.head, self.models, self.depth, self.topk = head, (head,), tree_depth, tree_topk
-        self.sizes = [n for n in self.SIZES if n <= pool + 1] if tree_size is None else [tree_size]
-        self.sizes = self.sizes or [pool + 1]
+        usual = [n for n in self.SIZES if n <= pool + 1]
+        self.sizes = [tree_size] if tree_size else usual if len(usual) > 1 else [pool + 1]
         self.max_nodes, self.needs_costs = self.sizes[-1], tree_size is None
         self.needs_host = len(self.sizes) > 1
         self.trust_tensor = torch.ones((), device=head.layers[0].post_attention_layernorm.weight.device)
@@ -394,6 +399,12 @@ class TreeDrafter(Drafter):
 
     def max_depth(self, n: int) -> int:
         return min(self.depth, n - 1)
+
+    def depth_for(self, n: int) -> int:
+        """How deep to grow for up to n nodes: as a tree in which every node has two children, where that has
+        so many; all of the depth for a fixed size."""
+        wide = 1 + -(-(n - 1 - self.topk) // self.topk**2)
+        return min(self.depth, max((n - 1).bit_length(), wide) if len(self.sizes) > 1 else self.depth)
 
     def start(self, level: Any) -> None:
         super().start(level)
@@ -454,13 +465,14 @@ class TreeDrafter(Drafter):
         scores = (best - kernels.logsumexp(logits)).float().clamp(max=0)
         return index if self.head.draft_ids is None else self.head.draft_ids[index], scores
 
-    def grow(self, state: State, trust: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Trees of `max_nodes`, best nodes first: tokens int64 [B, n], parents int64 [B, n]; the accepted
-        length to expect of each size, float32 [B, sizes], and its mean over active rows.
+    def grow(self, state: State, trust: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Trees of the largest of the first `reach` sizes, best nodes first: tokens int64 [B, n], parents
+        int64 [B, n]; the accepted length to expect of each size, float32 [B, reach], and its mean over active
+        rows.
 
         `trust` float32 []: see the class.
         """
-        k, past = self.topk, state.length
+        k, past, depth = self.topk, state.length, self.depth_for(self.sizes[reach - 1])
         rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
         features = self.catch_up(state)  # [B, 1, hidden]
         below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
@@ -469,7 +481,7 @@ class TreeDrafter(Drafter):
         node, features = 1 + rank.expand_as(tokens), features.repeat(1, k, 1)  # [B, k], [B, k, hidden]
         itself = (rank[:, None] == rank).expand(len(past), -1, -1)  # [B, k, k]
         ancestors = itself
-        for beam in range(self.depth - 1):
+        for beam in range(depth - 1):
             positions = (past + beam)[:, None].expand_as(tokens)  # [B, k]
             slots = past[:, None] + beam * k + rank  # [B, k]
             attend = partial(self.cache.attend_at, positions, slots, ancestors, past)
@@ -477,28 +489,35 @@ class TreeDrafter(Drafter):
             below, steps = self.children(features, past + beam + 2, state.seed, trust)  # [B, k, k] each
             first = pool.size + 1
             pool.add(below, scores[..., None] + steps, node)
-            if beam == self.depth - 2:
+            if beam == depth - 2:
                 break
             scores, best = kernels.top_k(pool.scores[-1], k)  # [B, k]
             above, tokens, node = best // k, pool.tokens[-1].gather(1, best), first + best  # [B, k] each
             features = features[row, above]
             ancestors = torch.cat((ancestors[row, above], itself), dim=-1)  # [B, k, (beam + 2) k]
-        return self.best_nodes(pool, state)
+        return self.best_nodes(pool, state, self.sizes[:reach])
 
-    def best_nodes(self, pool: Pool, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def best_nodes(self, pool: Pool, state: State, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `grow` returns, of all nodes that there are."""
-        tokens, parents, scores = pool.best(state, self.max_nodes - 1)
+        tokens, parents, scores = pool.best(state, sizes[-1] - 1)
         accepted = scores.exp().cumsum(dim=1)  # [B, n - 1]
-        worth = torch.stack([accepted[:, n - 2] for n in self.sizes], dim=1)  # [B, sizes]
+        worth = torch.stack([accepted[:, n - 2] for n in sizes], dim=1)  # [B, sizes]
         mean = (worth * state.active[:, None]).sum(dim=0) / state.active.sum().clamp(min=1)
         return tokens, parents, worth, mean
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        tokens, parent, worth, mean = self.grow_tree(self.trust_tensor)
-        n = n or self.choose_size(mean)
+        reach = min(self.reach, len(self.sizes)) if n is None else self.reach_of(n)
+        tokens, parent, worth, mean = self.grow_tree(self.trust_tensor, reach)
+        if n is None:
+            n = self.choose_size(mean)
+            self.reach = max(self.reach_of(n), reach - 1)
         # New tensors, since the compiled verification wants the same strides whatever the batch.
         tokens, parent = (tensor.narrow_copy(1, 0, n) for tensor in (tokens, parent))
         return Draft(tokens, parent, self.max_depth(n), expected=worth[:, self.sizes.index(n)])
+
+    def reach_of(self, n: int) -> int:
+        """How many of the sizes to grow for when n was right: up to the next larger one."""
+        return min(self.sizes.index(n) + 2, len(self.sizes)) if self.deepens else len(self.sizes)
 
     def choose_size(self, mean: Tensor) -> int:
         """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""

@@ -8,12 +8,12 @@ Nothing is timed. Everything is in units of T(1), the target's own step, and the
     tree of N      = tau(N) / (D d + T(N))                  in tokens per T(1)
     hierarchy      = E / (R m (D d + T(N)) + m F + V)
 
-tau(N) is 1 + the sum of the probabilities of its nodes (acceptance.py); D is its depth, and d what a depth
-costs, in T(1) of the model that the head belongs to. m is what a step of the middle model costs; its T(n) and
-d are m times the target's. The middle takes R steps until it has at least L tokens, K of them in the end. The
-target verifies them as a chain of K + 1 nodes, V = T(K + 1), and accepts E = 1 + q + q^2 + .. + q^K. If it
-accepts all, with probability F = q^K, the middle first reads the last one. R, E, F and V are means over what
-the steps of the middle may bring, in the order in which `HierarchicalDrafter` decides.
+tau(N) is 1 + the sum of the probabilities of its nodes (acceptance.py); D is its depth, less for fewer nodes,
+and d what a depth costs, in T(1) of the model that the head belongs to. m is what a step of the middle model
+costs; its T(n) and d are m times the target's. The middle takes R steps until it has at least L tokens, K of
+them in the end. The target verifies them as a chain of K + 1 nodes, V = T(K + 1), and accepts E = 1 + q + q^2
++ .. + q^K. If it accepts all, with probability F = q^K, the middle first reads the last one. R, E, F and V
+are means over what the steps of the middle may bring, in the order in which `HierarchicalDrafter` decides.
 
 Tree and hierarchy take the best N and L. So the border depends on T(30), m, d and q: below it, with a cheaper
 middle, the hierarchy is faster than the tree, and than no speculation. What the host does between the levels
@@ -150,7 +150,10 @@ class Choice(NamedTuple):
 
 def choices(head: Acceptance, cost: float, accepted: float, depth: int, topk: int) -> Choice:
     largest = 1 + topk + (depth - 1) * topk**2
-    trees = [Tree(head, n, depth, topk, cost) for n in TreeDrafter.SIZES if n <= largest]
+    sizes = [n for n in TreeDrafter.SIZES if n <= largest]
+    # As deep as `TreeDrafter` grows them: as the next larger size needs.
+    depths = [min(depth, (n - 1).bit_length()) for n in [*sizes[1:], 2**depth]]
+    trees = [Tree(head, n, d, topk, cost) for n, d in zip(sizes, depths)]
     return Choice(trees, [chain_of(tree, least, accepted) for tree in trees for least in LENGTHS])
 
 

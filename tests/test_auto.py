@@ -336,7 +336,7 @@ def test_costs_are_measured_once(target):
     decoder, costs = Decoder(target, AutoDrafter(drafters), Sampling(), 128, compile=False), {"tree 8": 77.0}
     decoder.warm_up(costs)
     assert set(costs) == {"autoregressive 1", "lookup 1", "lookup 4", "lookup 8", "lookup 16"} | {
-        f"tree {n}" for n in (4, 8, 16)
+        f"tree {n}" for n in (2, 4, 8, 16)
     }
     assert costs["tree 8"] == 77.0 and all(0 < seconds < 10 for seconds in costs.values() if seconds != 77.0)
     assert decoder.drafter.drafters["tree"].pace.seconds[8] == 77.0

@@ -483,8 +483,8 @@ def test_trees_that_cannot_be_are_refused(target):
             BlockDrafter(head, *arguments)
     with pytest.raises(BadInput, match="head"):
         BlockDrafter(target)
-    assert BlockDrafter(head, None, 4, 1).draft_sizes() == [4]
-    assert BlockDrafter(head).draft_sizes() == [4, 8, 16, 32, 60]
+    assert BlockDrafter(head, None, 4, 1).draft_sizes() == [2, 4]
+    assert BlockDrafter(head).draft_sizes() == [2, 4, 8, 16, 32, 60]
     wide = random_model(hidden_size=96)
     with pytest.raises(BadInput, match="hidden size of 48, not 96"):
         Decoder(wide, BlockDrafter(head), compile=False)

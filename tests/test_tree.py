@@ -498,7 +498,7 @@ def test_trees_that_cannot_be_are_refused():
         with pytest.raises(BadInput, match=words):
             TreeDrafter(head, size, depth, k)
     assert TreeDrafter(head, None, 1, 2).draft_sizes() == [3]
-    assert TreeDrafter(head, None, 5, 8).draft_sizes() == [4, 8, 16, 32, 60]
+    assert TreeDrafter(head, None, 5, 8).draft_sizes() == [2, 4, 8, 16, 32, 60]
 
 
 # ---- how many nodes to verify ---------------------------------------------------------------------
@@ -551,14 +551,44 @@ def test_costs_are_measured_and_sizes_are_used(target):
     decoder = Decoder(target, drafter, SAMPLED, 128, batch_size=2, compile=False)
     decoder.warm_up()
     pace = drafter.pace
-    assert set(pace.seconds) == {4, 8, 16, 32} and all(t > 0 for t in pace.seconds.values())
+    assert set(pace.seconds) == {2, 4, 8, 16, 32} and all(t > 0 for t in pace.seconds.values())
     stats = Stats()
-    pace.seconds = {4: 1e-9, 8: 1e3, 16: 1e3, 32: 1e3}  # only four nodes are ever worth it
+    pace.seconds = {2: 1e3, 4: 1e-9, 8: 1e3, 16: 1e3, 32: 1e3}  # only four nodes are ever worth it
     list(decoder.run(random_prompts([5, 9]), 20, stats=stats))
     assert set(stats.nodes_histogram) == {4} and sum(stats.nodes_histogram.values()) == stats.target_forwards
     pace.seconds = dict.fromkeys(pace.seconds, 0.0)  # more never hurts
     list(decoder.run(random_prompts([5, 9]), 20, stats=stats))
     assert set(stats.nodes_histogram) == {4, 32}
+
+
+def test_a_tree_is_grown_no_deeper_than_its_size_needs(target, monkeypatch):
+    """Passes of the head, step by step: two nodes need one depth, and one more is looked at; when more are
+    worth it, the depth follows by a size a step. No text changes."""
+    drafter, grown = TreeDrafter(guessing_head(target), None, 6, 4), []
+    decoder = Decoder(target, drafter, SAMPLED, 128, compile=False)
+    monkeypatch.setattr(
+        drafter,
+        "grow_tree",
+        lambda trust, reach: grown.append(reach) or drafter.grow(decoder.state, trust, reach),
+    )
+    assert [drafter.depth_for(n) for n in drafter.sizes] == [1, 2, 3, 4, 5, 6]
+    [prompt], sizes = random_prompts([5]), iter([2, 2, 2, 2, 2, 2, 60, 8, 16, 32, 60, 60] + 99 * [2])
+    monkeypatch.setattr(drafter, "choose_size", lambda mean: min(next(sizes), drafter.sizes[len(mean) - 1]))
+    text = [token for emissions in decoder.run([prompt], 60) for token in emissions[0].tokens]
+    assert grown[:12] == [6, 5, 4, 3, 2, 2, 2, 3, 4, 5, 6, 6]
+    plain = generate(target, [prompt], None, SAMPLED, max_new_tokens=60, compile=False)
+    assert text == [token for emissions in plain for token in emissions[0].tokens]
+
+
+def test_depths_hold_their_nodes():
+    """A chain of n nodes has n - 1 depths, whatever the size, and a fixed size all that was asked for."""
+    head = guessing_head(random_model())
+    for k in (1, 2, 3, 8):
+        drafter = TreeDrafter(head, None, 6, k)
+        for n in drafter.sizes:
+            depth = drafter.depth_for(n)
+            assert n <= 1 + k + k**2 * (depth - 1) or depth == 6
+    assert TreeDrafter(head, 4, 6, 4).depth_for(4) == 6
 
 
 def test_expected_tokens_are_counted(target):

@@ -339,12 +339,12 @@ class TreeDrafter(Drafter):
     while a tree grows go to scratch slots from `length` on, and are discarded. Every step feeds the last
     `window` true entries: some are new, and writing the others again changes nothing.
 
-    Each depth is a pass of the head. So where the number of nodes is chosen by cost, trees are grown as deep
-    as those of the next larger size need, and no deeper. That goes down by one size a step.
+    Each depth is a pass of the head. So where the number of nodes is chosen by cost, a tree is grown as deep
+    as one of the last step's size needs. Up to the next size may be verified, and then the depth follows.
     """
 
     SIZES = (2, 4, 8, 16, 32, 60)  # what `tree_size` None chooses from, step by step
-    reach = len(SIZES)  # so many of the sizes may be chosen next
+    reach = len(SIZES) + 1  # 1 + the number of sizes up to that of the last step
     deepens = True  # does a deeper draft take more passes of the head?
 
     @no_grad
@@ -400,11 +400,14 @@ class TreeDrafter(Drafter):
     def max_depth(self, n: int) -> int:
         return min(self.depth, n - 1)
 
-    def depth_for(self, n: int) -> int:
-        """How deep to grow for up to n nodes: as a tree in which every node has two children, where that has
-        so many; all of the depth for a fixed size."""
-        wide = 1 + -(-(n - 1 - self.topk) // self.topk**2)
-        return min(self.depth, max((n - 1).bit_length(), wide) if len(self.sizes) > 1 else self.depth)
+    def depth_for(self, reach: int) -> int:
+        """How deep to grow: like a tree of the last step's size in which every node has two children, and so
+        that there are nodes enough for the next size; all of the depth for a fixed size."""
+        if len(self.sizes) == 1:
+            return self.depth
+        last, largest = self.sizes[reach - 2], self.sizes[:reach][-1]
+        wide = 1 + -(-(largest - 1 - self.topk) // self.topk**2)
+        return min(self.depth, max((last - 1).bit_length(), wide))
 
     def start(self, level: Any) -> None:
         super().start(level)
@@ -467,12 +470,12 @@ class TreeDrafter(Drafter):
 
     def grow(self, state: State, trust: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Trees of the largest of the first `reach` sizes, best nodes first: tokens int64 [B, n], parents
-        int64 [B, n]; the accepted length to expect of each size, float32 [B, reach], and its mean over active
+        int64 [B, n]; the accepted length to expect of each size, float32 [B, sizes], and its mean over active
         rows.
 
         `trust` float32 []: see the class.
         """
-        k, past, depth = self.topk, state.length, self.depth_for(self.sizes[reach - 1])
+        k, past, depth = self.topk, state.length, self.depth_for(reach)
         rank, row = torch.arange(k, device=past.device), torch.arange(len(past), device=past.device)[:, None]
         features = self.catch_up(state)  # [B, 1, hidden]
         below, steps = self.children(features, past + 1, state.seed, trust)  # [B, 1, k] each
@@ -506,7 +509,7 @@ class TreeDrafter(Drafter):
         return tokens, parents, worth, mean
 
     def propose(self, state: State, n: int | None = None) -> Draft:
-        reach = min(self.reach, len(self.sizes)) if n is None else self.reach_of(n)
+        reach = min(self.reach, len(self.sizes) + 1) if n is None else self.reach_of(n)
         tokens, parent, worth, mean = self.grow_tree(self.trust_tensor, reach)
         if n is None:
             n = self.choose_size(mean)
@@ -516,8 +519,7 @@ class TreeDrafter(Drafter):
         return Draft(tokens, parent, self.max_depth(n), expected=worth[:, self.sizes.index(n)])
 
     def reach_of(self, n: int) -> int:
-        """How many of the sizes to grow for when n was right: up to the next larger one."""
-        return min(self.sizes.index(n) + 2, len(self.sizes)) if self.deepens else len(self.sizes)
+        return (self.sizes.index(n) if self.deepens else len(self.sizes) - 1) + 2
 
     def choose_size(self, mean: Tensor) -> int:
         """The number of nodes to verify; `mean`, float32 [sizes]: see `grow`."""

@@ -151,9 +151,7 @@ class Choice(NamedTuple):
 def choices(head: Acceptance, cost: float, accepted: float, depth: int, topk: int) -> Choice:
     largest = 1 + topk + (depth - 1) * topk**2
     sizes = [n for n in TreeDrafter.SIZES if n <= largest]
-    # As deep as `TreeDrafter` grows them: as the next larger size needs.
-    depths = [min(depth, (n - 1).bit_length()) for n in [*sizes[1:], 2**depth]]
-    trees = [Tree(head, n, d, topk, cost) for n, d in zip(sizes, depths)]
+    trees = [Tree(head, n, min(depth, (n - 1).bit_length()), topk, cost) for n in sizes]  # as `TreeDrafter`
     return Choice(trees, [chain_of(tree, least, accepted) for tree in trees for least in LENGTHS])
 
 

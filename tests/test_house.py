@@ -20,7 +20,7 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
     "kernels.cpp": 520, "attention.cpp": 430, "operators.h": 50, "vectors.h": 420, "team.h": 280,
     "tape.cpp": 180, "direct.cpp": 120, "tape.py": 190, "building.py": 160,
     "model.py": 550, "drafts.py": 400, "gpt_spec.py": 1000, "costs.py": 320, "runtime.py": 250,
-    "eagle.py": 550, "heads.py": 260, "head_files.py": 380, "check_head.py": 170, "auto.py": 500,
+    "eagle.py": 580, "heads.py": 260, "head_files.py": 380, "check_head.py": 170, "auto.py": 500,
     "packing.py": 400, "rotation.py": 250, "published.py": 560,
     "checkpoints.py": 700, "text.py": 420, "cli.py": 240, "show.py": 300, "quantize.py": 700,
     "generate.py": 770, "bench.py": 270, "chat.py": 300, "rope.py": 250,

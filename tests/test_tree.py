@@ -558,12 +558,12 @@ def test_costs_are_measured_and_sizes_are_used(target):
     assert set(stats.nodes_histogram) == {4} and sum(stats.nodes_histogram.values()) == stats.target_forwards
     pace.seconds = dict.fromkeys(pace.seconds, 0.0)  # more never hurts
     list(decoder.run(random_prompts([5, 9]), 20, stats=stats))
-    assert set(stats.nodes_histogram) == {4, 32}
+    assert set(stats.nodes_histogram) == {4, 8, 16, 32}  # up by a size a step
 
 
 def test_a_tree_is_grown_no_deeper_than_its_size_needs(target, monkeypatch):
-    """Passes of the head, step by step: two nodes need one depth, and one more is looked at; when more are
-    worth it, the depth follows by a size a step. No text changes."""
+    """Passes of the head, step by step: two nodes need one, and when more are worth it, the depth follows by
+    a size a step. No text changes."""
     drafter, grown = TreeDrafter(guessing_head(target), None, 6, 4), []
     decoder = Decoder(target, drafter, SAMPLED, 128, compile=False)
     monkeypatch.setattr(
@@ -571,24 +571,25 @@ def test_a_tree_is_grown_no_deeper_than_its_size_needs(target, monkeypatch):
         "grow_tree",
         lambda trust, reach: grown.append(reach) or drafter.grow(decoder.state, trust, reach),
     )
-    assert [drafter.depth_for(n) for n in drafter.sizes] == [1, 2, 3, 4, 5, 6]
+    assert [drafter.depth_for(drafter.reach_of(n)) for n in drafter.sizes] == [1, 2, 3, 4, 5, 6]
     [prompt], sizes = random_prompts([5]), iter([2, 2, 2, 2, 2, 2, 60, 8, 16, 32, 60, 60] + 99 * [2])
     monkeypatch.setattr(drafter, "choose_size", lambda mean: min(next(sizes), drafter.sizes[len(mean) - 1]))
     text = [token for emissions in decoder.run([prompt], 60) for token in emissions[0].tokens]
-    assert grown[:12] == [6, 5, 4, 3, 2, 2, 2, 3, 4, 5, 6, 6]
+    assert grown[:12] == [7, 6, 5, 4, 3, 2, 2, 3, 4, 5, 6, 7]
     plain = generate(target, [prompt], None, SAMPLED, max_new_tokens=60, compile=False)
     assert text == [token for emissions in plain for token in emissions[0].tokens]
 
 
 def test_depths_hold_their_nodes():
-    """A chain of n nodes has n - 1 depths, whatever the size, and a fixed size all that was asked for."""
+    """Enough for the next size, in chains, too; and a fixed size has all that was asked for."""
     head = guessing_head(random_model())
     for k in (1, 2, 3, 8):
         drafter = TreeDrafter(head, None, 6, k)
         for n in drafter.sizes:
-            depth = drafter.depth_for(n)
-            assert n <= 1 + k + k**2 * (depth - 1) or depth == 6
-    assert TreeDrafter(head, 4, 6, 4).depth_for(4) == 6
+            depth = drafter.depth_for(drafter.reach_of(n))
+            largest = drafter.sizes[: drafter.reach_of(n)][-1]
+            assert largest <= 1 + k + k**2 * (depth - 1)
+    assert TreeDrafter(head, 4, 6, 4).depth_for(2) == 6
 
 
 def test_expected_tokens_are_counted(target):

@@ -57,7 +57,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
 }
 SMOLLM2 = "--checkpoint_path DIR --eagle_checkpoint_path models/smollm2-135m-eagle3 --quantizer gptq"
-UNSEEN = "--prompt_file spec_bench.jsonl,gsm8k.jsonl,human_eval.jsonl --max_new_tokens 64 --repeats 5"
+UNSEEN = "--prompt_file test/spec_bench.jsonl,test/gsm8k.jsonl,test/human_eval.jsonl --max_new_tokens 64 --repeats 5"
 PROBLEMS = "quality --checkpoint_path DIR --max_new_tokens 256 --tokens 8000"
 REAL_STUDY = {  # of SmolLM2-135M-Instruct and its head
     "smollm2_methods.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 --precisions bf16,w8a8,w4a16,w4a8",
@@ -65,8 +65,8 @@ REAL_STUDY = {  # of SmolLM2-135M-Instruct and its head
     "--temperature 0.8",
     "smollm2_batches.json": f"methods {SMOLLM2} {UNSEEN} --prompts 24 --precisions w4a16,w4a8 "
     "--batch_sizes 4,8 --methods lookup,tree,qspec,auto",
-    "smollm2_quality.json": f"{PROBLEMS} --prompt_file gsm8k.jsonl --prompts 131 "
+    "smollm2_quality.json": f"{PROBLEMS} --prompt_file test/gsm8k.jsonl --prompts 131 "
     '--precisions w8a8,w4a16,w4a8,w4a4 --quantizer "rtn;gptq;rtn, rotated"',
-    "smollm2_code.json": f"{PROBLEMS} --prompt_file human_eval.jsonl --prompts 41 --run_code "
+    "smollm2_code.json": f"{PROBLEMS} --prompt_file test/human_eval.jsonl --prompts 41 --run_code "
     "--precisions w8a8,w4a16,w4a4",
 }

@@ -57,7 +57,8 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
     "cpu_exact_64.json": "exact --precisions w4a16 --uncompiled --prompts 64 --max_new_tokens 100",
 }
 SMOLLM2 = "--checkpoint_path DIR --eagle_checkpoint_path models/smollm2-135m-eagle3 --quantizer gptq"
-UNSEEN = "--prompt_file test/spec_bench.jsonl,test/gsm8k.jsonl,test/human_eval.jsonl --max_new_tokens 64 --repeats 5"
+UNSEEN = "--prompt_file test/spec_bench.jsonl,test/gsm8k.jsonl,test/human_eval.jsonl"
+UNSEEN += " --max_new_tokens 64 --repeats 5"
 PROBLEMS = "quality --checkpoint_path DIR --max_new_tokens 256 --tokens 8000"
 REAL_STUDY = {  # of SmolLM2-135M-Instruct and its head
     "smollm2_methods.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 --precisions bf16,w8a8,w4a16,w4a8",

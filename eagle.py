@@ -426,6 +426,10 @@ class TreeDrafter(Drafter):
         self.controls, self.noisy = level.controls, level.controls.noisy
         self.grow_tree = setup.runtime.recorded(partial(setup.runtime.compiled(self.grow), level.state))
 
+    def warm_up(self, state: State) -> None:
+        for n in self.sizes:  # each has its depth
+            self.propose(state, n)
+
     def prefill(self, state: State, row: int, tokens: Tensor, start: int) -> None:
         """All entries but the last, whose token is still to be picked. Only keys and values matter."""
         begin, end = max(start - self.window, 0), len(tokens) - 1

@@ -580,6 +580,18 @@ def test_a_tree_is_grown_no_deeper_than_its_size_needs(target, monkeypatch):
     assert text == [token for emissions in plain for token in emissions[0].tokens]
 
 
+def test_every_depth_is_recorded_before_a_text(target, monkeypatch):
+    """Where costs are known, too, so that nothing is measured."""
+    drafter = TreeDrafter(guessing_head(target), None, 4, 3)
+    decoder, sizes = Decoder(target, drafter, SAMPLED, 128), iter(6 * [2] + [4, 8, 16] + 99 * [2])
+    decoder.warm_up({str(n): 1.0 for n in drafter.sizes})
+    monkeypatch.setattr("tape.Tape.record", None)
+    monkeypatch.setattr(drafter, "choose_size", lambda mean: min(next(sizes), drafter.sizes[len(mean) - 1]))
+    stats = Stats()
+    list(decoder.run(random_prompts([5]), 60, stats=stats))
+    assert drafter.sizes == [2, 4, 8, 16] and set(stats.nodes_histogram) == {2, 4, 8, 16}
+
+
 def test_depths_hold_their_nodes():
     """Enough for the next size, in chains, too; and a fixed size has all that was asked for."""
     head = guessing_head(random_model())

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -214,28 +215,31 @@ def test_what_follows_a_broken_kernel_is_told(tmp_path, monkeypatch, capsys):
     assert "    pick: E: no" in gpu_pass.table(outcomes)
 
 
+def test_what_is_running_is_on_disk(monkeypatch):
+    """Should it never end; and not any more when it has."""
+    good, saved = (lambda: gpu_checks.Check(0.0, 0.0, True)), []
+    monkeypatch.setattr(gpu_checks, "all_checks", lambda *_: [("a", "rope", good), ("b", "pick", good)])
+    gpu_checks.run_checks(
+        TINY, "cpu", 1e9, save=lambda results: saved.append(json.loads(json.dumps(results)))
+    )
+    assert [results.get("running") for results in saved] == ["rope", None, "pick", None]
+    assert [len(results["checks"]) for results in saved] == [0, 1, 1, 2]
+
+
 def test_a_kernel_that_hangs_does_not_hang_twice(tmp_path, monkeypatch, capsys):
-    """What was running when the time was up is on the reference afterwards."""
+    """What was running when the time was up is on the reference afterwards, unless it had only begun."""
     monkeypatch.delenv(gpu_pass.REFERENCE, raising=False)
-    monkeypatch.setattr(gpu_pass, "HANGS", 1.0)
-    file = tmp_path / "checks.json"
-    hang = f"""
-import sys, time
-sys.path[:0] = ["{ROOT}", "{ROOT}/scripts"]
-import gpu_checks
-good = lambda: gpu_checks.Check(0.0, 0.0, True)
-gpu_checks.all_checks = lambda *_: [("a", "rope", good), ("b", "pick", lambda: time.sleep(600))]
-gpu_checks.main(["--device", "cpu", "--shapes", "tiny", *sys.argv[1:]])
-"""
+    results = {"bodies": "triton", "not_reached": 0, "checks": [], "running": "pick", "since": time.time()}
+    hang = f"import pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text({json.dumps(results)!r})"
     show = ["-c", f"import os; print(os.environ[{gpu_pass.REFERENCE!r}])"]
-    outcomes = run([Part("checks x", ["-c", hang], 12, file.name), Part("step x", show, 20)], tmp_path, 60)
-    assert outcomes["checks x"]["status"] == "timed out"
-    assert [check["name"] for check in outcomes["checks x"]["results"]["checks"]] == ["a"]
-    assert outcomes["step x"]["last_lines"] == ["pick"]
+    parts = [Part("checks x", ["-c", f"{hang}; time.sleep(60)"], 3, "checks.json"), Part("step x", show, 20)]
+    monkeypatch.setattr(gpu_pass, "HANGS", 0.5)
+    outcomes = run(parts, tmp_path)
+    assert outcomes["checks x"]["status"] == "timed out" and outcomes["step x"]["last_lines"] == ["pick"]
     table = "\n".join(gpu_pass.table(outcomes))
     assert "    pick: did not end" in table and "the others after pick not reached" in table
-    monkeypatch.setattr(gpu_pass, "HANGS", 100.0)  # it was only late
-    outcomes = run([Part("checks x", ["-c", hang], 12, file.name), Part("step x", show, 20)], tmp_path, 60)
+    monkeypatch.setattr(gpu_pass, "HANGS", 100.0)
+    outcomes = run(parts, tmp_path)
     assert outcomes["checks x"]["status"] == "timed out" and outcomes["step x"]["last_lines"] == []
 
 

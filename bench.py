@@ -97,15 +97,7 @@ REPORTS = {
 IN_PARTS = ("methods", "auto", "exact")  # reports that torchrun may start, and that take --sum_parts
 # Reports that take --device:
 ON_GPU = ("cost", "heads", "methods", "auto", "synthetic", "quality", "exact", "kernels")
-SAVED = (
-    "auto",
-    "cost",
-    "exact",
-    "kernels",
-    "methods",
-    "quality",
-    "synthetic",
-)  # long: --output has what is done
+SAVED = ("auto", "cost", "exact", "kernels", "methods", "quality", "synthetic")  # --output has what is done
 
 
 def run_study(results: Path, only_list: bool) -> int:

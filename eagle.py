@@ -523,6 +523,7 @@ class TreeDrafter(Drafter):
         return Draft(tokens, parent, self.max_depth(n), expected=worth[:, self.sizes.index(n)])
 
     def reach_of(self, n: int) -> int:
+        """`reach` after a step of n nodes: in `grow`, the first so many sizes end with the one above n."""
         return (self.sizes.index(n) if self.deepens else len(self.sizes) - 1) + 2
 
     def choose_size(self, mean: Tensor) -> int:

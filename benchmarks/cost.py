@@ -79,7 +79,9 @@ def cost_in(
             shares |= {of_copy: shares_of_copy(costs[name], nbytes, bandwidth)} if name in costs else {}
         return costs | shares
 
-    early = lambda graphs: keep({precision: with_memory(graphs)})  # noqa: E731
+    def early(graphs: dict[str, dict]) -> None:
+        keep({precision: with_memory(graphs)})
+
     costs = with_memory(measure_cost(parts, heads, numbers(args.sizes), *effort, early))
     if heads and not args.shape:  # random weights accept nothing
         costs["acceptance"] = measure_acceptance(parts, heads, args)

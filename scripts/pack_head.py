@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import process  # noqa: E402
 from checkpoints import HEAD_FLAG, find_checkpoint, stored_quantization, weight_files  # noqa: E402
+from cli import OneLineParser  # noqa: E402
 from head_files import read_head, renamed  # noqa: E402
 from kernels import LANES  # noqa: E402
 from model import BadInput  # noqa: E402
@@ -49,6 +51,7 @@ def pack(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Quantization]:
     return packed, q
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace) -> None:
     """Raises BadInput for a directory that is no 16-bit head."""
     source, output = find_checkpoint(args.head, HEAD_FLAG), args.output
@@ -63,7 +66,10 @@ def run(args: argparse.Namespace) -> None:
     if not {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= tensors.keys():
         raise BadInput(f"{source}: the weights are those of no head")
     packed, q = pack({name: tensor.contiguous() for name, tensor in tensors.items()})
-    output.mkdir(parents=True)
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"{output} cannot be made: {error}") from None
     metadata = {"format": "pt", "gpt_spec": json.dumps(asdict(q))}
     save_file(packed, output / "model.safetensors", metadata=metadata)
     shutil.copy(source / "config.json", output / "config.json")
@@ -72,19 +78,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    """Run the command line -> exit status."""
+    p = OneLineParser(
+        "scripts/pack_head.py", description="Write a head in 4 bits: its matrices, rounded to nearest."
     )
-    parser.add_argument("head", metavar="HEAD", help="a directory or a hub repository id")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a directory that is not there yet")
-    try:
-        with torch.no_grad():
-            run(parser.parse_args(argv))
-    except (BadInput, OSError) as error:
-        print(f"pack_head.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    p.add_argument("head", metavar="HEAD", help="a directory or a hub repository id")
+    p.add_argument("output", metavar="OUTPUT", type=Path, help="a directory that is not there yet")
+    return process.exit_status(lambda: run(p.parse_args(argv)), BadInput)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.run(main))

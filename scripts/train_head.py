@@ -493,9 +493,7 @@ def add_answer_flags(p: argparse.ArgumentParser) -> None:
     """Flags for what the target writes."""
     lines = "prompts: JSON lines as in --prompts of generate.py, all of their turns; .gz is understood"
     p.add_argument("--data", metavar="FILE", nargs="+", default=[], help=lines)
-    unseen = (
-        "prompts of --data that are left out, wherever they stand: those that the head is to be judged by"
-    )
+    unseen = "prompts that the head must not learn from, told by their first turns: those of your benchmarks"
     p.add_argument("--exclude", metavar="FILE", nargs="+", default=[], help=unseen)
     kept = "where the answers are kept, and found again (default: HEAD.answers.jsonl)"
     p.add_argument("--answers", metavar="FILE", help=kept)

@@ -121,8 +121,7 @@ class Reader:
         method = given.method or next(iter(self.decoders))
         if method not in self.decoders:
             raise BadInput(f"method is {short(method)}; this server has {', '.join(self.decoders)}")
-        drawn = secrets.randbelow(2**53) if seed is None else seed
-        seed = drawn if given.seed is None else given.seed
+        seed = next(s for s in (given.seed, seed, secrets.randbelow(2**53)) if s is not None)
         choices, top = self.choices(given, body, chat, self.decoders[method], seed), read_top(given, chat)
         usage = read_fields(given.stream_options, FIELDS).include_usage
         how = {"chat": chat, "seed": seed, "stream": given.stream, "include_usage": usage}

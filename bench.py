@@ -20,7 +20,7 @@
     python bench.py hadamard    # what online rotations add to the linears that they belong to
     python bench.py kernels     # the linears of real models for 1 to 64 rows, next to PyTorch's and others'
     python bench.py decode --shape llama-3.2-1b --precision w4a8    # a whole model of random weights
-    python bench.py peers --llama_cpp DIR    # next to llama.cpp; without DIR next to transformers and PyTorch
+    python bench.py peers --llama_cpp DIR    # next to llama.cpp, where there is one, transformers and PyTorch
     python bench.py processes   # a model in one process with two threads, and in two with a thread each
     python bench.py sampling    # what a pick costs; drafts under penalties and under a schema
     python bench.py serve       # a server under the load of 1 to 64 clients, each method

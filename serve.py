@@ -31,6 +31,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import generate
@@ -270,16 +271,17 @@ class Answer:
         if failed := await self.failure(news):
             await failed(scope, receive, send)
             return
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-        headers["x-accel-buffering"] = "no"  # nginx would hold the events back
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": encoded})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx would hold the events back
+        response = StreamingResponse(self.events(news), headers=headers, media_type="text/event-stream")
+        await response.stream_response(send)
+
+    async def events(self, news: list[News]) -> AsyncIterator[str]:
+        """What each piece of news is to the client, until all texts have ended."""
         while news:
             events = [json.dumps(event) for each in news for event in self.writer.events(each)]
             if not self.open:
                 events += [json.dumps(event) for event in self.writer.last()] + ["[DONE]"]
-            body = "".join(f"data: {event}\n\n" for event in events).encode()
-            await send({"type": "http.response.body", "body": body, "more_body": self.open > 0})
+            yield "".join(f"data: {event}\n\n" for event in events)
             news = await self.news() if self.open else []
 
 

@@ -3,6 +3,7 @@
     python bench.py peers --llama_cpp DIR --shape llama-3.2-1b      # random weights, here and there
     python bench.py peers --llama_cpp DIR --gguf FILE --checkpoint_path DIR
     python bench.py peers --checkpoint_path DIR                     # transformers, PyTorch's own 4-bit linear
+    python bench.py peers --checkpoint_path DIR --prompt_file FILE  # and whole answers, with lookup, too
 
 The one idea: an engine is fast or slow only next to another one. Ours and the peer take turns, never at the
 same time, with equal threads and equal work, and the ratio of their medians counts. Where a busy machine is
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Paths, compiles, freeze, head_bits, load_parts, timed
+from benchmarks.common import Paths, compiles, fitting_prompts, freeze, head_bits, load_parts, timed
 from benchmarks.linears import measure_linear, print_linear
 from benchmarks.llama_cpp import LlamaCpp, find_llama_cpp, random_gguf, run_program
 from benchmarks.shapes import SHAPES, linears_of, random_model, weights_of_a_step
@@ -39,12 +40,13 @@ from checkpoints import SHIPPED_TARGET, find_checkpoint
 from cli import load_kernels
 from costs import Stats
 from drafts import Draft
-from gpt_spec import Decoder, cache_length
+from gpt_spec import Decoder, LookupDrafter, cache_length
 from model import BadInput
 
 SIZES = (1, 2, 4, 8, 16)  # n of T(n)
 DEPTH = 200  # tokens in the cache there: as `freeze` leaves them
 SHORT = 32  # tokens of the prompt where it should not matter
+LOOKUP = 3  # tokens of a draft
 LENGTHS = (SHORT, 550, 4600)
 LEAST_TURNS = 3
 PROMPT = "The capital of France is"
@@ -61,7 +63,7 @@ COMPANY = ("a busy loop", "a copy of itself")
 
 def report_peers(args: argparse.Namespace) -> dict:
     """Decoding, prefill and T(n), ours and a peer's, and their ratios; next to llama.cpp on a busy machine,
-    too. Without --llama_cpp the peers are transformers and PyTorch's operators."""
+    too. The peers are transformers, PyTorch's operators and, with --llama_cpp, llama.cpp."""
     programs = find_llama_cpp(args.llama_cpp) if args.llama_cpp else None
     if args.gguf and not programs:
         raise BadInput("--gguf: it is for llama.cpp, so it needs --llama_cpp")
@@ -73,7 +75,7 @@ def report_peers(args: argparse.Namespace) -> dict:
     print(f"ours {ours.precision}, {torch.get_num_threads()} threads, prompts of {lengths} tokens{left_out}")
     facts = {"precision": ours.precision, "weight_bytes": ours.weight_bytes}
     if programs:
-        return facts | {"llama.cpp": next_to_llama_cpp(ours, programs, lengths, args)}
+        facts["llama.cpp"] = next_to_llama_cpp(ours, programs, lengths, args)
     return facts | {"transformers": next_to_transformers(ours, lengths, args), "linears": linears(ours, args)}
 
 
@@ -142,6 +144,12 @@ def texts(length: int, new: int, side: Any) -> dict[str, float]:
     return prefill_row | {f"decoding after {length:,} tokens, tokens/s": decode}
 
 
+def answers(prompts: list[list[int]], new: int, side: Any) -> dict[str, float]:
+    """Whole answers, prefill included, without a drafter and with prompt lookup."""
+    drafted = {"": 0, f" with lookup of {LOOKUP} tokens": LOOKUP}
+    return {f"answers{how}, tokens/s": side.answer(prompts, new, k) for how, k in drafted.items()}
+
+
 def beside(company: str, new: int, side: Any) -> dict[str, float]:
     """Decoding while a busy loop runs, or a copy of this side."""
     busy = [sys.executable, "-c", BUSY], None
@@ -183,24 +191,32 @@ class Ours:
         bits = head_bits(args, args.precision)
         if args.gguf and not args.checkpoint_path:
             raise BadInput("peers: --gguf needs --checkpoint_path, the same model for this engine")
+        if args.shape and args.prompt_file:
+            raise BadInput("--prompt_file: peers answers its prompts with a checkpoint, and --shape has none")
+        self.prompts: list[list[int]] = []  # of --prompt_file
+        self.stop_ids: list[int] = []
         if args.shape:
             self.model = random_model(SHAPES[args.shape], args.precision, lm_head_bits=bits)
             self.precision = args.precision
         else:
             paths = Paths(args.checkpoint_path or SHIPPED_TARGET)
-            target = load_parts(args.precision, paths, lm_head_bits=bits).target
-            self.model, self.precision = target.model, target.precision
+            parts = load_parts(args.precision, paths, lm_head_bits=bits)
+            self.model, self.precision = parts.target.model, parts.target.precision
+            self.stop_ids = [*parts.target.stop_ids]
+            if args.prompt_file:
+                self.prompts = [prompt.tokens for prompt in fitting_prompts(parts, args)]
         self.args, self.config = args, self.model.config
         self.weight_bytes = sum(p.nbytes for p in weights_of_a_step(self.model))
-        self.decoders: dict[int, Decoder] = {}  # by the length of their caches
+        self.decoders: dict[tuple[int, int], Decoder] = {}  # by the length of their caches and of drafts
 
-    def decoder(self, longest: int) -> Decoder:
-        """A warm one with room for so many tokens."""
-        size = cache_length(self.config, longest)
-        if size not in self.decoders:
-            self.decoders[size] = Decoder(self.model, max_length=size, compile=compiles(self.args))
-            self.decoders[size].warm_up()
-        return self.decoders[size]
+    def decoder(self, longest: int, drafted: int = 0) -> Decoder:
+        """A warm one with room for so many tokens, whose drafts are looked up and have so many."""
+        key = size, _ = cache_length(self.config, longest), drafted
+        if key not in self.decoders:
+            drafter, compile = LookupDrafter(drafted) if drafted else None, compiles(self.args)
+            self.decoders[key] = Decoder(self.model, drafter, max_length=size, compile=compile)
+            self.decoders[key].warm_up()
+        return self.decoders[key]
 
     @torch.no_grad()
     def forwards(self, sizes: tuple[int, ...], depth: int, runs: int) -> dict[int, float]:
@@ -223,6 +239,12 @@ class Ours:
 
     def decode(self, length: int, new: int, runs: int) -> float:
         return self.run(length, new, runs)[1]
+
+    def answer(self, prompts: list[list[int]], new: int, drafted: int) -> float:
+        """Tokens per second of answers, prefill included."""
+        stats, decoder = Stats(), self.decoder(max(map(len, prompts)) + new, drafted)
+        timed(decoder, prompts, new, stats, self.stop_ids)
+        return stats.aggregate_tokens_per_second
 
     def copy(self, length: int, new: int) -> tuple[list[str], None]:
         """A program that goes on decoding: see `keep_decoding`."""
@@ -274,7 +296,7 @@ def next_to_llama_cpp(
 class Transformers:
     """`generate` of transformers in bf16, with its usual cache. Decoding is what follows the first token."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, stop_ids: list[int]):
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -282,13 +304,26 @@ class Transformers:
         self.facts = {"version": transformers.__version__, "dtype": "bf16", "cache": "dynamic"}
         automatic = transformers.AutoModelForCausalLM
         self.model = automatic.from_pretrained(find_checkpoint(str(path)), dtype=torch.bfloat16)
+        self.stop_ids = stop_ids
+
+    def generate(self, prompt: list[int], new: int, **flags: Any) -> int:
+        """Answer a prompt greedily -> the number of new tokens."""
+        ids = torch.tensor([prompt])
+        flags |= {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **flags)
+        return out.shape[1] - len(prompt)
 
     def seconds(self, length: int, new: int) -> float:
-        ids = torch.tensor([some_tokens(length, self.model.config.vocab_size)])
-        flags = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
-        begin = time.perf_counter()
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **flags)
+        prompt, begin = some_tokens(length, self.model.config.vocab_size), time.perf_counter()
+        self.generate(prompt, new, min_new_tokens=new)
         return time.perf_counter() - begin
+
+    def answer(self, prompts: list[list[int]], new: int, drafted: int) -> float:
+        """Tokens per second of answers, prefill included."""
+        flags = {"eos_token_id": self.stop_ids} | ({"prompt_lookup_num_tokens": drafted} if drafted else {})
+        begin = time.perf_counter()
+        tokens = sum(self.generate(prompt, new, **flags) for prompt in prompts)
+        return tokens / (time.perf_counter() - begin)
 
     def run(self, length: int, new: int, runs: int) -> tuple[float, float]:
         first = mean(self.seconds(length, 1) for _ in range(runs))
@@ -303,8 +338,9 @@ def next_to_transformers(ours: Ours, lengths: list[int], args: argparse.Namespac
     if reason:
         print(f"transformers is left out: {reason}", flush=True)
         return {"left_out": reason}
-    peer = Transformers(args.checkpoint_path or SHIPPED_TARGET)
+    peer = Transformers(args.checkpoint_path or SHIPPED_TARGET, ours.stop_ids)
     groups = [partial(texts, length, args.max_new_tokens) for length in lengths]
+    groups += [partial(answers, ours.prompts, args.max_new_tokens)] if ours.prompts else []
     results = take_turns({"ours": ours, "peer": peer}, groups, args.repeats)
     print_rows(results["rows"], "transformers")
     return {"facts": peer.facts} | results

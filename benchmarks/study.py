@@ -59,15 +59,20 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
 SMOLLM2 = "--checkpoint_path DIR --eagle_checkpoint_path models/smollm2-135m-eagle3 --quantizer gptq"
 UNSEEN = "--prompt_file test/spec_bench.jsonl,test/gsm8k.jsonl,test/human_eval.jsonl"
 UNSEEN += " --max_new_tokens 64 --repeats 5"
+TWO, FOUR = "--precisions w4a16,w4a8", "--precisions bf16,w8a8,w4a16,w4a8"
+TURNS = "--prompts 36 --batch_sizes 1 --methods lookup"
 PROBLEMS = "quality --checkpoint_path DIR --max_new_tokens 256 --tokens 8000"
-REAL_STUDY = {  # of SmolLM2-135M-Instruct and its head
-    "smollm2_methods.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 --precisions bf16,w8a8,w4a16,w4a8",
-    "smollm2_sampled.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 --precisions w4a16,w4a8 "
-    "--temperature 0.8",
-    "smollm2_batches.json": f"methods {SMOLLM2} {UNSEEN} --prompts 24 --precisions w4a16,w4a8 "
-    "--batch_sizes 4,8 --methods lookup,tree,qspec,auto",
+REAL_STUDY = {  # of SmolLM2-135M-Instruct and its head; and of 8 B, whose random weights take 7 GB
+    "smollm2_methods.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 {FOUR}",
+    "smollm2_sampled.json": f"methods {SMOLLM2} {UNSEEN} --prompts 18 {TWO} --temperature 0.8",
+    "smollm2_batches.json": f"methods {SMOLLM2} {UNSEEN} --prompts 24 {TWO} --batch_sizes 4,8 "
+    "--methods lookup,tree,qspec,auto",
+    "smollm2_auto.json": f"auto {SMOLLM2} {UNSEEN} {FOUR} {TURNS}",
+    "smollm2_auto_sampled.json": f"auto {SMOLLM2} {UNSEEN} {TWO} {TURNS} --temperature 0.8",
     "smollm2_quality.json": f"{PROBLEMS} --prompt_file test/gsm8k.jsonl --prompts 131 "
     '--precisions w8a8,w4a16,w4a8,w4a4 --quantizer "rtn;gptq;rtn, rotated"',
     "smollm2_code.json": f"{PROBLEMS} --prompt_file test/human_eval.jsonl --prompts 41 --run_code "
     "--precisions w8a8,w4a16,w4a4",
+    "cpu_synthetic_8b.json": "synthetic --shape llama-3-8b --middle llama-3.2-1b --prompts 2 "
+    "--max_new_tokens 32",
 }

@@ -777,8 +777,10 @@ def test_what_llama_bench_prints_is_read():
             llama_cpp.parse_llama_bench(wrong)
 
 
-def test_ours_and_llama_cpp_take_turns(fake_llama_cpp, tmp_path, capsys):
+def test_ours_and_llama_cpp_take_turns(fake_llama_cpp, tmp_path, monkeypatch, capsys):
     (directory, log), path = fake_llama_cpp, tmp_path / "peers.json"
+    for name in ("next_to_transformers", "linears"):  # the other peers have their own test
+        monkeypatch.setattr(peers, name, lambda *args: {})
     gguf = tmp_path / "some.gguf"
     gguf.write_text("nothing")
     flags = ["--llama_cpp", str(directory), "--gguf", str(gguf), "--checkpoint_path", str(SHIPPED_TARGET)]
@@ -818,20 +820,23 @@ def test_company_is_gone_afterwards(tmp_path):
         pass
 
 
-def test_without_llama_cpp_the_peers_are_pytorch_and_transformers(monkeypatch, tmp_path, capsys):
+def test_the_peers_without_llama_cpp_are_pytorch_and_transformers(monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.setattr(peers, "LEAST_TURNS", 1)
     monkeypatch.setattr(linears, "LARGER_THAN_CACHE", {"cpu": 0})
     monkeypatch.setattr(peers, "copy_bandwidth", lambda: 5e9)
-    path = tmp_path / "peers.json"
+    path, prompts = tmp_path / "peers.json", tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def add(a, b):"}\n{"prompt": "import"}\n')
     flags = ["--uncompiled", "--repeats", "1", "--max_new_tokens", "4", "--output", str(path)]
-    assert bench.main(["peers", *flags]) == 0
+    assert bench.main(["peers", *flags, "--prompt_file", str(prompts)]) == 0
     results = json.loads(path.read_text())["results"]
     rows = results["transformers"]["rows"]
     assert list(rows) == [
         "decoding after 32 tokens, tokens/s",
         "prefill of 550 tokens, tokens/s",
         "decoding after 550 tokens, tokens/s",
+        "answers, tokens/s",
+        "answers with lookup of 3 tokens, tokens/s",
     ]
     assert all(row["ours"] > 0 for row in rows.values())
     assert list(results["linears"]) == ["qkv", "o", "gate_up", "down", "lm_head"]
@@ -870,6 +875,7 @@ def test_bad_flags_of_peers_end_in_one_line(fake_llama_cpp, tmp_path, monkeypatc
         (["--llama_cpp", str(tmp_path)], "no llama-bench, and no llama-completion or llama-cli"),
         (["--gguf", "x"], "--gguf: it is for llama.cpp"),
         (["--llama_cpp", str(directory), "--gguf", "/nowhere"], "--gguf: /nowhere is no file"),
+        (["--shape", "llama-3.2-1b", "--prompt_file", "x"], "--prompt_file: peers answers its prompts"),
     ]
     for flags, reason in shown:
         assert bench.main(["peers", *flags]) == 2

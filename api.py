@@ -52,7 +52,8 @@ NOT_HERE = (  # fields that are not implemented
     "prompt_logprobs", "chat_template", "add_generation_prompt", "continue_final_message", "grammar",
     "regex", "include_stop_str_in_output", "skip_special_tokens", "structured_outputs", "guided_json",
     "guided_regex", "guided_choice", "guided_grammar", "json_schema", "no_repeat_ngram_size",
-    "length_penalty", "logits_processors",
+    "length_penalty", "logits_processors", "return_token_ids", "return_tokens_as_token_ids",
+    "truncate_prompt_tokens", "continuous_usage_stats",
 )  # fmt: skip
 NOTHING = (False, 0, "", [], {})  # values that ask for nothing
 USUAL: dict[str, tuple] = {  # where others do
@@ -72,7 +73,7 @@ class Refused(Exception):
         self.json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-@dataclass
+@dataclass(eq=False)
 class Ask(Job):
     """What a request asks for."""
 
@@ -112,8 +113,9 @@ class Reader:
             raise Refused(f"the body is not JSON: {error}") from None
 
     def ask(self, given: Namespace, body: dict[str, Any], chat: bool, seed: int | None) -> Ask:
+        asked = body | given.stream_options
         for name in NOT_HERE:
-            if body.get(name) not in (None, *USUAL.get(name, NOTHING)):
+            if asked.get(name) not in (None, *USUAL.get(name, NOTHING)):
                 raise BadInput(f"{name} is not implemented here")
         if given.model not in (None, self.name):
             message = f"there is no model {short(given.model)}; this server has {self.name}"
@@ -154,6 +156,8 @@ class Reader:
         """Of a chat, its one prompt; else texts or token ids."""
         if not (given.messages if chat else given.prompt):
             raise BadInput(f"{'messages' if chat else 'prompt'} is missing or empty")
+        if not chat and isinstance(given.prompt, list) and isinstance(given.prompt[0], (str, list)):
+            given.prompt = given.prompt[: MOST_TEXTS + 1]  # reading more takes time, and more are refused
         if not chat:
             return token_lists(given.prompt, self.tokenizer)
         if self.tokenizer.template is None:
@@ -192,8 +196,8 @@ def read_budget(given: Namespace, chat: bool) -> int | None:
 
 def read_stops(given: Namespace) -> list[str]:
     stops = [given.stop] if isinstance(given.stop, str) else given.stop
-    if len(stops) > MOST_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-        raise BadInput(f"stop must be a text that is not empty, or up to {MOST_STOPS} of them")
+    if len(stops) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stops):
+        raise BadInput(f"stop must be a text of 1 to 1000 characters, or up to {MOST_STOPS} of them")
     return stops
 
 

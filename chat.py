@@ -281,7 +281,9 @@ def read_messages(messages: list[Any]) -> list[dict[str, str]]:
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"text": content or ""}]
         texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-        if message.get("tool_calls") or not all(isinstance(text, str) for text in texts):
+        texts += [None for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"]
+        tools = message.get("tool_calls") or message.get("function_call")
+        if tools or not all(isinstance(text, str) for text in texts):
             raise BadInput("messages: one holds something else than text, which is not implemented")
         found.append({"role": ROLES[role], "content": "".join(texts)})
     return found

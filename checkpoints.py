@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -49,6 +50,7 @@ SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle
 SOURCES = sorted(
     p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")
 )  # all of ours
+READ_BY_ALL = ("prompts", "prompt", "prompt_file", "json_schema", "grammar", "draft_vocab_text")  # flags
 HINT = "config.json and the weights do not belong together"
 HEAD_FLAG = "--eagle_checkpoint_path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
@@ -426,7 +428,7 @@ def fingerprint(directory: Path) -> str:
     """A hash of the files of a checkpoint, of large ones their sizes and some of what is in them."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".model", ".bin"):
+        if path.suffix in (".json", ".safetensors", ".model", ".bin", ".txt", ".jinja"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
@@ -437,14 +439,29 @@ def fingerprint(directory: Path) -> str:
 
 
 def facts(flags: dict[str, Any]) -> dict[str, Any]:
-    """What all processes of a model must have in common: flags, versions, and the files that flags name."""
+    """What all processes of a model must have in common: versions, kernels, which are loaded by now, the time
+    zone, for which a chat template may ask, flags, and the files that flags name."""
     paths = {name: path for name, path in flags.items() if name.endswith("checkpoint_path") and path}
-    files = {
-        f"--{name}": fingerprint(find_checkpoint(path)) for name, path in paths.items() if path != "self"
-    }
-    ours = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))).hexdigest()[:16]
-    versions = {"torch": torch.__version__, "gpt-spec": ours, "GPT_SPEC_KERNELS": kernels.PATH}
-    return versions | flags | files
+    paths = {"checkpoint_path": str(SHIPPED_TARGET)} | paths
+    files = {n: fingerprint(find_checkpoint(p, f"--{n}")) for n, p in paths.items() if p != "self"}
+    files |= {n: hash_of(*map(contents, flags[n].split(","))) for n in READ_BY_ALL if flags.get(n)}
+    versions = {"torch": torch.__version__, "gpt-spec": hash_of(*map(Path.read_bytes, SOURCES))}
+    versions["GPT_SPEC_KERNELS"] = kernels.PATH if kernels.load() else "reference"
+    versions["GPT_SPEC_REFERENCE"] = sorted(kernels.ON_REFERENCE)
+    return versions | {"time zone": time.strftime("%z")} | flags | {f"--{n}": f for n, f in files.items()}
+
+
+def hash_of(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def contents(named: str) -> bytes:
+    """Those of the file that a flag names, if it does and is one to read twice."""
+    try:
+        path = Path(named.removeprefix("@"))
+        return path.read_bytes() if path.is_file() else b""
+    except (OSError, ValueError):  # a text, too long for a name
+        return b""
 
 
 def announce(model: Transformer, q: Quantization | None) -> None:

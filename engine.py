@@ -16,8 +16,9 @@ from __future__ import annotations
 import queue
 import sys
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from gpt_spec import Decoder
 from model import BadInput
 from parallel import Ranks
 from show import Output, Said
+
+BEAT = 5.0  # seconds after which an idle rank 0 looks whether the other processes are there
 
 
 class News(NamedTuple):
@@ -55,7 +58,7 @@ class Choice:
     output: Output
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request: its texts, and whom to tell what they gain. `tell` must return at once."""
 
@@ -67,6 +70,9 @@ class Job:
     begun: bool = field(init=False, default=False)
     number: int = field(init=False, default=-1)  # among those of all clients
     sent: tuple = field(init=False, default=())  # what other processes make it of: see `Engine`
+
+
+AllNews = dict[Job, list[News]]  # of a step, by whom they are for
 
 
 class Lane:
@@ -112,11 +118,11 @@ class Lane:
         choice = self.owners[number][1]
         return token in choice.text.request.stops or choice.output.stream.add(token)
 
-    def advance(self, news: list[tuple[Job, News]]) -> None:
+    def advance(self, news: AllNews) -> None:
         """Every text goes on by a step, or by a chunk of its prompt. What is new is added to `news`."""
         for emissions in self.decoder.advance(self.waiting, self.ends, True, self.chunk):
             for emission in emissions:
-                news.append((self.owners[emission.prompt_index][0], self.told(emission)))
+                news[self.owners[emission.prompt_index][0]].append(self.told(emission))
                 if emission.finish_reason:
                     del self.owners[emission.prompt_index]
                     self.expect()
@@ -131,15 +137,19 @@ class Lane:
         step = () if draft is None else (emission.accepted, draft.tokens.shape[1], draft.drafter)
         return News(choice.index, spans, said, emission.finish_reason, len(emission.tokens), *step)
 
-    def fail(self, error: Exception, news: list[tuple[Job, News]]) -> None:
+    def fail(self, error: Exception, news: AllNews) -> None:
         """A step failed: the texts to blame end, those whose grammars cannot go on, or else all that are in
-        rows. An interrupted step has not happened, so the others go on."""
+        rows; and those that have left their rows and told nobody. An interrupted step has not happened, so
+        the others go on."""
         texts, self.decoder.ahead = [text for text in self.decoder.rows if text is not None], None
+        there = {text.prompt_index for text in (*texts, *self.waiting)}
+        lost = [choice.text for number, (_, choice) in self.owners.items() if number not in there]
         stuck = [text for row, text in enumerate(self.decoder.rows) if text and self.is_stuck(row, text)]
-        blamed = stuck if isinstance(error, BadInput) and stuck else texts
-        status = 400 if blamed is stuck else 500
+        theirs = isinstance(error, BadInput) and stuck != []  # what they asked for is to blame
+        how = {"finish_reason": "error", "error": str(error), "status": 400 if theirs else 500}
+        blamed = lost + (stuck if theirs else texts)
         for job, choice in (self.owners[text.prompt_index] for text in blamed):
-            news.append((job, News(choice.index, finish_reason="error", error=str(error), status=status)))
+            news[job].append(News(choice.index, **how))
         self.remove(blamed)
 
     def is_stuck(self, row: int, text: Text) -> bool:
@@ -191,8 +201,9 @@ class Engine:
     def read_messages(self, wait: bool) -> None:
         """Do what was sent to rank 0, in all processes."""
         mine: list[tuple[str, Job | None]] = []
-        while self.ranks.rank == 0 and (not self.messages.empty() or (wait and not mine)):
-            mine.append(self.messages.get())
+        with suppress(queue.Empty):
+            while self.ranks.rank == 0:
+                mine.append(self.messages.get(wait and not mine, BEAT))
         self.jobs |= {job.number: job for _, job in mine if job}
         for what, number, sent in self.ranks.tell([(w, j and j.number, j and j.sent) for w, j in mine]):
             if what == "stop":
@@ -210,7 +221,7 @@ class Engine:
 
     def advance(self, lane: Lane) -> None:
         """A step of a lane. Its news are told, a message for each request."""
-        news: list[tuple[Job, News]] = []
+        news: AllNews = defaultdict(list)
         try:
             lane.advance(news)
         except Exception as error:
@@ -219,11 +230,8 @@ class Engine:
             if not isinstance(error, BadInput):
                 traceback.print_exc(file=sys.stderr)
             lane.fail(error, news)
-        by_job: dict[int, list[News]] = {}
-        for job, each in news:
-            by_job.setdefault(id(job), []).append(each)
-        for job in {id(job): job for job, _ in news}.values():
-            first, later = self.times.values()
+        first, later = self.times.values()
+        for job, told in news.items():
             (later if job.begun else first).add(job.watch.lap())
             job.begun = True
-            job.tell(by_job[id(job)])
+            job.tell(told)

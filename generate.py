@@ -702,10 +702,15 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks]:
-    """`parallel.connected`, for processes that have flags, versions and files in common."""
+    """`parallel.connected`, for processes that have flags, versions, kernels and files in common."""
     with connected(args.device, args.sum_parts, patient) as ranks:
         if ranks.group:
+            load_kernels()
             ranks.agree(facts(vars(args)))
+        if ranks.group and args.device.startswith("cuda"):
+            if ranks.count > 1 and args.device != "cuda":
+                raise BadInput(f"--device is {args.device}; say cuda, and each process takes its own GPU")
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
         yield ranks
 
 

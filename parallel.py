@@ -4,7 +4,7 @@
     python generate.py --precision w4a16 --sum_parts 2             # the same text from one process
 
 Every process (its number is its rank) has some heads, and some rows of gate, up, embedding and lm_head. The
-sums in o_proj and down_proj are made in parts. Drafters are whole in every process.
+sums in o_proj and down_proj are made in parts. Draft models are whole in every process.
 
 The one idea: a part is a matrix product of its own, and parts are added in float32, in their order, whoever
 computed them. So one process that adds as many parts says the same text. All go by the clock of rank 0.
@@ -73,8 +73,9 @@ class Ranks:
         known: list[Any] = [facts] * self.count
         dist.all_gather_object(known, facts)
         for rank, name in ((rank, name) for rank in range(self.count) for name in facts):
-            if known[rank][name] != known[0][name]:
-                raise BadInput(f"{name}: {known[0][name]} in rank 0, but {known[rank][name]} in rank {rank}")
+            mine, first = known[rank].get(name), known[0].get(name)  # another version may lack some
+            if mine != first:
+                raise BadInput(f"{name}: {first} in rank 0, but {mine} in rank {rank}")
 
 
 @contextmanager
@@ -88,15 +89,13 @@ def connected(device: str, parts: int | None, patient: bool = False) -> Iterator
     gpu, timeout = device.startswith("cuda") and torch.cuda.is_available(), timedelta(patient * 30, 600)
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise BadInput(f"the processes cannot begin: {str(error).splitlines()[0]}") from None
     process.redirect(*(nowhere if rank else streams))
     try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", None, timeout, count, rank, store)
         if parts and parts % count:
             raise BadInput(f"--sum_parts is {parts}; it must be a multiple of the {count} processes")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", None, timeout, count, rank, store)
         ranks = Ranks(rank, count, dist.group.WORLD.group_name, parts or count)
         sys.stdin = process.SharedInput(sys.stdin, ranks.tell, rank == 0)
         yield ranks
@@ -118,9 +117,7 @@ def connected(device: str, parts: int | None, patient: bool = False) -> Iterator
 def bounds(size: int, parts: int, units: tuple[int, ...] = ()) -> list[int]:
     """Where each part of `size` begins, and the last one ends: at whole units, the first that suffice."""
     if size < parts:
-        raise BadInput(
-            f"{size} heads, rows or columns are no {parts} parts; use fewer processes or --sum_parts"
-        )
+        raise BadInput(f"{size} heads, rows or columns are no {parts} parts; use fewer processes")
     unit = next((u for u in units if size % u == 0 and size // u >= parts), 1)
     return [p * (size // unit) // parts * unit for p in range(parts + 1)]
 

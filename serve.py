@@ -55,9 +55,10 @@ from sampling import Sampling
 from show import metrics_text
 
 FLAGS = (  # of generate.py: those that choose models, methods and precisions, and how they run
-    "checkpoint_path", "precision", "lm_head_bits", "draft_checkpoint_path", "eagle_checkpoint_path",
-    "draft_precision", "speculate_k", "draft_confidence", "tree_size", "tree_depth", "tree_topk",
-    "draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile", "device", "sum_parts",
+    "checkpoint_path", "draft_checkpoint_path", "eagle_checkpoint_path", "dflash_checkpoint_path",
+    "precision", "lm_head_bits", "draft_precision", "speculate_k", "draft_confidence", "tree_size",
+    "tree_depth", "tree_topk", "draft_vocab_size", "draft_vocab_text", "min_draft_length", "compile",
+    "device", "sum_parts",
 )  # fmt: skip
 PAGE = Path(__file__).with_name("serve.html")
 SLOW = 30  # seconds in which the body of a request must have come
@@ -89,14 +90,17 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Our flags and those of generate.py, of which some are for requests to say."""
     own, rest = build_parser().parse_known_args(argv)
     given, usual = (vars(generate.build_parser().parse_args(words)) for words in (rest, []))
-    if other := next((name for name in given if given[name] != usual[name] and name not in FLAGS), None):
-        raise BadInput(f"--{other}: a server has no such flag; each request says for itself what it wants")
+    other = next((name for name in given if given[name] != usual[name] and name not in FLAGS), None)
+    return argparse.Namespace(**(given | vars(own)), other=other)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if args.other:
+        raise BadInput(f"--{args.other}: a server has no such flag; each request says what it wants")
     for name in ("batch_size", "max_length", "max_tokens", "prefill_chunk", "max_connections", "max_body"):
-        if getattr(own, name) is not None and getattr(own, name) < 1:
-            raise BadInput(f"--{name} is {getattr(own, name)}; it must be at least 1")
-    args = argparse.Namespace(**(given | vars(own)))
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} is {getattr(args, name)}; it must be at least 1")
     generate.check_arguments(args)
-    return args
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> tuple[generate.Target, dict[str, Decoder]]:
@@ -140,7 +144,7 @@ class Front:
 
     def __init__(self, args: argparse.Namespace, engine: Engine, reader: Reader):
         self.args, self.engine, self.reader, self.begun = args, engine, reader, int(time.time())
-        self.texts = 0  # that were taken in and have not ended
+        self.texts: Counter[str] = Counter()  # that were taken in and have not ended, by method
         self.answered: Counter[int] = Counter()  # requests by status
         self.app = Starlette(
             routes=[
@@ -174,7 +178,7 @@ class Front:
         running = sum(text is not None for text in rows)
         numbers = {f'requests_total{{status="{status}"}}': n for status, n in self.answered.items()}
         numbers |= {"rows": len(rows), "num_requests_running": running}
-        numbers["num_requests_waiting"] = max(self.texts - running, 0)
+        numbers["num_requests_waiting"] = max(self.texts.total() - running, 0)
         stats = {method: lane.stats for method, lane in lanes.items()}
         return PlainTextResponse(metrics_text(stats, numbers, self.engine.times))
 
@@ -196,8 +200,10 @@ class Front:
         except asyncio.TimeoutError:
             raise Refused(f"the body has not come within {SLOW} seconds", status=408) from None
         ask = await asyncio.to_thread(self.reader.read, body, chat)
-        rows = sum(len(lane.decoder.rows) for lane in self.engine.lanes.values())
-        if self.texts + len(ask.choices) > rows + self.args.max_waiting:
+        texts, room = len(ask.choices), self.args.batch_size + self.args.max_waiting
+        if texts > room:
+            raise Refused(f"n: {texts} texts are asked for; this server takes {room} at a time", "n")
+        if texts + self.texts[ask.method] > room:
             raise Refused("too many texts are waiting; try again later", code="queue_full", status=429)
         return Answer(self, ask)
 
@@ -215,24 +221,31 @@ class Answer:
     """The answer to a request, streamed or whole: what starlette calls to send it."""
 
     def __init__(self, front: Front, ask: Ask):
-        self.front, self.ask, self.open = front, ask, len(ask.choices)
+        self.front, self.ask, self.open = front, ask, len(ask.choices)  # texts that have not ended
         self.writer = Writer(front.reader.name, front.reader.tokenizer, ask)
         self.queue: asyncio.Queue[list[News]] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.begun = asyncio.get_running_loop(), False  # has the client been told anything?
         ask.tell = self.tell
-        front.texts += self.open
+        front.texts[ask.method] += self.open
         front.engine.submit(ask)
 
     def tell(self, news: list[News]) -> None:
         """The engine calls this, in its thread."""
         with suppress(RuntimeError):  # the loop is closed: the server ends
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, news)
+            self.loop.call_soon_threadsafe(self.take, news)
 
-    async def news(self) -> list[News]:
-        news = await self.queue.get()
-        ended = sum(each.finish_reason is not None for each in news)
-        self.open, self.front.texts = self.open - ended, self.front.texts - ended
-        return news
+    def take(self, news: list[News]) -> None:
+        """Now, and not when a slow client has read it: texts that have ended leave the queue to others."""
+        self.end(sum(each.finish_reason is not None for each in news))
+        self.queue.put_nowait(news)
+
+    def end(self, texts: int) -> None:
+        self.open -= texts
+        self.front.texts[self.ask.method] -= texts
+
+    def more(self) -> bool:
+        """Are there news to come?"""
+        return self.open > 0 or not self.queue.empty()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it, unless the client goes away: then its rows are free."""
@@ -242,11 +255,15 @@ class Answer:
             await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+        except asyncio.CancelledError:  # --grace is over
+            if not self.begun:
+                failed = await self.front.refuse(None, Refused("the server ends", status=503))
+                await failed(scope, receive, send)
         finally:
             work.cancel()
             left.cancel()
-            self.front.texts -= self.open
             if self.open:
+                self.end(self.open)
                 self.front.engine.drop(self.ask)
 
     async def client_leaves(self, receive: Any) -> None:
@@ -255,8 +272,8 @@ class Answer:
 
     async def whole(self, *connection: Any) -> None:
         news = []
-        while self.open:
-            news += await self.news()
+        while self.more():
+            news += await self.queue.get()
         await (await self.failure(news) or JSONResponse(self.writer.whole(news)))(*connection)
 
     async def failure(self, news: list[News]) -> Response | None:
@@ -267,7 +284,8 @@ class Answer:
 
     async def stream(self, scope: Any, receive: Any, send: Any) -> None:
         """Server-sent events. The status waits for the first news, so an early error has one of its own."""
-        news = await self.news()
+        news = await self.queue.get()
+        self.begun = True
         if failed := await self.failure(news):
             await failed(scope, receive, send)
             return
@@ -279,10 +297,10 @@ class Answer:
         """What each piece of news is to the client, until all texts have ended."""
         while news:
             events = [json.dumps(event) for each in news for event in self.writer.events(each)]
-            if not self.open:
+            if not self.more():
                 events += [json.dumps(event) for event in self.writer.last()] + ["[DONE]"]
             yield "".join(f"data: {event}\n\n" for event in events)
-            news = await self.news() if self.open else []
+            news = await self.queue.get() if self.more() else []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,7 +311,8 @@ class Answer:
 def run(argv: list[str] | None) -> int:
     """Serve until a signal says that it is enough -> the exit status."""
     args = read_flags(argv)
-    with generate.processes(args, patient=True) as ranks:
+    with generate.processes(args) as ranks:
+        check_flags(args)
         listener = listen(args) if ranks.rank == 0 else None  # before models are loaded
         target, decoders = load(args, ranks)
         name = args.served_name or Path(args.checkpoint_path or generate.SHIPPED_TARGET).resolve().name
@@ -317,7 +336,7 @@ def listen(args: argparse.Namespace) -> socket.socket:
 
 
 def serve(args: argparse.Namespace, engine: Engine, reader: Reader, listener: socket.socket) -> int:
-    limits = {"limit_concurrency": args.max_connections, "timeout_graceful_shutdown": args.grace}
+    limits = {"limit_concurrency": args.max_connections + 1, "timeout_graceful_shutdown": args.grace}
     quiet = {"log_level": "warning", "lifespan": "off", "ws": "none", "server_header": False}
     server = uvicorn.Server(uvicorn.Config(Front(args, engine, reader).app, **limits, **quiet))
 

@@ -276,7 +276,7 @@ def metrics_text(stats: dict[str, Stats], more: dict[str, float], times: dict[st
         for place in range(len(each.accepted_histogram) - 1):
             name = f'spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{place}"}}'
             values[name] = sum(each.accepted_histogram[place + 1 :])
-        for drafter, steps in each.drafter_histogram.items():
+        for drafter, steps in [*each.drafter_histogram.items()]:  # another thread may add one
             values[f'steps_by_drafter_total{{{label},drafter="{drafter}"}}'] = steps
     for name, histogram in times.items():
         pairs = zip(histogram.BOUNDS, histogram.counts)

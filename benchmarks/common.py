@@ -252,7 +252,12 @@ def quantized_copy(checkpoint: str | Path, quantizer: str) -> Path:
     kept = cache_directory() / f"quantized-{key}"
     if not kept.exists():
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            Path(write_quantized(source, flags, scratch)).rename(kept)
+            made = Path(write_quantized(source, flags, scratch))
+            try:
+                made.rename(kept)
+            except OSError:
+                if not kept.exists():  # else another process was faster
+                    raise
         print(f"{quantizer}: kept in {kept}", flush=True)
     return kept
 

@@ -35,7 +35,10 @@ from model import BadInput
 from text import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSED = ("checkpoint_path", "draft_checkpoint_path", "eagle_checkpoint_path", "precision", "lm_head_bits")
+PASSED = (
+    "checkpoint_path", "draft_checkpoint_path", "eagle_checkpoint_path", "dflash_checkpoint_path",
+    "precision", "lm_head_bits",
+)  # fmt: skip
 
 
 @dataclass
@@ -102,9 +105,9 @@ async def longest_gaps(
     await asyncio.sleep(max(each.events[0] - each.begin for each in alone if each.events))
     newcomer = await ask(port, long, 2, **fields)
     begin, end = newcomer.begin, newcomer.events[0]
-    during = [
-        b - a for each in await streams for a, b in zip(each.events, each.events[1:]) if begin < b < end
-    ]
+    # The step after the last chunk reaches the streams after the newcomer's first token.
+    pairs = [pair for each in await streams for pair in zip(each.events, each.events[1:])]
+    during = [b - a for a, b in pairs if begin < b and a < end]
     usual = [gap for each in alone for gap in each.gaps]
     found = {"alone_median": median(usual), "alone_longest": max(usual)}
     return found | {"while_reading_longest": max(during, default=0.0), "reading_seconds": end - begin}

@@ -86,8 +86,11 @@ class Soak:
             kind = rng.choice(kinds)
             try:
                 status = kind(rng)
-            except OSError as error:  # a server may close what it refuses to read
+            except (ConnectionError, BrokenPipeError) as error:  # it may close what it refuses to read
                 status = type(error).__name__
+            except Exception as error:  # too late, or no answer that can be read
+                status = type(error).__name__
+                self.wrong.append(f"{kind.__name__}: {error!r}")
             self.statuses[f"{kind.__name__} {status}"] += 1
 
     def send(self, data: bytes, pause: float = 0.0, most: int | None = None) -> bytes:
@@ -105,8 +108,8 @@ class Soak:
         """The status. A text must be that of every equal request, streamed or not."""
         found = re.match(rb"HTTP/1.1 (\d+)", answer)
         status = found[1].decode() if found else "nothing"
-        if status == "500":
-            self.wrong.append(f"status 500: {body}")
+        if status in ("500", "nothing"):
+            self.wrong.append(f"status {status}: {body}")
         if status == "200":
             key = json.dumps(
                 {k: v for k, v in body.items() if k not in ("stream", "logprobs")}, sort_keys=True

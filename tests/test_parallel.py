@@ -87,19 +87,22 @@ def texts_of(runs: list[list[str]], ranks: Ranks) -> list[list[list[int]]]:
     return texts
 
 
-def compare(count: int, model: list[str], runs: list[tuple[str, str, str, list[str]]]) -> None:
+def compare(
+    count: int, model: list[str], runs: list[tuple[str, str, str, list[str]]], parts: int | None = None
+) -> None:
     """What all runs (temperature, batch size, method, more flags) say in `count` processes is what one
-    process says that decodes autoregressively and adds up in `count` parts."""
+    process says that decodes autoregressively and adds up in as many `parts` (by default `count`)."""
 
     def flags(temperature: str, batch_size: str, method: str, more: list[str]) -> list[str]:
         return [*model, "--temperature", temperature, "--batch_size", batch_size, "--method", method, *more]
 
-    statuses, out, errors = run(count, [__file__, json.dumps([flags(*each) for each in runs])])
+    parts = parts or count
+    statuses, out, errors = run(count, [__file__, json.dumps([flags(*each) for each in runs]), str(parts)])
     assert statuses == [0] * count, errors
     lines = [line for line in out.splitlines() if line.startswith(DONE)]
     assert len(lines) == 1  # rank 0 prints for all
     alone = {
-        each[:2]: texts_of([flags(*each[:2], "autoregressive", [])], Ranks(parts=count))[0] for each in runs
+        each[:2]: texts_of([flags(*each[:2], "autoregressive", [])], Ranks(parts=parts))[0] for each in runs
     }
     for each, texts in zip(runs, json.loads(lines[0].removeprefix(DONE))):
         assert texts == alone[each[:2]], each
@@ -109,8 +112,9 @@ def compare(count: int, model: list[str], runs: list[tuple[str, str, str, list[s
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_method(count, precision, tmp_path):
-    methods = [*METHODS, "qspec"] if precision == "w4a16" else METHODS
+    methods = METHODS if precision == "bf16" else [*METHODS, "qspec"]
     runs = [(t, b, method, []) for t, b in (("0", "1"), ("1", "4")) for method in methods]
+    runs += [(t, b, "tree", []) for t, b in (("0", "4"), ("1", "1"))]
     runs.append(("1", "4", "tree", ["--draft_vocab_size", "300"]))
     shipped_block_head(load_model(SHIPPED_TARGET), None, tmp_path)
     runs.append(("1", "4", "dflash", ["--dflash_checkpoint_path", str(tmp_path)]))
@@ -118,10 +122,11 @@ def test_every_method(count, precision, tmp_path):
 
 
 @NEEDS_EQUAL_ROWS
-def test_four_processes():
-    compare(
-        4, [*SHIPPED_SHORT, "w4a16"], [("1", "2", name, []) for name in ("autoregressive", "tree", "qspec")]
-    )
+@pytest.mark.parametrize("count", [2, 4])
+def test_four_parts(count):
+    """Of sums. Two processes have two of them each."""
+    runs = [("1", "2", name, []) for name in ("autoregressive", "tree", "qspec")]
+    compare(count, [*SHIPPED_SHORT, "w4a16"], runs, 4)
 
 
 @NEEDS_EQUAL_ROWS
@@ -166,6 +171,7 @@ def test_a_share_is_its_part_of_the_weights(count):
         c, qkv = whole.config, [layer.self_attn.qkv_proj for layer in whole.layers]
         extra += size(qkv) * 2 * c.num_kv_heads // (c.num_heads + 2 * c.num_kv_heads)
     assert size([whole]) + extra <= size(shares) < 1.01 * (size([whole]) + extra)
+    assert max(size([share]) for share in shares) < 1.01 * min(size([share]) for share in shares)
     assert size([load_model(SHIPPED_TARGET, "w4a16")]) == size([whole])
 
 
@@ -197,6 +203,12 @@ def test_a_mismatch_is_one_line_of_all(tmp_path):
     statuses, out, errors = finish(start([command] * 2, folders))
     assert statuses == [2, 2] and out == "" and len(errors.splitlines()) == 1
     assert errors.startswith("error: --checkpoint_path: ")
+    for folder, text in zip(folders, ("x = 1", "x = 2")):
+        (folder / "prompt").write_text(text)
+    command = [str(ROOT / "generate.py"), "--prompt", "@prompt"]
+    statuses, out, errors = finish(start([command] * 2, folders))
+    assert statuses == [2, 2] and out == "" and len(errors.splitlines()) == 1
+    assert errors.startswith("error: --prompt: ")
 
 
 @NEEDS_EQUAL_ROWS
@@ -303,6 +315,6 @@ def test_a_sum_of_parts_is_the_sum():
 
 
 if __name__ == "__main__":
-    with connected("cpu", None) as every:
+    with connected("cpu", int(sys.argv[2])) as every:
         generate.load_kernels()
         print(DONE + json.dumps(texts_of(json.loads(sys.argv[1]), every)))

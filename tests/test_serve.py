@@ -449,9 +449,16 @@ def test_other_errors_have_their_exceptions(server):
     with pytest.raises(openai.APIStatusError) as error:
         client.completions.create(model="chatty", prompt="x" * (5 << 20))
     assert error.value.status_code == 413
-    with pytest.raises(openai.RateLimitError) as error:  # 128 texts do not fit the queue
-        client.completions.create(model="chatty", prompt="x", n=128)
+    with pytest.raises(openai.BadRequestError, match="takes 67 at a time") as error:  # however often it asks
+        client.completions.create(model="chatty", prompt="x", n=68)
+    assert error.value.param == "n"
+    ask = {"model": "chatty", "prompt": "x", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    many = client.completions.create(**ask, n=60, stream=True)
+    next(iter(many))
+    with pytest.raises(openai.RateLimitError) as error:
+        client.completions.create(model="chatty", prompt="x", n=8)
     assert int(error.value.response.headers["retry-after"]) > 0
+    many.close()
 
 
 @pytest.mark.parametrize("body", soak_server.BROKEN, ids=lambda body: str(body[:20]))
@@ -604,11 +611,18 @@ def test_sigterm_lets_running_texts_finish():
 def test_a_signal_does_not_wait_for_ever(number, status):
     server = Server("--batch_size", "1", "--grace", "1", "--method", "autoregressive")
     ask = {"model": "python-7m", "prompt": PROMPTS[0], "max_tokens": 900, "extra_body": {"ignore_eos": True}}
-    next(iter(server.client.completions.create(**ask, stream=True, n=64)))
-    begin = time.monotonic()
-    server.process.send_signal(number)
-    assert server.process.wait(timeout=60) == status
-    assert time.monotonic() - begin < 30
+    next(iter(server.client.completions.create(**ask, stream=True, n=60)))
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(raw, server, soak_server.request("/v1/completions", b'{"prompt": "x"}'))
+        while server.gauge("num_requests_waiting") < 60:
+            time.sleep(0.05)
+        begin = time.monotonic()
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=60) == status
+        assert time.monotonic() - begin < 30
+        answer = waits.result()
+    assert b" 503 " in answer.splitlines()[0] and b"the server ends" in answer
+    assert not any("Traceback" in line for line in server.lines)
 
 
 @NEEDS_EQUAL_ROWS
@@ -648,6 +662,22 @@ def test_two_processes_serve_one_model(model, capsys, monkeypatch):
     assert texts == [each["text"] for each in generated(model, capsys, PROMPTS, *how, tokens=24)]
     again = generated(model, capsys, ["z"], *how, seed=drawn.seed, tokens=24)
     assert drawn.choices[0].text == again[0]["text"]
+
+
+def test_an_idle_server_ends_with_another_of_its_processes(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    flags = ["--batch_size", "1", "--method", "autoregressive"]
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *flags]
+    other = subprocess.Popen(command, env=os.environ | ranks | {"RANK": "1"})
+    for name, value in (ranks | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    server = Server(*flags)
+    other.kill()
+    assert server.process.wait(timeout=30) == 1 and other.wait() != 0
+    assert server.lines == ["error: another process of this run has ended or does not answer\n"]
 
 
 def refused(*flags: str, code: str = "pass") -> str:
@@ -751,6 +781,42 @@ def test_a_grammar_at_a_dead_end_ends_its_own_text(masks):
     for i in (0, 2):
         run = alone.run([jobs[i].choices[0].text.prompt], 20, seeds=[7])
         assert [token for [e] in run for token in e.tokens] == ends[i].token_ids
+
+
+def test_a_text_that_ends_in_a_failed_step_is_told_so():
+    """It is in no row any more, and its client waits."""
+    from engine import Choice, Engine, Job
+    from gpt_spec import Decoder, LookupDrafter, Request, Sampling, Text
+    from show import Output
+    from text import TextStream
+
+    decoder = Decoder(random_model(), LookupDrafter(), Sampling(1.0), 64, 2, compile=False)
+    learn = decoder.drafter.learn
+
+    def fail_when_one_has_ended(*args):
+        learn(*args)
+        if None in decoder.rows:
+            raise RuntimeError("out of luck")
+
+    decoder.drafter.learn = fail_when_one_has_ended
+    engine, told = Engine({"lookup": decoder}, chunk=8), []
+    for budget in (3, 30):
+        text = Text(-1, [1, 2, 3], Request(Sampling(1.0), 7), budget)
+        job = Job("lookup", [Choice(0, text, Output(text.prompt, TextStream(None, [])))], False)
+        job.tell = told.extend
+        engine.submit(job)
+    engine.read_messages(wait=True)
+    [lane] = engine.lanes.values()
+    while lane.owners:
+        engine.advance(lane)
+    assert [(each.status, each.error) for each in told if each.error] == [(500, "out of luck")] * 2
+    assert decoder.rows == [None, None]
+
+
+def test_a_server_takes_all_flags_of_methods():
+    import serve
+
+    assert set(generate.FLAGS_OF) <= set(serve.FLAGS)
 
 
 def test_others_go_on_while_a_long_prompt_is_read():

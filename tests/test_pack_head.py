@@ -1,9 +1,11 @@
 """Heads in files of 4-bit weights: what is in them, that they load as they are, and what is refused."""
 
 import json
-import subprocess
 import sys
+from contextlib import redirect_stderr
 from copy import deepcopy
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from heads import load_head
 from model import BadInput
 from packing import named_linears
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import pack_head  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def target(deep):
@@ -30,9 +35,9 @@ def target(deep):
 
 
 def pack(head, output):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/pack_head.py", head, output], capture_output=True, text=True
-    )
+    with redirect_stderr(StringIO()) as stderr:
+        status = pack_head.main([str(head), str(output)])
+    return SimpleNamespace(returncode=status, stderr=stderr.getvalue())
 
 
 def own_linears(head, borrowed=("lm_head",)):

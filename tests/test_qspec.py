@@ -85,9 +85,9 @@ def check_bits(decoder: Decoder, prompts: list[list[int]], expected: list[list[i
 def test_after_every_round_the_cache_is_the_targets(request, prompts, model, precision, temperature):
     """Batches of 1 and 4, rows refilled: keys, values and text are those of w4a16, and it does pay."""
     target, sampling = request.getfixturevalue(model), Sampling(temperature)
+    alone = Decoder(target, None, sampling, 192, compile=False)
+    expected = collect(alone.run(prompts, 40), len(prompts))
     for batch_size in (1, 4):
-        alone = Decoder(target, None, sampling, 192, compile=False)
-        expected = collect(alone.run(prompts, 40), len(prompts))
         decoder = Decoder(target, qspec(target, precision), sampling, 192, batch_size, compile=False)
         rounds, stats = check_bits(decoder, prompts, expected)
         assert rounds < 40 * len(prompts) and stats.tokens_per_step > 2

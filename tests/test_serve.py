@@ -103,8 +103,18 @@ def server(model):
     assert server.end() == 0 and server.lines == []  # and none makes it complain
 
 
+SAID: dict[tuple, list[dict]] = {}
+
+
 def generated(model, capsys, prompts, *flags: str, seed: int = 5, tokens: int = 40) -> list[dict]:
-    """What generate.py says to each prompt: output i has the seed `seed` + i."""
+    """What generate.py says to each prompt: output i has the seed `seed` + i. Asked once."""
+    asked = (model, tuple(prompts), flags, seed, tokens)
+    if asked not in SAID:
+        SAID[asked] = generate_now(model, capsys, prompts, *flags, seed=seed, tokens=tokens)
+    return SAID[asked]
+
+
+def generate_now(model, capsys, prompts, *flags: str, seed: int, tokens: int) -> list[dict]:
     file = model.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     given = ["--prompts", str(file), "--seed", str(seed), "--max_new_tokens", str(tokens)]

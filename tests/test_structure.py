@@ -243,14 +243,25 @@ EVERYTHING |= {
 }
 
 
-@NEEDS_EQUAL_ROWS
-@pytest.mark.parametrize("name", METHODS)
-def test_grammars_and_all_controls_together(target, other, vocabulary, prompts, stop, name):
+def everything(vocabulary, stop, temperature) -> tuple[list, dict]:
+    """A grammar for each prompt, and all that can be asked besides."""
     grammars = [matcher(vocabulary, **given) for given in OTHERS.values()]
     grammars = [*grammars, None, matcher(vocabulary, json_schema=random_schema(random.Random(3)))]
+    return grammars, {"temperature": temperature, "stop_ids": [stop], **EVERYTHING}
+
+
+@pytest.fixture(scope="module")
+def plain_texts(target, vocabulary, prompts, stop) -> dict[float, list[list[int]]]:
+    """What plain decoding says to `everything`, by temperature."""
+    given = {temperature: everything(vocabulary, stop, temperature) for temperature in (0.0, 1.0)}
+    return {t: decode(target, None, prompts, masks, 1, **asked)[0] for t, (masks, asked) in given.items()}
+
+
+@NEEDS_EQUAL_ROWS
+@pytest.mark.parametrize("name", METHODS)
+def test_grammars_and_all_controls_together(target, other, vocabulary, prompts, stop, plain_texts, name):
     for temperature in (0.0, 1.0):
-        asked = {"temperature": temperature, "stop_ids": [stop], **EVERYTHING}
-        alone, _ = decode(target, None, prompts, grammars, 1, **asked)
+        (grammars, asked), alone = everything(vocabulary, stop, temperature), plain_texts[temperature]
         drafter = METHODS[name](target, other)
         assert decode(target, drafter, prompts, grammars, 3, **asked)[0] == alone
         assert len(alone[1]) > 12 < len(alone[3])  # a grammar that may go on, and none

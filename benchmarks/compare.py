@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -50,20 +50,21 @@ def compare(
     averaged over the steps, n being what each verified; tokens/s, speedups (quartiles of the turns' ratios,
     and the ratio of all texts together), and what the cost model makes of the first three for all texts
     together, tau * T(1) / (drafting + T(n)). In a batch, tau is of all rows, those without a text included.
-    T(n) / T(1) is measured apart from the texts, with as many tokens in the cache as halfway through a usual
-    text, `effort` being the turns (--repeats) and the calls in each; T(1) is what a step of the first decoder
-    took in them, since the machine may be slower by then, and drafting was.
+    T(n) / T(1) is measured between the texts, since the machine may change, with as many tokens in the cache
+    as halfway through a mean text, `effort` being the turns (--repeats) and the calls in each; T(1) is what
+    a step of the first decoder took in the texts.
 
     `over` names the decoder of the bf16 target, if the others are to be compared with it as well. Its own
     texts are not those of the others, and it gets no row. With a `note`, which ends every line and row,
     texts are not compared.
     """
     base = next(iter(decoders))
-    held = int(median(len(prompt.tokens) for prompt in prompts)) + args.max_new_tokens // 2
-    cost = measure_verification(decoders, held, *(effort or (args.repeats, 4)))
+    held = int(mean(len(prompt.tokens) for prompt in prompts)) + args.max_new_tokens // 2
+    (turns, burst), groups = effort or (args.repeats, 4), groups_of(prompts, batch_size)
+    apart = [measure_verification(decoders, held, burst)]
     totals, runs = {name: Stats() for name in decoders}, {name: [] for name in decoders}
     different, used = dict.fromkeys(decoders, 0), []
-    for turn, group in enumerate(groups_of(prompts, batch_size)):
+    for turn, group in enumerate(groups):
         tokens = [prompt.tokens for prompt in group]
         once = {
             name: timed(decoders[name], tokens, args.max_new_tokens, totals[name], stop_ids)
@@ -75,6 +76,9 @@ def compare(
             used.append(group[0].category)
             for name, run in once.items():
                 runs[name].append(run)
+        for _ in range((turn + 1) * turns // len(groups) - turn * turns // len(groups)):  # evenly spread
+            apart.append(measure_verification(decoders, held, burst))
+    cost = {name: {n: mean(each[name][n] for each in apart[1:]) for n in of} for name, of in apart[0].items()}
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
     rows, first = {}, totals[base].decode_seconds * batch_size / totals[base].row_forwards
@@ -201,10 +205,9 @@ def print_rows(rows: dict[str, dict], first: float) -> None:
         print(f"predicted is off by {median(off):.1%} (median of the methods){note}\n", flush=True)
 
 
-def measure_verification(
-    decoders: dict[str, Decoder], held: int, turns: int, burst: int
-) -> dict[str, dict[int, float]]:
-    """Seconds of verifying n nodes, for every n that a decoder meets, with `held` tokens in the cache."""
+def measure_verification(decoders: dict[str, Decoder], held: int, burst: int) -> dict[str, dict[int, float]]:
+    """Seconds of verifying n nodes, for every n that a decoder meets, with `held` tokens in the cache: the
+    median of the later half of a burst of calls."""
     functions = {}
     for name, decoder in decoders.items():
         freeze(decoder, held)
@@ -213,7 +216,7 @@ def measure_verification(
     with torch.no_grad():
         device = next(iter(decoders.values())).setup.runtime.device
         # In bursts, because a decoder in use finds its own data in the caches.
-        seconds = interleave(functions, turns, burst, device)
+        seconds = interleave(functions, 1, burst, device, warm_up=0)
     return {
         name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}
         for name, decoder in decoders.items()

@@ -39,22 +39,27 @@ def finish(device: str | torch.device) -> None:
 
 
 def interleave(
-    functions: dict[Any, Callable[[], object]], repeats: int, burst: int = 1, device: str = "cpu"
+    functions: dict[Any, Callable[[], object]],
+    repeats: int,
+    burst: int = 1,
+    device: str = "cpu",
+    warm_up: int = 3,
 ) -> dict[Any, float]:
-    """Median seconds of each function. They take turns, so that all see the same machine.
+    """Median seconds of each function. They take turns, so that all see the same machine; the first `warm_up`
+    turns do not count.
 
     In a turn, `burst` calls follow each other, and the first half only warms up the caches. A call on a GPU
     ends when the device has finished.
     """
     times = {name: [] for name in functions}
-    for turn in range(repeats + 3):
+    for turn in range(repeats + warm_up):
         for name, function in functions.items():
             for call in range(burst):
                 finish(device)
                 begin = time.perf_counter()
                 function()
                 finish(device)
-                counts = turn >= 3 and call >= burst // 2
+                counts = turn >= warm_up and call >= burst // 2
                 times[name] += [time.perf_counter() - begin] if counts else []
     return {name: median(values) for name, values in times.items()}
 

@@ -6,8 +6,11 @@ import json
 import os
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, whose threads would wait for each other
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -157,6 +160,13 @@ def texts(model, prompts, drafter=None, sampling=Sampling(), max_new_tokens=40, 
     """What `generate` says after every prompt; uncompiled, unless asked for."""
     options.setdefault("compile", False)
     return collect(generate(model, prompts, drafter, sampling, max_new_tokens, **options), len(prompts))
+
+
+def run_main(main, *flags: str) -> SimpleNamespace:
+    """A program in this process: its `returncode`, `stdout` and `stderr`."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        status = main([*flags])
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def collect(steps, prompts: int) -> list[list[int]]:

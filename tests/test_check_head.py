@@ -1,18 +1,18 @@
 """--check_head: which readings are tried, what they come to, and what is said about it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, guessing_head, random_model, random_prompts
+from conftest import guessing_head, random_model, random_prompts, run_main
 from test_heads import LAYOUTS
 
 import check_head as checking
 from check_head import Reading, check_head, other_readings, show, verdict
 from eagle import EagleHead
+from generate import main
 from gpt_spec import generate
 from heads import load_head
 from rope import RopeScaling
@@ -79,11 +79,7 @@ def test_a_better_reading_is_named(capsys):
 
 
 def test_the_command(tmp_path):
-    run = lambda *flags: subprocess.run(  # noqa: E731
-        [sys.executable, str(ROOT / "generate.py"), "--check_head", "--compile", "none", *flags],
-        capture_output=True,
-        text=True,
-    )
+    run = partial(run_main, main, "--check_head", "--compile", "none")
     done = run("--method", "tree", "--prompt", "def f(x):\n", "--max_new_tokens", "20", "--json")
     [reading] = json.loads(done.stdout)["readings"]
     assert done.returncode == 0 and reading["acceptance_by_position"][0] > 0.3

@@ -2,19 +2,18 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_prompts
+from conftest import SHIPPED_HEAD, SHIPPED_TARGET, random_prompts, run_main
 from safetensors.torch import save_file
 
 from checkpoints import load_model
 from eagle import HeadCache, TreeDrafter, default_taps, frequent_tokens
+from generate import main
 from gpt_spec import generate
 from heads import load_head
 from model import BadInput, KVCache, causal_attention
@@ -556,11 +555,7 @@ def test_frequent_tokens():
 def test_the_flags_of_a_drafted_vocabulary(tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x\n" * 2000)  # more than the model takes
-    run = lambda *flags: subprocess.run(  # noqa: E731
-        [sys.executable, str(ROOT / "generate.py"), "--compile", "none", "--max_new_tokens", "20", *flags],
-        capture_output=True,
-        text=True,
-    )
+    run = partial(run_main, main, "--compile", "none", "--max_new_tokens", "20")
     plain = run("--method", "autoregressive", "--prompt", "def f(x):\n")
     fewer = run(
         "--method",

@@ -2,14 +2,11 @@
 
 import json
 import sys
-from contextlib import redirect_stderr
 from copy import deepcopy
-from io import StringIO
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_prompts
+from conftest import ROOT, SHIPPED_HEAD, SHIPPED_TARGET, random_prompts, run_main
 from safetensors.torch import load_file, save_file
 from test_dflash import z_lab
 from test_heads import LAYOUTS
@@ -35,9 +32,7 @@ def target(deep):
 
 
 def pack(head, output):
-    with redirect_stderr(StringIO()) as stderr:
-        status = pack_head.main([str(head), str(output)])
-    return SimpleNamespace(returncode=status, stderr=stderr.getvalue())
+    return run_main(pack_head.main, str(head), str(output))
 
 
 def own_linears(head, borrowed=("lm_head",)):

@@ -27,6 +27,7 @@ from sampling import Sampling
 METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "auto"]
 SHIPPED_SHORT = ["--max_new_tokens", "16", "--precision"]
 TINY = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 90, "max_context": 512}
+MODEL_FLAGS = ("--checkpoint_path", "--precision")
 DONE = "done: "  # begins the line of results
 
 
@@ -101,11 +102,14 @@ def compare(
     assert statuses == [0] * count, errors
     lines = [line for line in out.splitlines() if line.startswith(DONE)]
     assert len(lines) == 1  # rank 0 prints for all
-    alone = {
-        each[:2]: texts_of([flags(*each[:2], "autoregressive", [])], Ranks(parts=parts))[0] for each in runs
-    }
-    for each, texts in zip(runs, json.loads(lines[0].removeprefix(DONE))):
-        assert texts == alone[each[:2]], each
+    alone: dict[tuple, list[list[int]]] = {}
+    for (temperature, batch_size, method, more), texts in zip(runs, json.loads(lines[0].removeprefix(DONE))):
+        named = [word for pair in zip(more, more[1:]) if pair[0] in MODEL_FLAGS for word in pair]
+        asked = (temperature, batch_size, *named)
+        if asked not in alone:
+            plain = flags(temperature, batch_size, "autoregressive", named)
+            alone[asked] = texts_of([plain], Ranks(parts=parts))[0]
+        assert texts == alone[asked], (method, *more, *asked)
 
 
 @NEEDS_EQUAL_ROWS
@@ -129,27 +133,28 @@ def test_four_parts(count):
     compare(count, [*SHIPPED_SHORT, "w4a16"], runs, 4)
 
 
+OF_TWO = {  # random models for two processes: precision, shape, config.json
+    "qwen2": ("bf16", {"qkv_bias": True}, {"model_type": "qwen2"}),
+    "biases": (
+        "fp32",
+        {"o_bias": True, "qkv_bias": True, "mlp_bias": True},
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "tied w8a8": ("w8a8", {"tied_embeddings": True}, {}),
+    "tied": ("bf16", {"tied_embeddings": True}, {}),
+}
+OF_FOUR = {"2 kv heads": ("w4a8", {}, {})}  # each of the two in two processes
+
+
 @NEEDS_EQUAL_ROWS
-@pytest.mark.parametrize(
-    "count, precision, changes, config",
-    [
-        (4, "w4a8", {}, {}),  # two key-value heads, each in two processes
-        (2, "bf16", {"qkv_bias": True}, {"model_type": "qwen2"}),
-        (
-            2,
-            "fp32",
-            {"o_bias": True, "qkv_bias": True, "mlp_bias": True},
-            {"attention_bias": True, "mlp_bias": True},
-        ),
-        (2, "w8a8", {"tied_embeddings": True}, {}),
-        (2, "bf16", {"tied_embeddings": True}, {}),
-    ],
-    ids=["2 kv heads", "qwen2", "biases", "tied w8a8", "tied"],
-)
-def test_random_models(count, precision, changes, config, tmp_path):
-    path = save_checkpoint(random_model(**TINY | changes), tmp_path / "tiny", **config)
-    model = ["--checkpoint_path", str(path), "--max_new_tokens", "16", "--precision", precision]
-    compare(count, model, [("1", "2", "lookup", [])])
+@pytest.mark.parametrize("count, models", [(2, OF_TWO), (4, OF_FOUR)])
+def test_random_models(count, models, tmp_path):
+    runs = []
+    for name, (precision, changes, config) in models.items():
+        path = save_checkpoint(random_model(**TINY | changes), tmp_path / name, **config)
+        model = ["--checkpoint_path", str(path), "--precision", precision]
+        runs.append(("1", "2", "lookup", model))
+    compare(count, ["--max_new_tokens", "16"], runs)
 
 
 def size(modules: list) -> int:

@@ -44,23 +44,25 @@ def interleave(
     burst: int = 1,
     device: str = "cpu",
     warm_up: int = 3,
+    least: float = 0.0,
 ) -> dict[Any, float]:
     """Median seconds of each function. They take turns, so that all see the same machine; the first `warm_up`
     turns do not count.
 
-    In a turn, `burst` calls follow each other, and the first half only warms up the caches. A call on a GPU
-    ends when the device has finished.
+    In a turn, `burst` calls follow each other, or as many as take `least` seconds, and the first half only
+    warms up the caches. A call on a GPU ends when the device has finished.
     """
     times = {name: [] for name in functions}
     for turn in range(repeats + warm_up):
         for name, function in functions.items():
-            for call in range(burst):
+            calls: list[float] = []
+            while len(calls) < burst or sum(calls) < least:
                 finish(device)
                 begin = time.perf_counter()
                 function()
                 finish(device)
-                counts = turn >= warm_up and call >= burst // 2
-                times[name] += [time.perf_counter() - begin] if counts else []
+                calls.append(time.perf_counter() - begin)
+            times[name] += calls[len(calls) // 2 :] if turn >= warm_up else []
     return {name: median(values) for name, values in times.items()}
 
 

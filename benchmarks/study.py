@@ -58,7 +58,7 @@ STUDY = {  # file -> its report and settings: all tables and figures of the READ
 }
 SMOLLM2 = "--checkpoint_path DIR --eagle_checkpoint_path models/smollm2-135m-eagle3 --quantizer gptq"
 UNSEEN = "--prompt_file test/spec_bench.jsonl,test/gsm8k.jsonl,test/human_eval.jsonl"
-UNSEEN += " --max_new_tokens 64"
+UNSEEN += " --max_new_tokens 64 --repeats 5"
 TWO, FOUR = "--precisions w4a16,w4a8", "--precisions bf16,w8a8,w4a16,w4a8"
 TURNS = "--prompts 24 --batch_sizes 1 --methods lookup"
 PROBLEMS = "quality --checkpoint_path DIR --max_new_tokens 256 --tokens 8000"

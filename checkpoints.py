@@ -17,6 +17,7 @@ import hashlib
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -50,7 +51,7 @@ SHIPPED_HEAD, SMALL_HEAD = MODELS / "python-7m-eagle", MODELS / "python-1m-eagle
 SOURCES = sorted(
     p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")
 )  # all of ours
-READ_BY_ALL = ("prompts", "prompt", "prompt_file", "json_schema", "grammar", "draft_vocab_text")  # flags
+READ_BY_ALL = ("prompts", "prompt", "prompt_file", "json_schema", "grammar", "draft_vocab_text")  # files
 HINT = "config.json and the weights do not belong together"
 HEAD_FLAG = "--eagle_checkpoint_path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # precision names that need no quantizer
@@ -444,7 +445,8 @@ def facts(flags: dict[str, Any]) -> dict[str, Any]:
     paths = {name: path for name, path in flags.items() if name.endswith("checkpoint_path") and path}
     paths = {"checkpoint_path": str(SHIPPED_TARGET)} | paths
     files = {n: fingerprint(find_checkpoint(p, f"--{n}")) for n, p in paths.items() if p != "self"}
-    files |= {n: hash_of(*map(contents, flags[n].split(","))) for n in READ_BY_ALL if flags.get(n)}
+    named = {name: flags[name] for name in READ_BY_ALL if isinstance(flags.get(name), str)}
+    files |= {name: hash_of(*contents(name, value)) for name, value in named.items()}
     versions = {"torch": torch.__version__, "gpt-spec": hash_of(*map(Path.read_bytes, SOURCES))}
     versions["GPT_SPEC_KERNELS"] = kernels.PATH if kernels.load() else "reference"
     versions["GPT_SPEC_REFERENCE"] = sorted(kernels.ON_REFERENCE)
@@ -455,13 +457,14 @@ def hash_of(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def contents(named: str) -> bytes:
-    """Those of the file that a flag names, if it does and is one to read twice."""
-    try:
-        path = Path(named.removeprefix("@"))
-        return path.read_bytes() if path.is_file() else b""
-    except (OSError, ValueError):  # a text, too long for a name
-        return b""
+def contents(flag: str, value: str) -> list[bytes]:
+    """Those of the files that a flag names, if it does and they can be read twice: no pipes."""
+    if flag == "prompt" and not re.match("@[^@]", value):
+        return []
+    paths = map(Path, value.split(",") if flag == "prompt_file" else [value.removeprefix("@")])
+    with suppress(OSError, ValueError):  # a text, too long for a name
+        return [path.read_bytes() for path in paths if path.is_file()]
+    return []
 
 
 def announce(model: Transformer, q: Quantization | None) -> None:

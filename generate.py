@@ -710,7 +710,8 @@ def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks
         if ranks.group and args.device.startswith("cuda"):
             if ranks.count > 1 and args.device != "cuda":
                 raise BadInput(f"--device is {args.device}; say cuda, and each process takes its own GPU")
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
+            own = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
+            args.device = own if args.device == "cuda" else args.device
         yield ranks
 
 

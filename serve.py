@@ -197,9 +197,11 @@ class Front:
             raise Refused("the body must be JSON: send Content-Type: application/json")
         try:
             body = await asyncio.wait_for(self.body(request), SLOW)
+            ask = await asyncio.to_thread(self.reader.read, body, chat)
         except asyncio.TimeoutError:
             raise Refused(f"the body has not come within {SLOW} seconds", status=408) from None
-        ask = await asyncio.to_thread(self.reader.read, body, chat)
+        except asyncio.CancelledError:  # --grace is over
+            raise Refused("the server ends", status=503) from None
         texts, room = len(ask.choices), self.args.batch_size + self.args.max_waiting
         if texts > room:
             raise Refused(f"n: {texts} texts are asked for; this server takes {room} at a time", "n")
@@ -240,6 +242,7 @@ class Answer:
         self.queue.put_nowait(news)
 
     def end(self, texts: int) -> None:
+        texts = min(texts, self.open)  # news of texts that were dropped may still come
         self.open -= texts
         self.front.texts[self.ask.method] -= texts
 

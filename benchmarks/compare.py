@@ -60,25 +60,11 @@ def compare(
     """
     base = next(iter(decoders))
     held = int(mean(len(prompt.tokens) for prompt in prompts)) + args.max_new_tokens // 2
-    (turns, burst), groups = effort or (args.repeats, 4), groups_of(prompts, batch_size)
-    apart = [measure_verification(decoders, held, burst)]
-    totals, runs = {name: Stats() for name in decoders}, {name: [] for name in decoders}
-    different, used = dict.fromkeys(decoders, 0), []
-    for turn, group in enumerate(groups):
-        tokens = [prompt.tokens for prompt in group]
-        once = {
-            name: timed(decoders[name], tokens, args.max_new_tokens, totals[name], stop_ids)
-            for name in rotate_names(list(decoders), turn)
-        }
-        for name, run in once.items():
-            different[name] += count_different([run], [once[base]])
-        if all(run.tokens for run in once.values()):  # a text of one token takes no step
-            used.append(group[0].category)
-            for name, run in once.items():
-                runs[name].append(run)
-        for _ in range((turn + 1) * turns // len(groups) - turn * turns // len(groups)):  # evenly spread
-            apart.append(measure_verification(decoders, held, burst))
-    cost = {name: {n: mean(each[name][n] for each in apart[1:]) for n in of} for name, of in apart[0].items()}
+    totals = {name: Stats() for name in decoders}
+    groups, effort = groups_of(prompts, batch_size), effort or (args.repeats, 4)
+    runs, used, different, cost = take_turns(
+        decoders, groups, totals, effort, held, (args.max_new_tokens, stop_ids)
+    )
     if not used:
         raise BadInput("--prompt_file: no prompt is answered with more than one token")
     rows, first = {}, totals[base].decode_seconds * batch_size / totals[base].row_forwards
@@ -97,6 +83,36 @@ def compare(
             rows[name]["predicted_over_bf16"] = rows[name]["predicted"] * ratio
     print_rows(rows, first)
     return rows
+
+
+def take_turns(
+    decoders: dict[str, Decoder],
+    groups: list[list[Prompt]],
+    totals: dict[str, Stats],
+    effort: tuple[int, int],
+    held: int,
+    ends: tuple[int, Iterable[int]],
+) -> tuple[dict[str, list[Run]], list[str], dict[str, int], dict[str, dict[int, float]]]:
+    """All texts, and T(n) between them, in turns spread evenly -> the runs that took a step, by decoder, and
+    the categories of their prompts; how many texts are not those of the first decoder; T(n) by decoder."""
+    runs, used, different = {name: [] for name in decoders}, [], dict.fromkeys(decoders, 0)
+    (turns, burst), apart = effort, [measure_verification(decoders, held, effort[1])]  # which does not count
+    for turn, group in enumerate(groups):
+        tokens = [prompt.tokens for prompt in group]
+        once = {
+            name: timed(decoders[name], tokens, ends[0], totals[name], ends[1])
+            for name in rotate_names(list(decoders), turn)
+        }
+        for name, run in once.items():
+            different[name] += count_different([run], [once[next(iter(decoders))]])
+        if all(run.tokens for run in once.values()):  # a text of one token takes no step
+            used.append(group[0].category)
+            for name, run in once.items():
+                runs[name].append(run)
+        for _ in range((turn + 1) * turns // len(groups) - turn * turns // len(groups)):
+            apart.append(measure_verification(decoders, held, burst))
+    cost = {name: {n: mean(each[name][n] for each in apart[1:]) for n in of} for name, of in apart[0].items()}
+    return runs, used, different, cost
 
 
 def speed_ratios(ours: list[Run], theirs: list[Run]) -> list[float]:

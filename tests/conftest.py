@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import importlib
 import json
 import os
 import sys
@@ -179,8 +180,14 @@ def collect(steps, prompts: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_steps_are_timed():
-    """Costs are measured with one step at a time, not ten: what matters here is that they are measured."""
+def few_steps_are_timed(tmp_path_factory):
+    """Costs are measured with one step at a time, not ten: what matters here is that they are measured. They
+    do not go where a user's are kept."""
+    program, folder = importlib.import_module("generate"), tmp_path_factory.mktemp("costs")
+    usual = program.costs_file
+
+    def costs_file(*of) -> Path:
+        return usual(*of) if "XDG_CACHE_HOME" in os.environ else folder / usual(*of).name
 
     def one_step(level, drafter, n):
         level.state.length.fill_(min(level.setup.slots // 2, level.setup.slots - level.drafter.slack))
@@ -191,6 +198,7 @@ def few_steps_are_timed():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "time_steps", one_step)
+        patch.setattr(program, "costs_file", costs_file)
         yield
 
 

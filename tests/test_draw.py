@@ -112,8 +112,10 @@ def test_tables_hold_what_was_measured(monkeypatch, tmp_path, capsys):
         "smollm2_quality.json": both, "smollm2_code.json": both,
     }.items():  # fmt: skip
         (tmp_path / name).write_text(json.dumps(about | {"results": results}))
-    for name in ("smollm2_sampled.json", "smollm2_batches.json"):
-        (tmp_path / name).write_text((tmp_path / draw.REAL).read_text())
+    alike = {"smollm2_sampled": "smollm2_methods", "smollm2_batches": "smollm2_methods"}
+    alike |= {"smollm2_auto": "cpu_auto", "smollm2_auto_sampled": "cpu_auto"}
+    for name, like in (alike | {"cpu_synthetic_8b": "cpu_synthetic"}).items():
+        (tmp_path / f"{name}.json").write_text((tmp_path / f"{like}.json").read_text())
     output = tmp_path / "tables.md"
     monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--output", str(output)])
     assert tables.main() == 0

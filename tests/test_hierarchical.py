@@ -104,7 +104,7 @@ def test_what_is_handed_up_is_what_the_middle_model_says(target, sampling, share
 def test_a_middle_model_that_does_not_follow_is_seen(target, monkeypatch, name, broken):
     monkeypatch.setattr(HierarchicalDrafter, broken, lambda self, *_: None)
     with pytest.raises(AssertionError):
-        check_every_step(target, hierarchies(target)[name], SAMPLED)
+        check_every_step(target, hierarchies(target)[name](), SAMPLED)
 
 
 @pytest.mark.parametrize("levels", [[], [False], [False, False], [True], [False, True]])

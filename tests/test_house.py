@@ -31,7 +31,7 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
 }  # fmt: skip
 OTHERS = 1000
 SERVER = {"serve.py", "api.py", "engine.py"}
-SERVER_CODE = 620  # lines of these files together without docstrings, comments, imports and blank lines
+SERVER_CODE = 625  # lines of these files together without docstrings, comments, imports and blank lines
 LONGEST_FUNCTION = 60  # lines; main may be longer
 THE_LOOP = 50
 

@@ -176,7 +176,8 @@ def test_a_share_is_its_part_of_the_weights(count):
         c, qkv = whole.config, [layer.self_attn.qkv_proj for layer in whole.layers]
         extra += size(qkv) * 2 * c.num_kv_heads // (c.num_heads + 2 * c.num_kv_heads)
     assert size([whole]) + extra <= size(shares) < 1.01 * (size([whole]) + extra)
-    assert max(size([share]) for share in shares) < 1.01 * min(size([share]) for share in shares)
+    one = [size([share]) for share in shares]  # four have 1, 2, 1 and 2 of the 6 groups of down_proj
+    assert max(one) < (1.01 if count == 2 else 1.5) * min(one)
     assert size([load_model(SHIPPED_TARGET, "w4a16")]) == size([whole])
 
 

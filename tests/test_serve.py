@@ -621,10 +621,12 @@ def test_sigterm_lets_running_texts_finish():
 def test_a_signal_does_not_wait_for_ever(number, status):
     server = Server("--batch_size", "1", "--grace", "1", "--method", "autoregressive")
     ask = {"model": "python-7m", "prompt": PROMPTS[0], "max_tokens": 900, "extra_body": {"ignore_eos": True}}
-    next(iter(server.client.completions.create(**ask, stream=True, n=60)))
+    many = server.client.completions.create(**ask, stream=True, n=62)  # kept: it ends with its last reference
+    next(iter(many))
     with ThreadPoolExecutor() as pool:
         waits = pool.submit(raw, server, soak_server.request("/v1/completions", b'{"prompt": "x"}'))
-        while server.gauge("num_requests_waiting") < 60:
+        end = time.monotonic() + 30
+        while server.gauge("num_requests_waiting") < 62 and time.monotonic() < end:
             time.sleep(0.05)
         begin = time.monotonic()
         server.process.send_signal(number)

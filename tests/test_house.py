@@ -27,7 +27,7 @@ BUDGETS = {  # lines of each file; what is not listed may have OTHERS
     "checkpoints.py": 700, "text.py": 420, "cli.py": 240, "show.py": 300, "quantize.py": 700,
     "generate.py": 770, "bench.py": 270, "chat.py": 300, "rope.py": 250,
     "prompts.py": 120, "process.py": 150, "grammar.py": 230, "forced.py": 140,
-    "parallel.py": 250, "serve.py": 370, "api.py": 330, "engine.py": 240,
+    "parallel.py": 250, "serve.py": 375, "api.py": 330, "engine.py": 240,
 }  # fmt: skip
 OTHERS = 1000
 SERVER = {"serve.py", "api.py", "engine.py"}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Prompt, Run, build_decoders, freeze, held_out_prompts, timed
-from benchmarks.timing import interleave, on_gpu, quartiles, rotate_names
+from benchmarks.timing import interleave, on_gpu, quartiles, shuffle_names
 from costs import Stats
 from drafts import Drafter
 from gpt_spec import Decoder
@@ -101,7 +101,7 @@ def take_turns(
         tokens = [prompt.tokens for prompt in group]
         once = {
             name: timed(decoders[name], tokens, ends[0], totals[name], ends[1])
-            for name in rotate_names(list(decoders), turn)
+            for name in shuffle_names(list(decoders), turn)
         }
         for name, run in once.items():
             different[name] += count_different([run], [once[next(iter(decoders))]])

@@ -36,7 +36,7 @@ from benchmarks.common import (
     timed,
 )
 from benchmarks.compare import compare, count_different, groups_of, total_speed
-from benchmarks.timing import quartiles, rotate_names
+from benchmarks.timing import quartiles, shuffle_names
 from checkpoints import find_checkpoint, load_model, open_checkpoint
 from costs import Stats
 from dflash import BlockDrafter
@@ -201,7 +201,7 @@ def measure_auto(parts: Parts, batch_size: int, args: argparse.Namespace) -> dic
         runs = {name: [] for name in decoders}
         for i, group in enumerate(groups):
             tokens = [prompt.tokens for prompt in group]
-            for name in rotate_names(list(decoders), turn + i):
+            for name in shuffle_names(list(decoders), turn, i):
                 runs[name].append(timed(decoders[name], tokens, args.max_new_tokens, stats[name], stop_ids))
         if not any(run.tokens for run in runs[BASE]):
             raise BadInput("--prompt_file: no prompt is answered with more than one token")

@@ -16,6 +16,7 @@ host's.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -145,6 +146,12 @@ def read_all(tensors: Iterable[Tensor | None]) -> None:
 def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return [statistics.quantiles(values, n=4)[i] for i in (0, 1, 2)] if len(values) > 1 else 3 * values
+
+
+def shuffle_names(names: list[str], *turn: int) -> list[str]:
+    """The same names in an order of the turn's own, so that none always follows the same other one, which
+    leaves its data in the caches."""
+    return random.Random(repr(turn)).sample(names, len(names))
 
 
 def rotate_names(names: list[str], turn: int) -> list[str]:

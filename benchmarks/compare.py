@@ -24,6 +24,8 @@ from gpt_spec import Decoder
 from model import BadInput, Transformer
 from show import levels_json
 
+LEAST = 0.15  # seconds of a burst on a CPU
+
 
 def compare_drafters(
     target: Transformer, drafters: dict[str, Drafter], args: argparse.Namespace
@@ -233,7 +235,7 @@ def measure_verification(decoders: dict[str, Decoder], held: int, burst: int) ->
         device = next(iter(decoders.values())).setup.runtime.device
         # In bursts, because a decoder in use finds its own data in the caches, and those of CPUs take many
         # steps to learn what is used again.
-        seconds = interleave(functions, 1, burst, device, warm_up=0, least=0.0 if on_gpu(device) else 0.15)
+        seconds = interleave(functions, 1, burst, device, 0, 0.0 if on_gpu(device) else LEAST)
     return {
         name: {n: seconds[name, n] for n in decoder.drafter.draft_sizes()}
         for name, decoder in decoders.items()

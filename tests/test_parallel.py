@@ -34,6 +34,8 @@ from parallel import Ranks, Share, Summed, bounds, connected, part_of
 from sampling import Sampling
 
 METHODS = ["autoregressive", "lookup", "sequential", "tree", "hierarchical", "auto"]
+SOME = [("0", "1"), ("1", "4")]  # temperatures and batch sizes
+EVERY = [*SOME, ("0", "4"), ("1", "1")]
 SHIPPED_SHORT = ["--max_new_tokens", "16", "--precision"]
 TINY = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 90, "max_context": 512}
 MODEL_FLAGS = ("--checkpoint_path", "--precision")
@@ -68,7 +70,7 @@ def finish(processes: list[subprocess.Popen], typed: str = "") -> tuple[list[int
     """Their exit statuses, and what all of them printed, to standard output and to standard error."""
     try:
         printed = [
-            process.communicate(typed if i == 0 else None, timeout=300) for i, process in enumerate(processes)
+            process.communicate(typed if i == 0 else None, timeout=600) for i, process in enumerate(processes)
         ]
     finally:
         for process in processes:
@@ -123,11 +125,15 @@ def compare(
 
 @NEEDS_EQUAL_ROWS
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "w4a8"])
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_every_method(count, precision, tmp_path):
+@pytest.mark.parametrize(
+    "count, ways",
+    [(2, SOME)] + [pytest.param(count, EVERY, marks=pytest.mark.long) for count in (2, 4)],
+    ids=["2", "2 in every way", "4 in every way"],
+)
+def test_every_method(count, ways, precision, tmp_path):
     methods = METHODS if precision == "bf16" else [*METHODS, "qspec"]
-    runs = [(t, b, method, []) for t, b in (("0", "1"), ("1", "4")) for method in methods]
-    runs += [(t, b, "tree", []) for t, b in (("0", "4"), ("1", "1"))]
+    runs = [(*way, method, []) for way in ways for method in methods]
+    runs += [(*way, "tree", []) for way in EVERY if way not in ways]
     runs.append(("1", "4", "tree", ["--draft_vocab_size", "300"]))
     shipped_block_head(load_model(SHIPPED_TARGET), None, tmp_path)
     runs.append(("1", "4", "dflash", ["--dflash_checkpoint_path", str(tmp_path)]))

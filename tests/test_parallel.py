@@ -19,11 +19,9 @@ from conftest import (
     edit_weights,
     random_model,
     save_checkpoint,
-    time_one_step,
 )
 from test_dflash import shipped_block_head
 
-import costs
 import generate
 from benchmarks.common import decode_all, read_prompts
 from checkpoints import check_split, load_model, open_checkpoint
@@ -336,7 +334,6 @@ def test_a_sum_of_parts_is_the_sum():
 
 
 if __name__ == "__main__":
-    costs.time_steps = time_one_step
     with connected("cpu", int(sys.argv[2])) as every:
         generate.load_kernels()
         print(DONE + json.dumps(texts_of(json.loads(sys.argv[1]), every)))

@@ -707,11 +707,10 @@ def processes(args: argparse.Namespace, patient: bool = False) -> Iterator[Ranks
         if ranks.group:
             load_kernels()
             ranks.agree(facts(vars(args)))
-        if ranks.group and args.device.startswith("cuda"):
-            if ranks.count > 1 and args.device != "cuda":
-                raise BadInput(f"--device is {args.device}; say cuda, and each process takes its own GPU")
-            own = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
-            args.device = own if args.device == "cuda" else args.device
+        if ranks.group and args.device == "cuda":
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
+        elif ranks.count > 1 and args.device.startswith("cuda"):
+            raise BadInput(f"--device is {args.device}; say cuda, and each process takes its own GPU")
         yield ranks
 
 

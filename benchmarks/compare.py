@@ -98,7 +98,8 @@ def take_turns(
     """All texts, and T(n) between them, in turns spread evenly -> the runs that took a step, by decoder, and
     the categories of their prompts; how many texts are not those of the first decoder; T(n) by decoder."""
     runs, used, different = {name: [] for name in decoders}, [], dict.fromkeys(decoders, 0)
-    (turns, burst), apart = effort, [measure_verification(decoders, held, effort[1])]  # which does not count
+    turns, burst = effort
+    apart = [measure_verification(decoders, held, burst)]  # this turn does not count
     for turn, group in enumerate(groups):
         tokens = [prompt.tokens for prompt in group]
         once = {

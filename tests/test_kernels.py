@@ -717,7 +717,7 @@ def test_forms_of_linears_have_names():
 
 # ---- whole forwards --------------------------------------------------------------------------------------
 
-WIDE = ModelConfig(512, 4096, 256, 1, 4, 1, 128, 1024)
+WIDE = ModelConfig(512, 4096, 1024, 1, 32, 8, 128, 1024)
 ODD = ModelConfig(500, 160, 96, 2, 2, 1, 80, 1024, qkv_bias=True, qk_norm=True)
 PAST = 101
 

@@ -12,14 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    NEEDS_EQUAL_ROWS,
-    ROOT,
-    SHIPPED_TARGET,
-    edit_weights,
-    random_model,
-    save_checkpoint,
-)
+from conftest import NEEDS_EQUAL_ROWS, ROOT, SHIPPED_TARGET, edit_weights, random_model, save_checkpoint
 from test_dflash import shipped_block_head
 
 import generate
